@@ -1,0 +1,131 @@
+"""Scores a detector, or anybody's predictions, with the 12 COCO numbers.
+
+    python evaluate.py --checkpoint OUT/best --root DIR --output_dir E          a trained detector
+    python evaluate.py --predictions p.json --gt instances.json --output_dir E  any COCO results file
+    python evaluate.py --oracle --root DIR                                      the AP a perfect model would have
+
+Under `accelerate launch` the images are shared between the processes and each is counted once.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import yaml
+from accelerate import Accelerator
+from transformers.utils import logging as transformers_logging
+
+from pix2seq.coco import (
+    Categories,
+    DataError,
+    Split,
+    coco_split,
+    load_annotations,
+    load_ground_truth,
+    load_predictions,
+)
+from pix2seq.config import EvaluateArguments, parse
+from pix2seq.data import EvalDataset
+from pix2seq.decoding import DecodingOptions
+from pix2seq.evaluation import coco_metrics, metrics_table, oracle_predictions, predict, prediction_picture
+from pix2seq.model import Pix2SeqForObjectDetection
+from pix2seq.tokenizer import Tokenizer
+from pix2seq.transforms import EvalTransform
+
+
+def trained_with(folder: Path) -> dict:
+    """The flags a detector was trained with: the defaults of its evaluation."""
+    if not (folder / "config.json").is_file():
+        raise DataError(
+            f"--checkpoint {folder}: no config.json in it; name OUT/best, OUT/final or a checkpoint folder"
+        )
+    flags = folder / "training.yaml"
+    return yaml.safe_load(flags.read_text()) if flags.is_file() else {}
+
+
+def dataset(args: EvaluateArguments, training: dict, categories: Categories | None, image_size: int) -> EvalDataset:
+    """The images to evaluate: those named on the command line, else the ones training evaluated."""
+    overfit = 0
+    if args.val_json is not None:
+        split = Split(Path(args.val_images), Path(args.val_json))
+    elif args.root is not None and not training.get("overfit"):
+        split = coco_split(args.root, "val")
+    elif args.root is not None or training.get("root"):
+        overfit = training.get("overfit", 0)
+        split = coco_split(args.root or training["root"], "train" if overfit else "val")
+    elif training.get("val_json"):
+        overfit = training.get("overfit", 0)
+        kind = "train" if overfit else "val"
+        split = Split(Path(training[f"{kind}_images"]), Path(training[f"{kind}_json"]))
+    else:
+        raise DataError("--root: missing (the folder of a COCO-layout dataset)")
+    annotations = load_annotations(split, categories)
+    if overfit:
+        annotations = annotations.subset(range(min(overfit, len(annotations))))
+    return EvalDataset(annotations, EvalTransform(image_size))
+
+
+def main(args: EvaluateArguments) -> dict:
+    """Returns the metrics, on every process; writes and prints them on the main one."""
+    output = Path(args.output_dir) if args.output_dir else None
+    if args.predictions is not None:
+        truth, predictions, data = load_ground_truth(args.gt), load_predictions(args.predictions), None
+        is_main = True
+    elif args.oracle:
+        data = dataset(args, {}, None, args.image_size)
+        tokenizer = Tokenizer(len(data.annotations.categories.ids), args.num_bins)
+        truth, predictions = load_ground_truth(data.annotations.split.json), oracle_predictions(data, tokenizer)
+        is_main = True
+    else:
+        folder = Path(args.checkpoint)
+        training = trained_with(folder)
+        accelerator = Accelerator(mixed_precision=args.mixed_precision or training.get("mixed_precision"))
+        is_main = accelerator.is_main_process
+        transformers_logging.disable_progress_bar()
+        model = Pix2SeqForObjectDetection.from_pretrained(folder).to(accelerator.device)
+        config = model.config
+        names = tuple(config.id2label[label] for label in range(len(config.category_ids)))
+        data = dataset(args, training, Categories(tuple(config.category_ids), names), config.image_size)
+
+        def choose(flag, fallback):
+            return fallback if flag is None else flag
+
+        options = DecodingOptions(
+            max_objects=choose(args.max_objects, config.max_objects),
+            top_p=choose(args.top_p, config.decoding["top_p"]),
+            temperature=choose(args.temperature, config.decoding["temperature"]),
+            seed=choose(args.seed, training.get("seed", 0)),
+        )
+        batch_size = choose(args.eval_batch_size, training.get("eval_batch_size", 32))
+        predictions = predict(model, data, options, batch_size, accelerator, args.num_workers)
+        truth = load_ground_truth(data.annotations.split.json, data.annotations.image_ids)
+
+    metrics = coco_metrics(truth, predictions)
+    if not is_main:
+        return metrics
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "metrics.json").write_text(json.dumps(metrics, indent=1))
+        (output / "predictions.json").write_text(json.dumps(predictions))
+        if data is not None and args.num_pictures:
+            prediction_picture(data.annotations, predictions, args.num_pictures).save(output / "predictions.png")
+    print(metrics_table(metrics))
+    if output is not None:
+        print(f"written to {output}: metrics.json, predictions.json" + (", predictions.png" if data else ""))
+    return metrics
+
+
+def run(args: EvaluateArguments) -> int:
+    """`main` with mistakes of the user turned into one line and exit code 2."""
+    try:
+        main(args)
+    except DataError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"evaluate.py: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(parse(EvaluateArguments)))

@@ -1,0 +1,92 @@
+"""The commit protocol of checkpoints: complete or absent, never half.
+
+A checkpoint is written under a name that nobody reads, flushed to the disk, listed with sizes and hashes in
+MANIFEST.json, and only then renamed. Older ones are removed after that. What lies in it is the caller's business.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+MANIFEST = "MANIFEST.json"
+_NAME = re.compile(r"step_(\d{8,})")
+
+
+def save(checkpoints: Path, step: int, write: Callable[[Path], None], keep_last: int) -> Path:
+    """Makes checkpoints/step_XXXXXXXX by calling `write(folder)`, then removes all but the newest `keep_last`."""
+    final = checkpoints / f"step_{step:08d}"
+    commit(final, write)
+    for old in _by_step(checkpoints)[:-keep_last]:
+        shutil.rmtree(old)
+    return final
+
+
+def commit(final: Path, write: Callable[[Path], None]) -> None:
+    """Puts what `write(folder)` writes at `final`, replacing what is there only once the new folder is complete."""
+    temporary, replaced = final.with_name(f".tmp-{final.name}"), final.with_name(f".old-{final.name}")
+    for leftover in (temporary, replaced):
+        shutil.rmtree(leftover, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    write(temporary)
+    files = sorted(path for path in temporary.rglob("*") if path.is_file())
+    manifest = {
+        str(path.relative_to(temporary)): {"size": path.stat().st_size, "sha256": _hash(path)} for path in files
+    }
+    (temporary / MANIFEST).write_text(json.dumps({"files": manifest}, indent=1))
+    for path in (*files, temporary / MANIFEST, temporary):
+        _flush(path)
+    if final.exists():
+        final.rename(replaced)
+    temporary.rename(final)
+    _flush(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def verify(folder: Path) -> str | None:
+    """None if the checkpoint is complete and unchanged, else what is wrong with it."""
+    try:
+        files = json.loads((folder / MANIFEST).read_text())["files"]
+    except (OSError, ValueError, KeyError) as error:
+        return f"{MANIFEST} cannot be read ({error})"
+    for name, entry in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != entry["size"] or _hash(path) != entry["sha256"]:
+            return f"{name} is not what was written"
+    return None
+
+
+def latest(checkpoints: Path, warn: Callable[[str], None] = print) -> Path | None:
+    """The newest complete checkpoint. Says which newer ones it passes over, and why."""
+    for folder in reversed(_by_step(checkpoints)):
+        fault = verify(folder)
+        if fault is None:
+            return folder
+        warn(f"{folder} is passed over: {fault}")
+    return None
+
+
+def _by_step(checkpoints: Path) -> list[Path]:
+    if not checkpoints.is_dir():
+        return []
+    found = [(int(match[1]), path) for path in checkpoints.iterdir() if (match := _NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found)]
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    """Asks the disk to keep a file, or the names in a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

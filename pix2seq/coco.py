@@ -1,0 +1,300 @@
+"""COCO files, read and checked: annotations as arrays for training, ground truth and results for scoring.
+
+What is wrong with a file is said in one line that names it, before any work is done with it.
+"""
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+
+class DataError(ValueError):
+    """Something in the user's files is wrong. The message is one line and names the file."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """Where one split of a dataset lies: a folder of images and its COCO annotation file."""
+
+    images: Path
+    json: Path
+
+
+def coco_split(root: str | Path, name: str) -> Split:
+    """Finds `name` (train or val) under a COCO root: images/{name}2017 or, as the archives unpack, {name}2017."""
+    root = Path(root)
+    if not root.is_dir():
+        raise DataError(f"--root {root}: no such folder")
+    annotations = root / "annotations" / f"instances_{name}2017.json"
+    if not annotations.is_file():
+        raise DataError(f"--root {root}: annotations/{annotations.name} is missing")
+    for images in (root / "images" / f"{name}2017", root / f"{name}2017"):
+        if images.is_dir():
+            return Split(images, annotations)
+    raise DataError(f"--root {root}: neither images/{name}2017 nor {name}2017 is a folder")
+
+
+@dataclass(frozen=True)
+class Categories:
+    """The classes of a dataset: contiguous labels 0 ... C-1 inside, original ids in everything written."""
+
+    ids: tuple[int, ...]
+    names: tuple[str, ...]
+
+
+@dataclass
+class Annotations:
+    """A COCO annotation file as arrays, which worker processes share instead of copying.
+
+    image_ids (N,), file_names (N,)   in the order of the file
+    offsets (N + 1,)                  the objects of image i are rows offsets[i] ... offsets[i + 1] - 1
+    boxes (M, 4) float32              xyxy in pixels of the original image, as annotated
+    labels (M,)                       contiguous
+    crowd (M,) bool                   marked iscrowd
+    trainable (M,) bool               neither crowd nor without area
+    """
+
+    split: Split
+    categories: Categories
+    image_ids: np.ndarray
+    file_names: np.ndarray
+    offsets: np.ndarray
+    boxes: np.ndarray
+    labels: np.ndarray
+    trainable: np.ndarray
+    crowd: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    def path(self, index: int) -> Path:
+        return self.split.images / str(self.file_names[index])
+
+    def objects(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Boxes (N, 4) float64 xyxy pixels and labels (N,) of the objects an image is trained on."""
+        rows = slice(self.offsets[index], self.offsets[index + 1])
+        use = self.trainable[rows]
+        return self.boxes[rows][use].astype(np.float64), self.labels[rows][use]
+
+    def subset(self, indices: Sequence[int]) -> "Annotations":
+        """The same annotations, of some of the images only."""
+        indices = np.asarray(indices, dtype=np.int64)
+        starts, ends = self.offsets[indices], self.offsets[indices + 1]
+        rows = np.concatenate([np.arange(start, end) for start, end in zip(starts, ends, strict=True)]).astype(
+            np.int64
+        )
+        return replace(
+            self,
+            image_ids=self.image_ids[indices],
+            file_names=self.file_names[indices],
+            offsets=np.concatenate([[0], np.cumsum(ends - starts)]),
+            boxes=self.boxes[rows],
+            labels=self.labels[rows],
+            trainable=self.trainable[rows],
+            crowd=self.crowd[rows],
+        )
+
+    def summary(self, max_objects: int) -> str:
+        """What is kept for training and what is not, as one line."""
+        counts = np.diff(np.append(0, np.cumsum(self.trainable))[self.offsets])
+        degenerate = ~self.trainable & ~self.crowd
+        line = f"{len(self)} images ({(counts == 0).sum()} without objects), {counts.sum()} objects"
+        line += f", {len(self.categories.ids)} classes; left out of training: {self.crowd.sum()} crowd boxes"
+        line += f", {degenerate.sum()} boxes without area"
+        if over := int((counts > max_objects).sum()):
+            line += f"; {over} images have more than {max_objects} objects and give a part of them each time"
+        return line
+
+
+def load_annotations(split: Split, categories: Categories | None = None) -> Annotations:
+    """Reads and checks an annotation file and that its images exist. Raises DataError.
+
+    With `categories` (those of the training set or of a model) the file may use only these.
+    """
+    content = _read_json(split.json)
+    found = _categories(content, split.json)
+    if categories is not None:
+        known = dict(zip(categories.ids, categories.names, strict=True))
+        for category_id, name in zip(found.ids, found.names, strict=True):
+            if known.get(category_id) != name:
+                raise DataError(
+                    f"{split.json}: category {category_id} ('{name}') is not a class of the training set or model"
+                    f", which has {_listed(f'{i} ({n!r})' for i, n in known.items())}"
+                )
+    categories = categories or found
+    images = content["images"]
+    image_ids = np.array([image["id"] for image in images], dtype=np.int64)
+    if len(images) == 0:
+        raise DataError(f"{split.json}: holds no images")
+    if len(np.unique(image_ids)) != len(images):
+        raise DataError(f"{split.json}: an image id appears twice")
+
+    index_of_image = {image_id: index for index, image_id in enumerate(image_ids.tolist())}
+    label_of_category = {category_id: label for label, category_id in enumerate(categories.ids)}
+    owners, boxes, labels, crowd = [], [], [], []
+    for annotation in content["annotations"]:
+        name = f"{split.json}: annotation {annotation.get('id')}"
+        if annotation.get("category_id") not in label_of_category:
+            raise DataError(
+                f"{name} names category {annotation.get('category_id')}, which is not one of "
+                f"{_listed(map(str, categories.ids))}"
+            )
+        if annotation.get("image_id") not in index_of_image:
+            raise DataError(f"{name} names image {annotation.get('image_id')}, which is not in the file")
+        box = annotation.get("bbox")
+        if not (isinstance(box, list) and len(box) == 4 and all(isinstance(v, int | float) for v in box)):
+            raise DataError(f"{name} has bbox {box}: four numbers x, y, width, height are needed")
+        owners.append(index_of_image[annotation["image_id"]])
+        boxes.append(box)
+        labels.append(label_of_category[annotation["category_id"]])
+        crowd.append(bool(annotation.get("iscrowd", 0)))
+
+    rows = np.argsort(np.array(owners, dtype=np.int64), kind="stable")
+    counts = np.bincount(np.array(owners, dtype=np.int64), minlength=len(images))
+    boxes = np.array(boxes, dtype=np.float32).reshape(-1, 4)[rows]
+    crowd = np.array(crowd, dtype=bool)[rows]
+    has_area = np.isfinite(boxes).all(axis=1) & (boxes[:, 2] > 0) & (boxes[:, 3] > 0)
+    boxes[:, 2:] += boxes[:, :2]
+    annotations = Annotations(
+        split=split,
+        categories=categories,
+        image_ids=image_ids,
+        file_names=np.array([image["file_name"] for image in images], dtype=str),
+        offsets=np.concatenate([[0], np.cumsum(counts)]),
+        boxes=boxes,
+        labels=np.array(labels, dtype=np.int64)[rows],
+        trainable=has_area & ~crowd,
+        crowd=crowd,
+    )
+    _check_images_exist(annotations)
+    return annotations
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise DataError(f"{path}: is not JSON ({error})") from None
+    for key in ("images", "annotations", "categories"):
+        if not (isinstance(content, dict) and isinstance(content.get(key), list)):
+            raise DataError(
+                f"{path}: has no list '{key}'; a COCO annotation file holds images, annotations, categories"
+            )
+    for image in content["images"]:
+        if not (isinstance(image.get("id"), int) and isinstance(image.get("file_name"), str)):
+            raise DataError(f"{path}: an image entry lacks a whole number 'id' or a 'file_name': {str(image)[:100]}")
+    return content
+
+
+def _categories(content: dict, path: Path) -> Categories:
+    entries = content["categories"]
+    if not entries:
+        raise DataError(f"{path}: holds no categories")
+    for entry in entries:
+        if not (isinstance(entry.get("id"), int) and isinstance(entry.get("name"), str)):
+            raise DataError(f"{path}: a category lacks a whole number 'id' or a 'name': {str(entry)[:100]}")
+    entries = sorted(entries, key=lambda entry: entry["id"])
+    ids = tuple(entry["id"] for entry in entries)
+    if len(set(ids)) != len(ids):
+        raise DataError(f"{path}: a category id appears twice in {_listed(map(str, ids))}")
+    return Categories(ids, tuple(entry["name"] for entry in entries))
+
+
+def _check_images_exist(annotations: Annotations) -> None:
+    """One listing of the folder answers for most files; only names with a folder in them are looked up singly."""
+    with os.scandir(annotations.split.images) as entries:
+        present = {entry.name for entry in entries}
+    missing = [
+        name
+        for name in annotations.file_names.tolist()
+        if name not in present and not (annotations.split.images / name).is_file()
+    ]
+    if missing:
+        raise DataError(
+            f"{annotations.split.json}: {len(missing)} of {len(annotations)} images are missing from "
+            f"{annotations.split.images}: {_listed(missing, most=3)}"
+        )
+
+
+def _listed(names, most: int = 10) -> str:
+    names = list(names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def load_ground_truth(path: str | Path, image_ids: np.ndarray | None = None) -> dict:
+    """A COCO annotation file made fit for pycocotools, which misreads some files without a word.
+
+    Annotation ids are numbered from 1 (it ignores matches of id 0), and a missing `area` or `iscrowd` is filled in.
+    With `image_ids`, only those images and their annotations. Raises DataError.
+    """
+    path = Path(path)
+    try:
+        truth = json.loads(path.read_bytes())
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise DataError(f"{path}: is not JSON ({error})") from None
+    if not (isinstance(truth, dict) and all(isinstance(truth.get(k), list) for k in ("images", "annotations"))):
+        raise DataError(f"{path}: is not a COCO annotation file: no lists 'images' and 'annotations'")
+    if not truth.get("categories"):
+        raise DataError(f"{path}: holds no categories")
+    if image_ids is not None:
+        wanted = set(image_ids.tolist())
+        truth["images"] = [image for image in truth["images"] if image["id"] in wanted]
+        truth["annotations"] = [entry for entry in truth["annotations"] if entry["image_id"] in wanted]
+    for number, annotation in enumerate(truth["annotations"], start=1):
+        annotation["id"] = number
+        annotation.setdefault("iscrowd", 0)
+        annotation.setdefault("area", annotation["bbox"][2] * annotation["bbox"][3])
+    return truth
+
+
+def load_predictions(path: str | Path) -> list[dict]:
+    path = Path(path)
+    try:
+        return json.loads(path.read_bytes())
+    except OSError as error:
+        raise DataError(f"--predictions {path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise DataError(f"--predictions {path}: is not JSON ({error})") from None
+
+
+def check_predictions(predictions: list[dict], truth: dict) -> None:
+    """Raises DataError for what pycocotools would score wrongly or die of, with the number of cases."""
+    if not isinstance(predictions, list):
+        raise DataError("predictions: a COCO results file is a list of objects")
+    image_ids = {image["id"] for image in truth["images"]}
+    category_ids = {category["id"] for category in truth["categories"]}
+    faults: dict[str, list] = {}
+    for number, row in enumerate(predictions):
+        fault = _prediction_fault(row, image_ids, category_ids)
+        if fault:
+            faults.setdefault(fault, []).append(number)
+    if faults:
+        raise DataError(
+            "predictions: "
+            + "; ".join(
+                f"{len(rows)} of {len(predictions)} {fault}, first entry {rows[0]}" for fault, rows in faults.items()
+            )
+        )
+
+
+def _prediction_fault(row, image_ids: set, category_ids: set) -> str | None:
+    if not isinstance(row, dict) or not {"image_id", "category_id", "bbox", "score"} <= row.keys():
+        return "lack image_id, category_id, bbox or score"
+    if row["image_id"] not in image_ids:
+        return f"name an image that is not in the ground truth ({row['image_id']!r})"
+    if row["category_id"] not in category_ids:
+        return f"name a category that is not in the ground truth ({row['category_id']!r})"
+    box = row["bbox"]
+    numbers = [*box, row["score"]] if isinstance(box, list) and len(box) == 4 else [None]
+    if not all(isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in numbers):
+        return "have a box or score that is not made of finite numbers"
+    return None

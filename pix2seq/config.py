@@ -1,0 +1,279 @@
+"""The flags of train.py and evaluate.py: dataclasses, one parsing path, checks across fields.
+
+A recipe is a YAML file of the same flags. It is turned into command-line words placed in front of the real ones, so
+types, choices and unknown names are checked in one place and the command line wins.
+"""
+
+import dataclasses
+import difflib
+import json
+import math
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from transformers import HfArgumentParser
+
+
+def flag(default, help: str):
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class ModelArguments:
+    backbone: str = flag(
+        "microsoft/resnet-50",
+        'Hugging Face vision model: hub name or local folder (pretrained), or inline config ("{model_type: resnet}") '
+        "trained from scratch",
+    )
+    decoder: Literal["llama"] = flag("llama", "decoder that writes the sentence")
+    hidden_size: int = flag(256, "width of encoder and decoder")
+    encoder_layers: int = flag(6, "transformer layers between backbone and decoder")
+    decoder_layers: int = flag(6, "layers of the decoder")
+    num_heads: int = flag(8, "attention heads of encoder and decoder")
+    mlp_size: int = flag(1024, "inner width of the MLPs of encoder and decoder")
+    dropout: float = flag(0.1, "dropout on visual features and in the encoder layers")
+    image_size: int = flag(640, "side of the square canvas in pixels")
+    num_bins: int = flag(1000, "coordinate bins")
+    max_objects: int = flag(100, "objects in a sentence, in training and in evaluation")
+    noise_objects: bool = flag(
+        True, "sequence augmentation: fill sentences with noise objects; without, they end in EOS"
+    )
+
+    def __post_init__(self):
+        _check(self, "num_bins", self.num_bins >= 2, "at least 2")
+        for name in ("hidden_size", "decoder_layers", "num_heads", "mlp_size", "image_size", "max_objects"):
+            _check(self, name, getattr(self, name) >= 1, "at least 1")
+        _check(self, "encoder_layers", self.encoder_layers >= 0, "at least 0")
+        _check(self, "dropout", 0 <= self.dropout < 1, "0 up to 1")
+        heads = self.num_heads
+        # 4: the 2-D position code has sines and cosines for each of two directions.
+        multiple = math.lcm(2 * heads, 4)
+        _check(
+            self, "hidden_size", self.hidden_size % multiple == 0, f"a multiple of {multiple} with --num_heads {heads}"
+        )
+
+
+@dataclass
+class DataArguments:
+    root: str | None = flag(None, "COCO layout: images/{train,val}2017 and annotations/instances_{train,val}2017.json")
+    train_images: str | None = flag(None, "folder of training images, for any other layout")
+    train_json: str | None = flag(None, "COCO annotation file of the training images")
+    val_images: str | None = flag(None, "folder of validation images")
+    val_json: str | None = flag(None, "COCO annotation file of the validation images")
+    overfit: int = flag(0, "train and evaluate on the first N training images (0: off)")
+    scale_min: float = flag(0.3, "scale jitter, lower end; at 1 the image just fits the canvas")
+    scale_max: float = flag(2.0, "scale jitter, upper end")
+    flip: float = flag(0.5, "probability of a horizontal flip")
+    color_jitter: float = flag(0.0, "strength of colour jitter (0: off)")
+    object_order: Literal["random", "area", "distance", "none"] = flag("random", "order of the objects in a sentence")
+    class_corruption: Literal["none", "rand_cls", "rand_n_fake_cls", "real_n_fake_cls", "real_n_rand_n_fake_cls"] = (
+        flag("rand_n_fake_cls", "what the decoder reads in place of the class tokens")
+    )
+    noise_weight: float = flag(1.0, "loss weight of a noise object's class token")
+    eos_weight: float = flag(0.1, "loss weight of EOS (without noise objects)")
+    num_workers: int = flag(4, "data loading processes for each training process")
+
+    def __post_init__(self):
+        explicit = {name: getattr(self, name) for name in ("train_images", "train_json", "val_images", "val_json")}
+        given = [name for name, value in explicit.items() if value is not None]
+        if self.root is None and len(given) < 4:
+            missing = [f"--{name}" for name in explicit if name not in given]
+            raise ValueError(
+                f"{' '.join(missing)}: missing" if given else "--root: missing (the folder of a COCO-layout dataset)"
+            )
+        if self.root is not None and given:
+            raise ValueError(f"--root and --{given[0]} exclude each other: name the dataset one way")
+        _check(self, "scale_min", 0 < self.scale_min <= self.scale_max, "above 0 and at most --scale_max")
+        _check(self, "flip", 0 <= self.flip <= 1, "0 to 1")
+        for name in ("color_jitter", "noise_weight", "eos_weight", "num_workers", "overfit"):
+            _check(self, name, getattr(self, name) >= 0, "at least 0")
+
+
+@dataclass
+class TrainArguments:
+    config: str | None = flag(None, "YAML recipe of these flags; the command line wins over it")
+    output_dir: str | None = flag(None, "run folder (default: runs/PROJECT_NAME)")
+    project_name: str = flag("pix2seq", "project, for the trackers")
+    report_to: list[str] = flag(["none"], "trackers: wandb, tensorboard, or any other name Accelerate knows; or none")
+    resume: str | None = flag(
+        None, "auto (the newest complete checkpoint of the run folder, if any) or a checkpoint folder"
+    )
+    seed: int = flag(0, "decides data order, augmentation, initial weights and dropout")
+    deterministic: bool = flag(False, "deterministic algorithms on the GPU, at some cost in speed")
+    batch_size: int = flag(32, "images for each process and micro-batch")
+    eval_batch_size: int = flag(32, "images for each process in evaluation")
+    gradient_accumulation_steps: int = flag(1, "micro-batches in an optimizer step")
+    num_epochs: float = flag(40.0, "length of the run, unless --max_steps says it")
+    max_steps: int = flag(0, "length of the run in optimizer steps (0: use --num_epochs)")
+    lr: float = flag(1e-4, "peak learning rate")
+    lr_backbone: float | None = flag(None, "peak learning rate of the backbone (default: that of --lr)")
+    lr_scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial"] = flag(
+        "linear", "learning rate schedule"
+    )
+    warmup_steps: int = flag(1000, "steps of linear warm-up")
+    beta1: float = flag(0.9, "AdamW")
+    beta2: float = flag(0.95, "AdamW")
+    weight_decay: float = flag(0.05, "AdamW, on kernels only")
+    max_grad_norm: float = flag(0.0, "clip the gradient's norm (0: off)")
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = flag(None, "default: what accelerate launch was told")
+    log_every: int = flag(50, "steps between rows of metrics.jsonl")
+    eval_every: int = flag(5000, "steps between evaluations (0: only at the end)")
+    sample_every: int = flag(1000, "steps between pictures of predictions (0: never)")
+    ckpt_every: int = flag(1000, "steps between checkpoints (0: only at the end)")
+    keep_last: int = flag(2, "checkpoints kept; the best and the final model are kept apart")
+    top_p: float = flag(0.4, "nucleus of decoding; 0 is greedy")
+    temperature: float = flag(1.0, "temperature of decoding")
+
+    def __post_init__(self):
+        self.output_dir = self.output_dir or str(Path("runs") / self.project_name)
+        self.report_to = [name for name in self.report_to if name != "none"]
+        for name in ("batch_size", "eval_batch_size", "gradient_accumulation_steps", "log_every"):
+            _check(self, name, getattr(self, name) >= 1, "at least 1")
+        for name in ("seed", "max_steps", "warmup_steps", "eval_every", "sample_every", "ckpt_every", "weight_decay"):
+            _check(self, name, getattr(self, name) >= 0, "at least 0")
+        _check(self, "max_grad_norm", self.max_grad_norm >= 0, "at least 0")
+        _check(self, "num_epochs", self.num_epochs > 0, "above 0")
+        _check(self, "lr", self.lr > 0, "above 0")
+        _check(self, "lr_backbone", self.lr_backbone is None or self.lr_backbone >= 0, "at least 0")
+        _check(self, "keep_last", self.keep_last >= 2, "at least 2: with one, a broken disk leaves nothing")
+        for name in ("beta1", "beta2"):
+            _check(self, name, 0 <= getattr(self, name) < 1, "0 up to 1")
+        _check_decoding(self)
+
+
+@dataclass
+class Arguments(TrainArguments, DataArguments, ModelArguments):
+    """All flags of train.py."""
+
+    def __post_init__(self):
+        for part in (ModelArguments, DataArguments, TrainArguments):
+            part.__post_init__(self)
+
+
+@dataclass
+class EvaluateArguments:
+    checkpoint: str | None = flag(None, "folder of a trained detector: OUT/best, OUT/final or a checkpoint")
+    predictions: str | None = flag(None, "COCO results file to score instead, with --gt")
+    gt: str | None = flag(None, "COCO annotation file to score --predictions against")
+    oracle: bool = flag(
+        False, "pass the ground truth through the tokenizer and back: the AP a perfect model would have"
+    )
+    root: str | None = flag(
+        None, "COCO layout, of which the val split is read (default: what the detector was trained with)"
+    )
+    val_images: str | None = flag(None, "folder of images, for any other layout")
+    val_json: str | None = flag(None, "COCO annotation file of the images")
+    output_dir: str | None = flag(None, "where metrics.json, predictions.json and predictions.png go")
+    eval_batch_size: int | None = flag(None, "default: that of training")
+    num_workers: int = flag(2, "data loading processes")
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = flag(None, "default: that of training")
+    seed: int | None = flag(None, "decides what is sampled (default: that of training)")
+    top_p: float | None = flag(None, "nucleus of decoding; 0 is greedy (default: that of training)")
+    temperature: float | None = flag(None, "temperature of decoding (default: that of training)")
+    max_objects: int | None = flag(None, "objects to write for an image (default: that of training)")
+    image_size: int = flag(640, "canvas of --oracle")
+    num_bins: int = flag(1000, "bins of --oracle")
+    num_pictures: int = flag(8, "images shown in predictions.png")
+
+    def __post_init__(self):
+        modes = [self.checkpoint is not None, self.predictions is not None, self.oracle]
+        if sum(modes) != 1:
+            raise ValueError("name exactly one of --checkpoint, --predictions (with --gt) and --oracle")
+        if (self.predictions is None) != (self.gt is None):
+            raise ValueError("--predictions and --gt go together")
+        if (self.val_images is None) != (self.val_json is None):
+            raise ValueError("--val_images and --val_json go together")
+        if self.root is not None and self.val_json is not None:
+            raise ValueError("--root and --val_json exclude each other: name the dataset one way")
+        if self.oracle and self.root is None and self.val_json is None:
+            raise ValueError("--oracle: --root (or --val_images and --val_json) is missing")
+        for name in ("eval_batch_size", "max_objects", "image_size"):
+            _check(self, name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1")
+        _check(self, "num_bins", self.num_bins >= 2, "at least 2")
+        for name in ("num_workers", "num_pictures"):
+            _check(self, name, getattr(self, name) >= 0, "at least 0")
+        _check_decoding(self)
+
+
+def _check(arguments, name: str, good: bool, allowed: str) -> None:
+    if not good:
+        raise ValueError(f"--{name} {getattr(arguments, name)}: must be {allowed}")
+
+
+def _check_decoding(arguments) -> None:
+    _check(arguments, "top_p", arguments.top_p is None or 0 <= arguments.top_p <= 1, "0 (greedy) to 1")
+    _check(arguments, "temperature", arguments.temperature is None or arguments.temperature > 0, "above 0")
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def parse(kind: type, argv: list[str] | None = None):
+    """The dataclass `kind` from command-line words. A mistake ends the program with one line and exit code 2."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = _Parser(kind, allow_abbrev=False)
+    names = [name for action in parser._actions for name in action.option_strings]
+    try:
+        arguments, unknown = parser.parse_args_into_dataclasses(
+            _recipe_words(argv, parser) + argv, return_remaining_strings=True, look_for_args_file=False
+        )
+    except ValueError as error:
+        parser.error(str(error))
+    for word in unknown:
+        if word.startswith("--"):
+            parser.error(f"{word}: no such flag{_nearest(word.split('=')[0], names)}")
+        parser.error(f"{word!r}: does not belong to any flag")
+    return arguments
+
+
+def _recipe_words(argv: list[str], parser: _Parser) -> list[str]:
+    """The YAML recipe named by --config as command-line words."""
+    path = None
+    for index, word in enumerate(argv):
+        if word == "--config" and index + 1 < len(argv):
+            path = argv[index + 1]
+        elif word.startswith("--config="):
+            path = word.removeprefix("--config=")
+    if path is None:
+        return []
+    try:
+        recipe = yaml.safe_load(Path(path).read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        parser.error(f"--config {path}: cannot be read ({error})")
+    except yaml.YAMLError as error:
+        parser.error(f"--config {path}: is not YAML ({' '.join(str(error).split())})")
+    if not isinstance(recipe, dict):
+        parser.error(f"--config {path}: must be a list of 'flag: value' lines")
+    names = {action.dest for action in parser._actions} - {"help", "config"}
+    words = []
+    for name, value in recipe.items():
+        if name not in names:
+            parser.error(f"--config {path}: {name!r} is not a flag{_nearest(str(name), names)}")
+        if value is None:
+            continue
+        words.append(f"--{name}")
+        words += [_word(entry) for entry in (value if isinstance(value, list) else [value])]
+    return words
+
+
+def _word(value) -> str:
+    return json.dumps(value) if isinstance(value, dict | bool) else str(value)
+
+
+def _nearest(word: str, names) -> str:
+    close = difflib.get_close_matches(word, list(names), n=1, cutoff=0.5)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def to_yaml(arguments) -> str:
+    """The flags as a recipe that parses back to the same values."""
+    values = {k: v for k, v in dataclasses.asdict(arguments).items() if v is not None and k != "config"}
+    values["report_to"] = values.get("report_to") or ["none"]
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)

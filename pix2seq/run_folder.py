@@ -1,0 +1,98 @@
+"""What a run writes about itself: config, environment, status, metrics and log. See `RunFolder`."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import transformers
+from tqdm import tqdm
+
+import pix2seq
+
+
+class RunFolder:
+    """A run's folder. On ranks other than the main one every write is a no-op.
+
+    config.yaml      the flags, as a recipe            checkpoints/   see checkpoint.py
+    env.json         versions, devices, command        best/ final/   plain from_pretrained folders
+    status.json      state, step, reason               samples/       pictures by step
+    metrics.jsonl    one row per logged step           eval/step_x/   metrics, predictions, pictures
+    train.log        what was printed
+    """
+
+    def __init__(self, path: str | Path, is_main: bool):
+        self.path = Path(path)
+        self.is_main = is_main
+        if is_main:
+            self.path.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def describe(self, config_yaml: str, device: torch.device, num_processes: int) -> None:
+        if not self.is_main:
+            return
+        (self.path / "config.yaml").write_text(config_yaml)
+        environment = {
+            "command": sys.argv,
+            "pix2seq": pix2seq.__version__,
+            "commit": _commit(),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+            "num_processes": num_processes,
+            "num_cpus": os.cpu_count(),
+        }
+        (self.path / "env.json").write_text(json.dumps(environment, indent=1))
+
+    def status(self, state: str, step: int, reason: str = "") -> None:
+        """state: running, finished, preempted or failed. Replaced in one go, so readers never see half of it."""
+        if not self.is_main:
+            return
+        temporary = self.path / ".status.json"
+        temporary.write_text(json.dumps({"state": state, "step": step, "reason": reason, "time": time.time()}))
+        temporary.replace(self.path / "status.json")
+
+    def log(self, message: str) -> None:
+        if not self.is_main:
+            return
+        tqdm.write(message)
+        with (self.path / "train.log").open("a") as file:
+            file.write(message + "\n")
+
+    def append_metrics(self, row: dict) -> None:
+        if not self.is_main:
+            return
+        with (self.path / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def rewind_metrics(self, step: int) -> None:
+        """Drops the rows after `step`: a run resumed there writes them again."""
+        path = self.path / "metrics.jsonl"
+        if not self.is_main or not path.exists():
+            return
+        rows = []
+        for line in path.read_text().splitlines():
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                continue  # the line a killed process was writing
+        temporary = self.path / ".metrics.jsonl"
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
+        temporary.replace(path)
+
+
+def _commit() -> str | None:
+    """The commit of the code, if it lies in a git checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

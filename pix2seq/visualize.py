@@ -1,0 +1,98 @@
+"""Pictures: boxes on images, and grids of them. Knows pixels and names, nothing of models or datasets."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+# Okabe and Ito's palette: told apart with any kind of colour vision.
+PALETTE = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
+GREY = "#9A9A9A"
+MARGIN = 8
+
+
+def draw_boxes(
+    image: Image.Image,
+    boxes: np.ndarray,
+    names: Sequence[str],
+    colors: Sequence[str],
+    dashed: Sequence[bool] | None = None,
+    font_size: int = 12,
+) -> Image.Image:
+    """A copy of the image with boxes (N, 4) xyxy in its pixels; `dashed` ones are drawn as such."""
+    image = image.convert("RGB")
+    draw = ImageDraw.Draw(image)
+    font = ImageFont.load_default(font_size)
+    width = max(1, round(min(image.size) / 160))
+    for index, (x1, y1, x2, y2) in enumerate(np.asarray(boxes, dtype=float).reshape(-1, 4)):
+        x2, y2 = max(x1, x2 - 1), max(y1, y2 - 1)
+        if dashed is not None and dashed[index]:
+            _dashed_rectangle(draw, (x1, y1, x2, y2), colors[index])
+        else:
+            draw.rectangle((x1, y1, x2, y2), outline=colors[index], width=width)
+    # Names after all boxes, so that no box crosses a name.
+    for index, (x1, y1, _, _) in enumerate(np.asarray(boxes, dtype=float).reshape(-1, 4)):
+        if names[index]:
+            left, top, right, bottom = draw.textbbox((0, 0), names[index], font=font)
+            x = min(max(x1, 0), max(image.width - right - 2, 0))
+            y = min(max(y1 - bottom - 2, 0), image.height - bottom - 2)
+            draw.rectangle((x, y, x + right + 2, y + bottom + 2), fill=colors[index])
+            draw.text((x + 1, y + 1), names[index], fill="black", font=font)
+    return image
+
+
+def color_of(label: int) -> str:
+    """A label's colour; grey for noise (-1)."""
+    return PALETTE[label % len(PALETTE)] if label >= 0 else GREY
+
+
+def grid(rows: Sequence[Sequence[Image.Image]], titles: Sequence[str] = (), cell: int | None = None) -> Image.Image:
+    """Images in rows on white, each fitted into a square cell, with a title over each column."""
+    cell = cell or max(max(image.size) for row in rows for image in row)
+    font = ImageFont.load_default(16)
+    top = 28 if titles else 0
+    columns = max(len(row) for row in rows)
+    sheet = Image.new("RGB", (columns * (cell + MARGIN) + MARGIN, len(rows) * (cell + MARGIN) + MARGIN + top), "white")
+    draw = ImageDraw.Draw(sheet)
+    for column, title in enumerate(titles):
+        draw.text((MARGIN + column * (cell + MARGIN), 6), title, fill="black", font=font)
+    for r, row in enumerate(rows):
+        for c, image in enumerate(row):
+            image = image.copy()
+            image.thumbnail((cell, cell))
+            sheet.paste(image, (MARGIN + c * (cell + MARGIN), MARGIN + top + r * (cell + MARGIN)))
+    return sheet
+
+
+def side_by_side(pairs: Sequence[tuple[Image.Image, Image.Image]], columns: int = 2, cell: int = 320) -> Image.Image:
+    """Pairs of (ground truth, predictions), `columns` pairs in a row."""
+    rows = [[image for pair in pairs[i : i + columns] for image in pair] for i in range(0, len(pairs), columns)]
+    titles = ["ground truth", "predictions"] * min(columns, len(pairs))
+    return grid(rows, titles, cell)
+
+
+def draw_examples(
+    images: Sequence[Image.Image], objects: Sequence[tuple[np.ndarray, np.ndarray]], names: Sequence[str]
+) -> Image.Image:
+    """Training examples, four in a row: canvases with their (boxes (N, 4) xyxy in [0, 1], labels (N,)).
+
+    Noise objects (label -1) are drawn first, grey and dashed, without a name.
+    """
+    drawn = []
+    for image, (boxes, labels) in zip(images, objects, strict=True):
+        order = np.argsort(labels, kind="stable")
+        boxes, labels = boxes[order] * image.width, labels[order]
+        captions = ["" if label < 0 else names[label] for label in labels]
+        drawn.append(draw_boxes(image, boxes, captions, [color_of(label) for label in labels], labels < 0))
+    return grid([drawn[start : start + 4] for start in range(0, len(drawn), 4)])
+
+
+def _dashed_rectangle(draw: ImageDraw.ImageDraw, box: tuple[float, float, float, float], color: str) -> None:
+    x1, y1, x2, y2 = box
+    dash = 4
+    for x in np.arange(x1, x2, 2 * dash):
+        for y in (y1, y2):
+            draw.line((x, y, min(x + dash, x2), y), fill=color)
+    for y in np.arange(y1, y2, 2 * dash):
+        for x in (x1, x2):
+            draw.line((x, y, x, min(y + dash, y2)), fill=color)
