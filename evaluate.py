@@ -12,6 +12,7 @@ import os
 import sys
 from pathlib import Path
 
+import torch
 import yaml
 from accelerate import Accelerator
 from transformers.utils import logging as transformers_logging
@@ -80,7 +81,10 @@ def main(args: EvaluateArguments) -> dict:
     else:
         folder = Path(args.checkpoint)
         training = trained_with(folder)
-        accelerator = Accelerator(mixed_precision=args.mixed_precision or training.get("mixed_precision"))
+        accelerator = Accelerator(
+            cpu=not torch.accelerator.is_available(),  # without it, processes on a CPU do not find each other
+            mixed_precision=args.mixed_precision or training.get("mixed_precision"),
+        )
         is_main = accelerator.is_main_process
         transformers_logging.disable_progress_bar()
         model = Pix2SeqForObjectDetection.from_pretrained(folder).to(accelerator.device)

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import gather_object, set_seed
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType, gather_object, set_seed
 from torchvision.transforms.v2.functional import to_pil_image
 from tqdm import tqdm
 from transformers import LlamaConfig, get_scheduler
@@ -134,6 +135,7 @@ def build_model(args: Arguments, tokenizer: Tokenizer, categories: Categories) -
         encoder_heads=args.num_heads,
         encoder_mlp_size=args.mlp_size,
         dropout=args.dropout,
+        position_code=args.position_code,
         image_size=args.image_size,
         image_mean=backbone.image_mean,
         image_std=backbone.image_std,
@@ -216,7 +218,7 @@ def find_checkpoint(args: Arguments, folder: RunFolder) -> Path | None:
     found = newest if args.resume == "auto" else Path(args.resume)
     if found is None:
         return None
-    if fault := checkpoint.verify(found):
+    if args.resume != "auto" and (fault := checkpoint.verify(found)):  # the newest one is verified already
         raise DataError(f"--resume {found}: {fault}")
     then, now = (yaml.safe_load(text) for text in ((found / "training.yaml").read_text(), to_yaml(args)))
     changed = [name for name in then | now if name not in FREE_ON_RESUME and then.get(name) != now.get(name)]
@@ -347,6 +349,11 @@ def sample(training: Training) -> None:
 
 def _predict(training: Training, dataset: EvalDataset) -> list[dict]:
     args = training.args
+    if training.accelerator.num_processes > 1:
+        # Each rank's batch norms have counted a batch of their own since the last forward pass. Checkpoints hold the
+        # main process's, and so must every rank that evaluates.
+        for buffer in training.detector.buffers():
+            torch.distributed.broadcast(buffer, src=0)
     options = DecodingOptions(args.max_objects, args.top_p, args.temperature, args.seed)
     return predict(training.detector, dataset, options, args.eval_batch_size, training.accelerator, args.num_workers)
 
@@ -397,11 +404,24 @@ def save(training: Training) -> None:
     accelerator.wait_for_everyone()
 
 
+def check_trackers(names: list[str]) -> None:
+    """Accelerate leaves out trackers that are not installed without a word."""
+    known = [kind.value for kind in LoggerType if kind is not LoggerType.ALL]
+    installed = [str(kind) for kind in get_available_trackers()]
+    for name in names:
+        if name not in known:
+            raise DataError(f"--report_to {name}: must be none or among {', '.join(known)}")
+        if name not in installed:
+            raise DataError(f"--report_to {name}: is not installed (pip install {name})")
+
+
 def announce(training: Training) -> None:
     args, accelerator, log = training.args, training.accelerator, training.folder.log
     training.folder.describe(to_yaml(args), accelerator.device, accelerator.num_processes)
     training.folder.status("running", training.step)
-    accelerator.init_trackers(args.project_name, config=yaml.safe_load(to_yaml(args)))
+    flags = yaml.safe_load(to_yaml(args)).items()
+    # As text where a value is not a plain one: TensorBoard takes nothing else.
+    accelerator.init_trackers(args.project_name, {k: v if isinstance(v, int | float) else str(v) for k, v in flags})
     log(f"train: {training.train_set.annotations.summary(args.max_objects)}")
     log(f"val:   {training.val_set.annotations.summary(args.max_objects)}")
     log(
@@ -414,12 +434,19 @@ def announce(training: Training) -> None:
 def main(args: Arguments) -> int:
     """One training run; returns the exit code. Raises DataError for what the user has to mend."""
     stop = StopRequest()
-    accelerator = Accelerator(
-        mixed_precision=args.mixed_precision,
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        log_with=args.report_to or None,
-        project_dir=args.output_dir,
-    )
+    check_trackers(args.report_to)
+    try:
+        accelerator = Accelerator(
+            cpu=not torch.accelerator.is_available(),  # without it, processes on a CPU do not find each other
+            mixed_precision=args.mixed_precision,
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            log_with=args.report_to or None,
+            project_dir=args.output_dir,
+        )
+    except ValueError as error:  # fp16 where there is no GPU, say
+        raise DataError(f"--mixed_precision {args.mixed_precision}: {error}") from None
+    if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", "1")):
+        raise RuntimeError(f"launched as {os.environ['WORLD_SIZE']} processes, of which Accelerate joined 1")
     transformers_logging.disable_progress_bar()
     set_seed(args.seed, deterministic=args.deterministic)
     folder = RunFolder(args.output_dir, accelerator.is_main_process)

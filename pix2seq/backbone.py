@@ -58,7 +58,8 @@ class VisionBackbone(nn.Module):
         """Replaces the weights by those of a hub model or local folder. Raises OSError if there are none."""
         config, dtype = self.model.config, self.model.dtype
         if self.is_pyramid:
-            self.model = AutoBackbone.from_pretrained(name, config=config, dtype=dtype)
+            # Not AutoBackbone.from_pretrained: it asks the hub whether `name` is a repository, even for a folder.
+            self.model = type(self.model).from_pretrained(name, config=config, dtype=dtype)
         else:
             self.model = AutoModel.from_pretrained(name, config=config, dtype=dtype, add_pooling_layer=False)
 

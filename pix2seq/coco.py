@@ -116,7 +116,7 @@ def load_annotations(split: Split, categories: Categories | None = None) -> Anno
 
     With `categories` (those of the training set or of a model) the file may use only these.
     """
-    content = _read_json(split.json)
+    content = _read_coco(split.json)
     found = _categories(content, split.json)
     if categories is not None:
         known = dict(zip(categories.ids, categories.names, strict=True))
@@ -127,37 +127,18 @@ def load_annotations(split: Split, categories: Categories | None = None) -> Anno
                     f", which has {_listed(f'{i} ({n!r})' for i, n in known.items())}"
                 )
     categories = categories or found
-    images = content["images"]
+    images, entries = content["images"], content["annotations"]
     image_ids = np.array([image["id"] for image in images], dtype=np.int64)
-    if len(images) == 0:
-        raise DataError(f"{split.json}: holds no images")
-    if len(np.unique(image_ids)) != len(images):
-        raise DataError(f"{split.json}: an image id appears twice")
-
     index_of_image = {image_id: index for index, image_id in enumerate(image_ids.tolist())}
     label_of_category = {category_id: label for label, category_id in enumerate(categories.ids)}
-    owners, boxes, labels, crowd = [], [], [], []
-    for annotation in content["annotations"]:
-        name = f"{split.json}: annotation {annotation.get('id')}"
-        if annotation.get("category_id") not in label_of_category:
-            raise DataError(
-                f"{name} names category {annotation.get('category_id')}, which is not one of "
-                f"{_listed(map(str, categories.ids))}"
-            )
-        if annotation.get("image_id") not in index_of_image:
-            raise DataError(f"{name} names image {annotation.get('image_id')}, which is not in the file")
-        box = annotation.get("bbox")
-        if not (isinstance(box, list) and len(box) == 4 and all(isinstance(v, int | float) for v in box)):
-            raise DataError(f"{name} has bbox {box}: four numbers x, y, width, height are needed")
-        owners.append(index_of_image[annotation["image_id"]])
-        boxes.append(box)
-        labels.append(label_of_category[annotation["category_id"]])
-        crowd.append(bool(annotation.get("iscrowd", 0)))
+    owners = np.array([index_of_image[entry["image_id"]] for entry in entries], dtype=np.int64)
+    labels = np.array([label_of_category[entry["category_id"]] for entry in entries], dtype=np.int64)
+    crowd = np.array([bool(entry.get("iscrowd", 0)) for entry in entries], dtype=bool)
+    boxes = np.array([entry["bbox"] for entry in entries], dtype=np.float32).reshape(-1, 4)
 
-    rows = np.argsort(np.array(owners, dtype=np.int64), kind="stable")
-    counts = np.bincount(np.array(owners, dtype=np.int64), minlength=len(images))
-    boxes = np.array(boxes, dtype=np.float32).reshape(-1, 4)[rows]
-    crowd = np.array(crowd, dtype=bool)[rows]
+    rows = np.argsort(owners, kind="stable")
+    counts = np.bincount(owners, minlength=len(images))
+    boxes, crowd = boxes[rows], crowd[rows]
     has_area = np.isfinite(boxes).all(axis=1) & (boxes[:, 2] > 0) & (boxes[:, 3] > 0)
     boxes[:, 2:] += boxes[:, :2]
     annotations = Annotations(
@@ -167,7 +148,7 @@ def load_annotations(split: Split, categories: Categories | None = None) -> Anno
         file_names=np.array([image["file_name"] for image in images], dtype=str),
         offsets=np.concatenate([[0], np.cumsum(counts)]),
         boxes=boxes,
-        labels=np.array(labels, dtype=np.int64)[rows],
+        labels=labels[rows],
         trainable=has_area & ~crowd,
         crowd=crowd,
     )
@@ -175,21 +156,46 @@ def load_annotations(split: Split, categories: Categories | None = None) -> Anno
     return annotations
 
 
-def _read_json(path: Path) -> dict:
+def _read_json(path: Path, name: str | None = None):
+    name = name or str(path)
     try:
-        content = json.loads(path.read_bytes())
+        return json.loads(path.read_bytes())
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+        raise DataError(f"{name}: cannot be read ({error.strerror})") from None
     except ValueError as error:
-        raise DataError(f"{path}: is not JSON ({error})") from None
+        raise DataError(f"{name}: is not JSON ({error})") from None
+
+
+def _read_coco(path: Path) -> dict:
+    """The content of an annotation file in which every entry has what is needed, and names what exists."""
+    content = _read_json(path)
     for key in ("images", "annotations", "categories"):
-        if not (isinstance(content, dict) and isinstance(content.get(key), list)):
+        entries = content.get(key) if isinstance(content, dict) else None
+        if not (isinstance(entries, list) and all(isinstance(entry, dict) for entry in entries)):
             raise DataError(
                 f"{path}: has no list '{key}'; a COCO annotation file holds images, annotations, categories"
             )
     for image in content["images"]:
         if not (isinstance(image.get("id"), int) and isinstance(image.get("file_name"), str)):
             raise DataError(f"{path}: an image entry lacks a whole number 'id' or a 'file_name': {str(image)[:100]}")
+    image_ids = [image["id"] for image in content["images"]]
+    if not image_ids:
+        raise DataError(f"{path}: holds no images")
+    if len(set(image_ids)) != len(image_ids):
+        raise DataError(f"{path}: an image id appears twice")
+    known_images, known_categories = set(image_ids), _categories(content, path).ids
+    for entry in content["annotations"]:
+        name = f"{path}: annotation {entry.get('id')}"
+        if entry.get("category_id") not in known_categories:
+            raise DataError(
+                f"{name} names category {entry.get('category_id')}, which is not one of "
+                f"{_listed(map(str, known_categories))}"
+            )
+        if not isinstance(entry.get("image_id"), int) or entry["image_id"] not in known_images:
+            raise DataError(f"{name} names image {entry.get('image_id')}, which is not in the file")
+        box = entry.get("bbox")
+        if not (isinstance(box, list) and len(box) == 4 and all(isinstance(v, int | float) for v in box)):
+            raise DataError(f"{name} has bbox {box}: four numbers x, y, width, height are needed")
     return content
 
 
@@ -234,22 +240,14 @@ def load_ground_truth(path: str | Path, image_ids: np.ndarray | None = None) -> 
     Annotation ids are numbered from 1 (it ignores matches of id 0), and a missing `area` or `iscrowd` is filled in.
     With `image_ids`, only those images and their annotations. Raises DataError.
     """
-    path = Path(path)
-    try:
-        truth = json.loads(path.read_bytes())
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise DataError(f"{path}: is not JSON ({error})") from None
-    if not (isinstance(truth, dict) and all(isinstance(truth.get(k), list) for k in ("images", "annotations"))):
-        raise DataError(f"{path}: is not a COCO annotation file: no lists 'images' and 'annotations'")
-    if not truth.get("categories"):
-        raise DataError(f"{path}: holds no categories")
+    truth = _read_coco(Path(path))
     if image_ids is not None:
         wanted = set(image_ids.tolist())
         truth["images"] = [image for image in truth["images"] if image["id"] in wanted]
         truth["annotations"] = [entry for entry in truth["annotations"] if entry["image_id"] in wanted]
     for number, annotation in enumerate(truth["annotations"], start=1):
+        if not all(math.isfinite(value) for value in annotation["bbox"]):
+            raise DataError(f"{path}: annotation {annotation.get('id')} has bbox {annotation['bbox']}: not finite")
         annotation["id"] = number
         annotation.setdefault("iscrowd", 0)
         annotation.setdefault("area", annotation["bbox"][2] * annotation["bbox"][3])
@@ -257,13 +255,8 @@ def load_ground_truth(path: str | Path, image_ids: np.ndarray | None = None) -> 
 
 
 def load_predictions(path: str | Path) -> list[dict]:
-    path = Path(path)
-    try:
-        return json.loads(path.read_bytes())
-    except OSError as error:
-        raise DataError(f"--predictions {path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise DataError(f"--predictions {path}: is not JSON ({error})") from None
+    """A COCO results file, unchecked: see `check_predictions`."""
+    return _read_json(Path(path), name=f"--predictions {path}")
 
 
 def check_predictions(predictions: list[dict], truth: dict) -> None:
@@ -289,9 +282,9 @@ def check_predictions(predictions: list[dict], truth: dict) -> None:
 def _prediction_fault(row, image_ids: set, category_ids: set) -> str | None:
     if not isinstance(row, dict) or not {"image_id", "category_id", "bbox", "score"} <= row.keys():
         return "lack image_id, category_id, bbox or score"
-    if row["image_id"] not in image_ids:
+    if not isinstance(row["image_id"], int) or row["image_id"] not in image_ids:
         return f"name an image that is not in the ground truth ({row['image_id']!r})"
-    if row["category_id"] not in category_ids:
+    if not isinstance(row["category_id"], int) or row["category_id"] not in category_ids:
         return f"name a category that is not in the ground truth ({row['category_id']!r})"
     box = row["bbox"]
     numbers = [*box, row["score"]] if isinstance(box, list) and len(box) == 4 else [None]

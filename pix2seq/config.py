@@ -37,6 +37,9 @@ class ModelArguments:
     num_heads: int = flag(8, "attention heads of encoder and decoder")
     mlp_size: int = flag(1024, "inner width of the MLPs of encoder and decoder")
     dropout: float = flag(0.1, "dropout on visual features and in the encoder layers")
+    position_code: Literal["original", "ruler"] = flag(
+        "original", "code of the visual tokens' places; ruler: finer, and shared with the coordinate tokens"
+    )
     image_size: int = flag(640, "side of the square canvas in pixels")
     num_bins: int = flag(1000, "coordinate bins")
     max_objects: int = flag(100, "objects in a sentence, in training and in evaluation")

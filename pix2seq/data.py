@@ -24,7 +24,8 @@ def load_image(path: Path) -> torch.Tensor:
     try:
         with Image.open(path) as image:
             return pil_to_tensor(image.convert("RGB"))
-    except (OSError, Image.DecompressionBombError) as error:
+    # Pillow raises the middle two for damaged chunks and headers.
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"{path}: cannot be read as an image ({error})") from None
 
 

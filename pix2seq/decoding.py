@@ -79,7 +79,7 @@ def sample_top_p(logits: torch.Tensor, top_p: float, temperature: float, uniform
     This drops the token that crosses p, which Hugging Face's TopPLogitsWarper keeps. `uniform` (B,) in [0, 1) is the
     randomness: the token is where it falls in the cumulative distribution of those kept.
     """
-    probabilities, order = (logits / temperature).softmax(-1).sort(-1, descending=True, stable=True)
+    probabilities, order = (logits / temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
     kept = probabilities.cumsum(-1) <= top_p
     kept[:, 0] = True
     cumulative = (probabilities * kept).cumsum(-1)

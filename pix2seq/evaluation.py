@@ -7,7 +7,6 @@ import contextlib
 import io
 
 import numpy as np
-import torch
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -18,7 +17,7 @@ from pix2seq.data import EvalDataset, eval_loader, load_image
 from pix2seq.decoding import DecodingOptions, Detections, generate
 from pix2seq.tokenizer import Tokenizer
 from pix2seq.transforms import to_original_pixels
-from pix2seq.visualize import color_of, draw_boxes, side_by_side
+from pix2seq.visualize import CELL, color_of, draw_boxes, enlarge, side_by_side
 
 METRICS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
 METRICS += ("AR_1", "AR_10", "AR_100", "AR_small", "AR_medium", "AR_large")
@@ -47,18 +46,9 @@ def predict(model, dataset: EvalDataset, options: DecodingOptions, batch_size: i
 
     # Batches are dealt out so that no image is read twice; keying by image id is the second guard.
     by_image = {}
-    for image_id, rows in _gather(results, accelerator):
+    for image_id, rows in accelerator.gather_for_metrics(results, use_gather_object=True):
         by_image.setdefault(image_id, rows)
     return [row for image_id in dataset.annotations.image_ids.tolist() for row in by_image[image_id]]
-
-
-def _gather(results: list, accelerator) -> list:
-    """`results` of all ranks, which may differ in length, as one list on every rank."""
-    if accelerator.num_processes == 1:
-        return results
-    gathered = [None] * accelerator.num_processes
-    torch.distributed.all_gather_object(gathered, results)
-    return [result for part in gathered for result in part]
 
 
 def coco_results(image_id: int, detections: Detections, category_ids: list[int]) -> list[dict]:
@@ -141,10 +131,13 @@ def prediction_picture(annotations: Annotations, predictions: list[dict], count:
     for index in range(min(count, len(annotations))):
         image = Image.open(annotations.path(index)).convert("RGB")
         boxes, labels = annotations.objects(index)
-        truth = draw_boxes(image, boxes, [names[i] for i in labels], [color_of(i) for i in labels])
+        large, boxes = enlarge(image, boxes, CELL)
+        truth = draw_boxes(large, boxes, [names[label] for label in labels], [color_of(label) for label in labels])
         shown = [p for p in predictions if p["image_id"] == annotations.image_ids[index] and p["score"] >= min_score]
-        boxes = [[p["bbox"][0], p["bbox"][1], p["bbox"][0] + p["bbox"][2], p["bbox"][1] + p["bbox"][3]] for p in shown]
+        boxes = np.array([p["bbox"] for p in shown]).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
         labels = [label_of_category[p["category_id"]] for p in shown]
         captions = [f"{names[label]} {p['score']:.2f}" for label, p in zip(labels, shown, strict=True)]
-        pairs.append((truth, draw_boxes(image, boxes, captions, [color_of(label) for label in labels])))
+        large, boxes = enlarge(image, boxes, CELL)
+        pairs.append((truth, draw_boxes(large, boxes, captions, [color_of(label) for label in labels])))
     return side_by_side(pairs)

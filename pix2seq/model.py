@@ -7,6 +7,7 @@ Knows token ids and sizes only through its config: what they mean is the tokeniz
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,8 @@ from transformers.utils import ModelOutput
 
 from pix2seq.backbone import IMAGENET_MEAN, IMAGENET_STD, VisionBackbone
 
+PositionCode = Literal["original", "ruler"]
+
 
 class Pix2SeqConfig(PretrainedConfig):
     """Everything needed to rebuild a trained detector from its folder.
@@ -25,6 +28,8 @@ class Pix2SeqConfig(PretrainedConfig):
     backbone_config   any Hugging Face vision model's config, with its model_type
     decoder_config    a LlamaConfig; its vocab_size is the tokenizer's
     encoder_layers    transformer layers between backbone and decoder, of width `hidden_size`
+    position_code     of visual tokens: see coordinate_code. With "ruler" the bins' embeddings start as the same code,
+                      so that a coordinate's token and the visual tokens at that coordinate are alike from the start
     image_size        side S of the square canvas, in pixels
     image_mean, image_std   of the pixels the backbone expects, for pixels in [0, 1]
     num_bins, max_objects, noise_objects   how sentences were built: see Tokenizer and SequenceBuilder
@@ -44,6 +49,7 @@ class Pix2SeqConfig(PretrainedConfig):
         encoder_heads: int = 8,
         encoder_mlp_size: int = 1024,
         dropout: float = 0.1,
+        position_code: PositionCode = "original",
         image_size: int = 640,
         image_mean: tuple[float, ...] = IMAGENET_MEAN,
         image_std: tuple[float, ...] = IMAGENET_STD,
@@ -68,6 +74,7 @@ class Pix2SeqConfig(PretrainedConfig):
         self.encoder_heads = encoder_heads
         self.encoder_mlp_size = encoder_mlp_size
         self.dropout = dropout
+        self.position_code = position_code
         self.image_size = image_size
         self.image_mean = list(image_mean)
         self.image_std = list(image_std)
@@ -90,21 +97,32 @@ class Pix2SeqOutput(ModelOutput):
     token_losses: torch.Tensor | None = None
 
 
-def position_code_2d(height: int, width: int, channels: int, device=None) -> torch.Tensor:
-    """Fixed code (height * width, channels): the first half of the channels tells y, the second x.
+def coordinate_code(coordinates: torch.Tensor, channels: int, kind: PositionCode) -> torch.Tensor:
+    """Coordinates (N,) in [0, 1] of the canvas -> fixed code (N, channels), all sines before all cosines.
 
-    Coordinates are scaled to [0, 2 pi], so the code of a place does not depend on the canvas size in pixels; within a
-    half, sines come before cosines (as in the authors' code).
+    original   the authors': wave lengths from one canvas to 10000 canvases
+    ruler      wave lengths from four canvases to an eighth of one, so that places near each other can be told apart
     """
-    half = channels // 2
-    frequencies = 10000.0 ** (-2 * torch.arange(half // 2, device=device) / half)
+    steps = torch.arange(channels // 2, device=coordinates.device) / (channels // 2)
+    cycles = 10000.0**-steps if kind == "original" else 0.25 * 32.0**steps
+    angles = 2 * math.pi * coordinates[:, None] * cycles
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+def position_code_2d(height: int, width: int, channels: int, kind: PositionCode, device=None) -> torch.Tensor:
+    """Code of the cells of a grid (height * width, channels): the first half of the channels tells y, the second x.
+
+    Depends on the place on the canvas, not on the canvas size, so weights can be moved to another size. The authors
+    put the first and the last cell on the edges; on the ruler a cell lies where its centre is, as a bin does.
+    """
 
     def code(length: int) -> torch.Tensor:
-        angles = torch.linspace(0, 2 * math.pi, length, device=device)[:, None] * frequencies
-        return torch.cat([angles.sin(), angles.cos()], dim=1)  # (length, half)
+        cells = torch.arange(length, device=device)
+        coordinates = cells / max(length - 1, 1) if kind == "original" else (cells + 0.5) / length
+        return coordinate_code(coordinates, channels // 2, kind)
 
-    y = code(height)[:, None].expand(height, width, half)
-    x = code(width)[None].expand(height, width, half)
+    y = code(height)[:, None].expand(height, width, channels // 2)
+    x = code(width)[None].expand(height, width, channels // 2)
     return torch.cat([y, x], dim=2).reshape(height * width, channels)
 
 
@@ -148,6 +166,17 @@ class Pix2SeqForObjectDetection(Pix2SeqPreTrainedModel):
         )
         self.decoder = LlamaForCausalLM(decoder)
         self.post_init()
+        if config.position_code == "ruler":
+            self._lay_ruler()
+
+    @torch.no_grad()
+    def _lay_ruler(self) -> None:
+        """Bins (the last ids of the vocabulary) start as the code of their coordinate, as y and as x."""
+        embeddings = self.decoder.get_input_embeddings().weight
+        coordinates = torch.linspace(0, 1, self.config.num_bins, device=embeddings.device)
+        code = coordinate_code(coordinates, embeddings.shape[1] // 2, "ruler")
+        scale = math.sqrt(2) * self.config.decoder_config.initializer_range  # sines have a variance of a half
+        embeddings[-self.config.num_bins :] = scale * torch.cat([code, code], dim=1)
 
     def encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Pixels (B, 3, S, S) -> visual tokens (B, N, D).
@@ -163,10 +192,13 @@ class Pix2SeqForObjectDetection(Pix2SeqPreTrainedModel):
         features = self.backbone(pixel_values)  # (B, C, h, w)
         height, width = features.shape[-2:]
         tokens = self.projection(features.flatten(2).transpose(1, 2))
-        tokens = self.encoder(tokens + position_code_2d(height, width, tokens.shape[-1], tokens.device).to(tokens))
+        tokens = self.encoder(tokens + self._position_code(height, width, tokens))
         tokens = self.bridge(tokens)
         # The code a second time, as in the authors' code: attention in the decoder should not have to recover it.
-        return tokens + position_code_2d(height, width, tokens.shape[-1], tokens.device).to(tokens)
+        return tokens + self._position_code(height, width, tokens)
+
+    def _position_code(self, height: int, width: int, like: torch.Tensor) -> torch.Tensor:
+        return position_code_2d(height, width, like.shape[-1], self.config.position_code, like.device).to(like.dtype)
 
     def forward(
         self,

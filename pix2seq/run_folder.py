@@ -28,16 +28,16 @@ class RunFolder:
     def __init__(self, path: str | Path, is_main: bool):
         self.path = Path(path)
         self.is_main = is_main
-        if is_main:
-            self.path.mkdir(parents=True, exist_ok=True)
 
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
     def describe(self, config_yaml: str, device: torch.device, num_processes: int) -> None:
+        """Makes the folder and writes what it takes to run the same again."""
         if not self.is_main:
             return
+        self.path.mkdir(parents=True, exist_ok=True)
         (self.path / "config.yaml").write_text(config_yaml)
         environment = {
             "command": sys.argv,
@@ -64,8 +64,9 @@ class RunFolder:
         if not self.is_main:
             return
         tqdm.write(message)
-        with (self.path / "train.log").open("a") as file:
-            file.write(message + "\n")
+        if self.path.is_dir():
+            with (self.path / "train.log").open("a") as file:
+                file.write(message + "\n")
 
     def append_metrics(self, row: dict) -> None:
         if not self.is_main:

@@ -23,7 +23,7 @@ _SUPERSAMPLING = 2
 
 
 def draw_dataset(
-    folder: str | Path, num_train: int = 4000, num_val: int = 200, size: int = 128, max_shapes: int = 5, seed: int = 0
+    folder: str | Path, num_train: int = 8000, num_val: int = 200, size: int = 64, max_shapes: int = 4, seed: int = 0
 ) -> Path:
     """Draws images/{train,val}2017 and annotations/instances_{train,val}2017.json under `folder` and returns it.
 
@@ -93,7 +93,7 @@ def draw_picture(
 def _place(rng: np.random.Generator, size: int, taken: list) -> tuple[float, float, float, float] | None:
     """A box that overlaps earlier ones a little at most, so that no shape hides another."""
     for _ in range(20):
-        width, height = (float(v) for v in rng.uniform(0.15, 0.45, 2).clip(0.12) * size)
+        width, height = (float(v) for v in rng.uniform(0.2, 0.5, 2) * size)
         if max(width, height) > 1.5 * min(width, height):
             continue
         x, y = float(rng.uniform(0, size - width)), float(rng.uniform(0, size - height))
@@ -129,10 +129,10 @@ def _draw_shape(draw: ImageDraw.ImageDraw, name: str, box, color) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Draw the shapes dataset as a COCO-layout folder.")
     parser.add_argument("folder", help="where to put it")
-    parser.add_argument("--num_train", type=int, default=4000)
+    parser.add_argument("--num_train", type=int, default=8000)
     parser.add_argument("--num_val", type=int, default=200)
-    parser.add_argument("--size", type=int, default=128, help="side of a picture in pixels")
-    parser.add_argument("--max_shapes", type=int, default=5)
+    parser.add_argument("--size", type=int, default=64, help="side of a picture in pixels")
+    parser.add_argument("--max_shapes", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     try:

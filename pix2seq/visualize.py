@@ -9,6 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 PALETTE = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
 GREY = "#9A9A9A"
 MARGIN = 8
+CELL = 320  # side of a picture in a grid
 
 
 def draw_boxes(
@@ -64,11 +65,18 @@ def grid(rows: Sequence[Sequence[Image.Image]], titles: Sequence[str] = (), cell
     return sheet
 
 
-def side_by_side(pairs: Sequence[tuple[Image.Image, Image.Image]], columns: int = 2, cell: int = 320) -> Image.Image:
+def side_by_side(pairs: Sequence[tuple[Image.Image, Image.Image]], columns: int = 2, cell: int = CELL) -> Image.Image:
     """Pairs of (ground truth, predictions), `columns` pairs in a row."""
     rows = [[image for pair in pairs[i : i + columns] for image in pair] for i in range(0, len(pairs), columns)]
     titles = ["ground truth", "predictions"] * min(columns, len(pairs))
     return grid(rows, titles, cell)
+
+
+def enlarge(image: Image.Image, boxes: np.ndarray, side: int) -> tuple[Image.Image, np.ndarray]:
+    """Image and boxes scaled so that the longer side is `side`: names drawn on it are legible whatever its size."""
+    scale = side / max(image.size)
+    size = tuple(max(1, round(length * scale)) for length in image.size)
+    return image.resize(size, Image.Resampling.BICUBIC), np.asarray(boxes, dtype=float).reshape(-1, 4) * scale
 
 
 def draw_examples(
@@ -81,10 +89,11 @@ def draw_examples(
     drawn = []
     for image, (boxes, labels) in zip(images, objects, strict=True):
         order = np.argsort(labels, kind="stable")
-        boxes, labels = boxes[order] * image.width, labels[order]
+        image, boxes = enlarge(image, boxes[order] * image.width, CELL)
+        labels = labels[order]
         captions = ["" if label < 0 else names[label] for label in labels]
         drawn.append(draw_boxes(image, boxes, captions, [color_of(label) for label in labels], labels < 0))
-    return grid([drawn[start : start + 4] for start in range(0, len(drawn), 4)])
+    return grid([drawn[start : start + 4] for start in range(0, len(drawn), 4)], cell=CELL)
 
 
 def _dashed_rectangle(draw: ImageDraw.ImageDraw, box: tuple[float, float, float, float], color: str) -> None:

@@ -1,0 +1,48 @@
+"""Turns a finished run into a record for docs/results: metrics, command, commit, hardware, flags.
+
+python benchmarks/record.py runs/demo --output docs/results/demo.json
+"""
+
+import argparse
+import json
+import platform
+from pathlib import Path
+
+import yaml
+
+
+def record(run: Path) -> dict:
+    status = json.loads((run / "status.json").read_text())
+    if status["state"] != "finished":
+        raise SystemExit(f"error: {run}: its state is {status['state']}, not finished")
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    evaluations = [row for row in rows if "eval/AP" in row]
+    best = max(evaluations, key=lambda row: row["eval/AP"])
+    return {
+        "environment": json.loads((run / "env.json").read_text()) | {"processor": _processor()},
+        "flags": yaml.safe_load((run / "config.yaml").read_text()),
+        "best": {name.removeprefix("eval/"): value for name, value in best.items()},
+        "ap_by_step": {row["step"]: row["eval/AP"] for row in evaluations},
+        "images_per_s": rows[-2 if "eval/AP" in rows[-1] else -1]["perf/images_per_s"],
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Turn a finished run into a record.")
+    parser.add_argument("run", type=Path, help="run folder")
+    parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
+    args = parser.parse_args()
+    args.output.write_text(json.dumps(record(args.run), indent=1) + "\n")
+    print(args.output)
+
+
+if __name__ == "__main__":
+    main()

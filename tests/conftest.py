@@ -1,0 +1,83 @@
+"""Shared fixtures: a drawn dataset and a model small enough to be built in a test. Nothing here needs the network."""
+
+import os
+
+# These are read when torch and transformers are first imported, so they come before any such import. Some CPUs offer
+# instructions with which oneDNN's bf16 kernels crash in containers: keep to the plain ones. Threads only slow down
+# models this small. Nothing is ever downloaded.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from pathlib import Path  # noqa: E402
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from hypothesis import settings  # noqa: E402
+from transformers import LlamaConfig  # noqa: E402
+
+from pix2seq.model import Pix2SeqConfig, Pix2SeqForObjectDetection  # noqa: E402
+from pix2seq.shapes import CATEGORY_IDS, SHAPES, draw_dataset  # noqa: E402
+from pix2seq.tokenizer import TOKENS_PER_OBJECT, Tokenizer  # noqa: E402
+
+# The same examples on every run and no clock: a slow machine must not fail a test.
+settings.register_profile("pix2seq", deadline=None, derandomize=True, database=None)
+settings.load_profile("pix2seq")
+
+TINY_BACKBONE = {
+    "model_type": "resnet",
+    "embedding_size": 8,
+    "hidden_sizes": [8, 16],
+    "depths": [1, 1],
+    "layer_type": "basic",
+}
+
+
+@pytest.fixture(scope="session")
+def shapes_root(tmp_path_factory) -> Path:
+    """A COCO-layout folder of shapes: 12 train and 5 val pictures of 64 pixels. Read it, do not write to it."""
+    return draw_dataset(tmp_path_factory.mktemp("shapes") / "root", num_train=12, num_val=5, size=64, seed=3)
+
+
+@pytest.fixture
+def make_model():
+    """Builds tiny detectors with fixed weights, in eval mode: `make_model(decoder_layers=1, noise_objects=False)`.
+
+    Keywords are Pix2SeqConfig's, and decoder_layers, decoder (more LlamaConfig keywords) and seed.
+    """
+
+    def make(decoder_layers: int = 2, decoder: dict | None = None, seed: int = 0, **kwargs):
+        kwargs = {
+            "backbone_config": dict(TINY_BACKBONE),
+            "hidden_size": 16,
+            "encoder_layers": 1,
+            "encoder_heads": 2,
+            "encoder_mlp_size": 32,
+            "dropout": 0.0,
+            "image_size": 64,
+            "num_bins": 50,
+            "max_objects": 4,
+            "category_ids": CATEGORY_IDS,
+            "id2label": dict(enumerate(SHAPES)),
+            "label2id": {name: label for label, name in enumerate(SHAPES)},
+        } | kwargs
+        tokenizer = Tokenizer(len(kwargs["category_ids"]), kwargs["num_bins"])
+        decoder_config = {
+            "vocab_size": tokenizer.vocab_size,
+            "hidden_size": kwargs["hidden_size"],
+            "intermediate_size": 32,
+            "num_hidden_layers": decoder_layers,
+            "num_attention_heads": 2,
+            "max_position_embeddings": TOKENS_PER_OBJECT * kwargs["max_objects"] + 2,
+            "tie_word_embeddings": True,
+            "pad_token_id": tokenizer.pad_id,
+            "bos_token_id": tokenizer.bos_id,
+            "eos_token_id": tokenizer.eos_id,
+        } | (decoder or {})
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return Pix2SeqForObjectDetection(
+                Pix2SeqConfig(decoder_config=LlamaConfig(**decoder_config), **kwargs)
+            ).eval()
+
+    return make

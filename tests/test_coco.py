@@ -1,0 +1,372 @@
+"""COCO files, good and bad. Every complaint is one line that names the file and what is wrong in it."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pix2seq.coco import (
+    Categories,
+    DataError,
+    Split,
+    check_predictions,
+    coco_split,
+    load_annotations,
+    load_ground_truth,
+    load_predictions,
+)
+
+# Sparse ids, out of order, and names that code might trip over.
+CATEGORIES = [
+    {"id": 90, "name": "hair drier"},
+    {"id": 3, "name": "Zuerich, 'old'"},
+    {"id": 17, "name": "3"},
+]
+
+
+def content() -> dict:
+    """Three pictures: one with a bit of everything, one without objects, one with two objects of the first class."""
+    return {
+        "images": [
+            {"id": 700, "file_name": "b.png", "width": 20, "height": 10},
+            {"id": 5, "file_name": "a.png", "width": 20, "height": 10},
+            {"id": 42, "file_name": "c.png", "width": 20, "height": 10},
+        ],
+        "annotations": [
+            {"id": 1, "image_id": 42, "category_id": 3, "bbox": [1, 2, 3, 4], "iscrowd": 0},
+            {"id": 2, "image_id": 700, "category_id": 90, "bbox": [0.5, 0.25, 2.5, 3], "iscrowd": 0},
+            {"id": 3, "image_id": 700, "category_id": 17, "bbox": [0, 0, 20, 10], "iscrowd": 1},
+            {"id": 4, "image_id": 700, "category_id": 17, "bbox": [4, 4, 0, 5], "iscrowd": 0},
+            {"id": 5, "image_id": 700, "category_id": 17, "bbox": [4, 4, 5, -1], "iscrowd": 0},
+            {"id": 6, "image_id": 42, "category_id": 3, "bbox": [5, 5, 1, 1]},
+        ],
+        "categories": [dict(category) for category in CATEGORIES],
+    }
+
+
+def write(folder: Path, value, images=("a.png", "b.png", "c.png")) -> Split:
+    split = Split(folder / "pictures", folder / "instances.json")
+    split.images.mkdir(exist_ok=True)
+    for name in images:
+        Image.new("RGB", (20, 10)).save(split.images / name)
+    split.json.write_text(value if isinstance(value, str) else json.dumps(value))
+    return split
+
+
+def complaint(call, *args, **kwargs) -> str:
+    with pytest.raises(DataError) as error:
+        call(*args, **kwargs)
+    message = str(error.value)
+    assert "\n" not in message
+    assert len(message) < 500
+    return message
+
+
+def test_categories_become_contiguous_labels_by_id(tmp_path):
+    annotations = load_annotations(write(tmp_path, content()))
+    assert annotations.categories == Categories((3, 17, 90), ("Zuerich, 'old'", "3", "hair drier"))
+    boxes, labels = annotations.objects(0)
+    assert labels.tolist() == [2]
+    assert boxes.tolist() == [[0.5, 0.25, 3.0, 3.25]]
+    assert boxes.dtype == np.float64
+    assert annotations.objects(2)[1].tolist() == [0, 0]
+    assert annotations.objects(2)[0].tolist() == [[1, 2, 4, 6], [5, 5, 6, 6]]
+
+
+def test_the_files_order_and_names_are_kept(tmp_path):
+    split = write(tmp_path, content())
+    annotations = load_annotations(split)
+    assert len(annotations) == 3
+    assert annotations.image_ids.tolist() == [700, 5, 42]
+    assert annotations.path(1) == split.images / "a.png"
+
+
+def test_images_without_objects_are_kept(tmp_path):
+    boxes, labels = load_annotations(write(tmp_path, content())).objects(1)
+    assert boxes.shape == (0, 4)
+    assert labels.shape == (0,)
+
+
+def test_crowds_and_boxes_without_area_are_left_out_of_training_and_counted(tmp_path):
+    annotations = load_annotations(write(tmp_path, content()))
+    assert len(annotations.boxes) == 6
+    assert annotations.crowd.sum() == 1
+    assert annotations.trainable.sum() == 3
+    summary = annotations.summary(max_objects=1)
+    assert "\n" not in summary
+    for part in (
+        "3 images (1 without objects)",
+        "3 objects",
+        "3 classes",
+        "1 crowd boxes",
+        "2 boxes without area",
+        "1 images have more than 1 objects",
+    ):
+        assert part in summary
+    assert "more than" not in annotations.summary(max_objects=2)
+
+
+def test_they_are_kept_in_the_ground_truth(tmp_path):
+    """A bug others shipped: ground truth that went through training's filter."""
+    truth = load_ground_truth(write(tmp_path, content()).json)
+    assert len(truth["annotations"]) == 6
+    assert sum(entry["iscrowd"] for entry in truth["annotations"]) == 1
+
+
+def test_reading_changes_nothing_in_the_file(tmp_path):
+    """A bug others shipped: the category ids of the ground truth were rewritten in place."""
+    split = write(tmp_path, content())
+    load_annotations(split)
+    truth = load_ground_truth(split.json)
+    assert truth["categories"] == CATEGORIES
+    assert json.loads(split.json.read_text()) == content()
+
+
+def test_a_file_without_annotations(tmp_path):
+    annotations = load_annotations(write(tmp_path, content() | {"annotations": []}))
+    assert annotations.objects(2)[0].shape == (0, 4)
+    assert "3 images (3 without objects), 0 objects" in annotations.summary(100)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_boxes_that_are_not_finite_are_left_out_of_training(tmp_path, bad):
+    value = content()
+    value["annotations"][0]["bbox"][2] = bad
+    annotations = load_annotations(write(tmp_path, value))
+    assert annotations.objects(2)[0].tolist() == [[5, 5, 6, 6]]
+
+
+def test_subset(tmp_path):
+    annotations = load_annotations(write(tmp_path, content()))
+    part = annotations.subset([2, 1])
+    assert len(part) == 2
+    assert part.image_ids.tolist() == [42, 5]
+    assert part.path(0).name == "c.png"
+    np.testing.assert_array_equal(part.objects(0)[0], annotations.objects(2)[0])
+    assert part.objects(1)[0].shape == (0, 4)
+    one = annotations.subset([0])
+    np.testing.assert_array_equal(one.objects(0)[0], annotations.objects(0)[0])
+    np.testing.assert_array_equal(one.objects(0)[1], annotations.objects(0)[1])
+    assert one.categories == annotations.categories
+    assert "1 crowd boxes, 2 boxes without area" in one.summary(100)
+
+
+# -- where things lie ------------------------------------------------------------------------------
+
+
+def test_both_layouts_are_found(tmp_path, shapes_root):
+    found = coco_split(shapes_root, "train")
+    assert found == Split(shapes_root / "images/train2017", shapes_root / "annotations" / "instances_train2017.json")
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations/instances_val2017.json").write_text("{}")
+    (tmp_path / "val2017").mkdir()
+    assert coco_split(str(tmp_path), "val").images == tmp_path / "val2017"
+
+
+def test_a_missing_root(tmp_path):
+    assert complaint(coco_split, tmp_path / "nowhere", "val") == f"--root {tmp_path}/nowhere: no such folder"
+
+
+def test_a_root_without_annotations(tmp_path):
+    message = complaint(coco_split, tmp_path, "val")
+    assert str(tmp_path) in message
+    assert "annotations/instances_val2017.json is missing" in message
+
+
+def test_a_root_without_images(tmp_path):
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations/instances_val2017.json").write_text("{}")
+    message = complaint(coco_split, tmp_path, "val")
+    assert str(tmp_path) in message
+    assert "neither images/val2017 nor val2017" in message
+
+
+# -- faults in an annotation file ------------------------------------------------------------------
+
+
+def _set(path: str, value):
+    """An edit of content(): the entry at a path like annotations.1.bbox gets a value."""
+
+    def edit(document: dict) -> dict:
+        *parents, last = path.split(".")
+        place = document
+        for key in parents:
+            place = place[int(key) if key.isdigit() else key]
+        place[int(last) if last.isdigit() else last] = value
+        return document
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("edit", "says"),
+    [
+        (_set("annotations.1.category_id", 4), ["annotation 2", "category 4", "3, 17, 90"]),
+        (_set("annotations.1.category_id", None), ["annotation 2", "category None"]),
+        (_set("annotations.5.image_id", 43), ["annotation 6", "image 43"]),
+        (_set("annotations.0.bbox", [1, 2, 3]), ["annotation 1", "[1, 2, 3]", "four numbers"]),
+        (_set("annotations.0.bbox", [1, 2, 3, "4"]), ["annotation 1", "'4'", "four numbers"]),
+        (_set("annotations.0.bbox", None), ["annotation 1", "None", "four numbers"]),
+        (_set("images.1.id", 42), ["image id appears twice"]),
+        (_set("images.1.id", "5"), ["whole number 'id'", "a.png"]),
+        (_set("images.1.file_name", None), ["'file_name'", "5"]),
+        (_set("images", []), ["holds no images"]),
+        (_set("categories", []), ["holds no categories"]),
+        (_set("categories.1.id", 90), ["category id appears twice", "90"]),
+        (_set("categories.1.name", None), ["lacks", "'name'", "3"]),
+        (_set("annotations", None), ["no list 'annotations'"]),
+        (_set("images.0.file_name", "gone.png"), ["1 of 3 images are missing", "gone.png", "pictures"]),
+    ],
+)
+def test_faults_are_named(tmp_path, edit, says):
+    split = write(tmp_path, edit(content()))
+    message = complaint(load_annotations, split)
+    assert str(split.json) in message
+    for part in says:
+        assert part in message
+
+
+@pytest.mark.parametrize("text", ["", "{", "\x00\xff", '{"images": [}'])
+def test_what_is_not_json_is_named(tmp_path, text):
+    split = write(tmp_path, text)
+    for load in (load_annotations, lambda split: load_ground_truth(split.json)):
+        assert f"{split.json}: is not JSON" in complaint(load, split)
+
+
+@pytest.mark.parametrize("text", ["[]", "3", "null", '{"info": {}}'])
+def test_json_that_is_not_coco_is_named(tmp_path, text):
+    split = write(tmp_path, text)
+    assert f"{split.json}: has no list 'images'" in complaint(load_annotations, split)
+    assert f"{split.json}: has no list" in complaint(load_ground_truth, split.json)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    split = Split(tmp_path, tmp_path / "gone.json")
+    for load, argument in ((load_annotations, split), (load_ground_truth, split.json)):
+        assert complaint(load, argument).startswith(f"{tmp_path}/gone.json: cannot be read")
+
+
+def test_many_missing_images_are_counted_not_listed(tmp_path):
+    value = content()
+    value["images"] += [{"id": 1000 + i, "file_name": f"none{i}.png"} for i in range(50)]
+    message = complaint(load_annotations, write(tmp_path, value))
+    assert "50 of 53 images are missing" in message
+    assert "none0.png" in message
+    assert "and 47 more" in message
+
+
+def test_images_in_subfolders_are_found(tmp_path):
+    split = write(tmp_path, content())
+    (split.images / "deep").mkdir()
+    Image.new("RGB", (20, 10)).save(split.images / "deep/a.png")
+    split.json.write_text(json.dumps(_set("images.1.file_name", "deep/a.png")(content())))
+    assert load_annotations(split).path(1).is_file()
+
+
+def test_validation_may_use_only_the_classes_of_training(tmp_path):
+    training = load_annotations(write(tmp_path, content())).categories
+    value = content()
+    value["categories"].append({"id": 2, "name": "yak"})
+    message = complaint(load_annotations, write(tmp_path, value), training)
+    for part in (str(tmp_path / "instances.json"), "category 2 ('yak')", "90 ('hair drier')"):
+        assert part in message
+    message = complaint(load_annotations, write(tmp_path, _set("categories.2.name", "cup")(content())), training)
+    assert "category 17 ('cup')" in message
+
+
+def test_validation_with_fewer_classes_keeps_the_labels_of_training(tmp_path):
+    training = load_annotations(write(tmp_path, content())).categories
+    value = content()
+    value["categories"] = value["categories"][:1]
+    value["annotations"] = value["annotations"][1:2]
+    annotations = load_annotations(write(tmp_path, value), training)
+    assert annotations.categories == training
+    assert annotations.objects(0)[1].tolist() == [2]
+
+
+# -- ground truth and predictions ------------------------------------------------------------------
+
+
+def test_ground_truth_is_made_fit_for_pycocotools(tmp_path):
+    value = content()
+    for number, entry in enumerate(value["annotations"]):
+        entry["id"] = number  # pycocotools takes a match with annotation 0 for no match
+    value["annotations"][0]["area"] = 7.5
+    truth = load_ground_truth(str(write(tmp_path, value).json))
+    assert [entry["id"] for entry in truth["annotations"]] == [1, 2, 3, 4, 5, 6]
+    assert [entry["iscrowd"] for entry in truth["annotations"]] == [0, 0, 1, 0, 0, 0]
+    assert [entry["area"] for entry in truth["annotations"]][:3] == [7.5, 7.5, 200]
+    assert truth["annotations"][5]["area"] == 1
+
+
+def test_ground_truth_without_ids(tmp_path):
+    value = content()
+    for entry in value["annotations"]:
+        del entry["id"]
+    assert [e["id"] for e in load_ground_truth(write(tmp_path, value).json)["annotations"]] == [1, 2, 3, 4, 5, 6]
+
+
+def test_ground_truth_of_some_images(tmp_path):
+    truth = load_ground_truth(write(tmp_path, content()).json, np.array([42, 5]))
+    assert [image["id"] for image in truth["images"]] == [5, 42]
+    assert {entry["image_id"] for entry in truth["annotations"]} == {42}
+    assert truth["categories"] == CATEGORIES
+
+
+def test_ground_truth_without_categories_is_refused(tmp_path):
+    split = write(tmp_path, content() | {"categories": []})
+    assert complaint(load_ground_truth, split.json) == f"{split.json}: holds no categories"
+
+
+GOOD = {"image_id": 42, "category_id": 3, "bbox": [1.0, 2, 3, 4], "score": 0.5}
+
+
+def test_good_predictions_pass():
+    check_predictions([], content())
+    check_predictions([GOOD, GOOD | {"score": 1}, GOOD | {"segmentation": []}], content())
+
+
+@pytest.mark.parametrize(
+    ("bad", "says"),
+    [
+        ({"image_id": 43}, "name an image that is not in the ground truth (43)"),
+        ({"image_id": "42"}, "name an image that is not in the ground truth ('42')"),
+        ({"category_id": 1}, "name a category that is not in the ground truth (1)"),
+        ({"bbox": [1, 2, 3]}, "finite numbers"),
+        ({"bbox": [1, 2, 3, float("nan")]}, "finite numbers"),
+        ({"bbox": "1 2 3 4"}, "finite numbers"),
+        ({"score": float("inf")}, "finite numbers"),
+        ({"score": None}, "finite numbers"),
+        ({"score": True}, "finite numbers"),
+    ],
+)
+def test_faults_of_predictions_are_counted(bad, says):
+    message = complaint(check_predictions, [GOOD, GOOD | bad, GOOD, GOOD | bad], content())
+    assert says in message
+    assert "2 of 4" in message
+    assert "first entry 1" in message
+
+
+def test_predictions_that_lack_something():
+    for key in GOOD:
+        row = {k: v for k, v in GOOD.items() if k != key}
+        assert "1 of 2 lack image_id" in complaint(check_predictions, [GOOD, row], content())
+    assert "1 of 1 lack" in complaint(check_predictions, ["box"], content())
+    assert "list" in complaint(check_predictions, {"predictions": []}, content())
+
+
+def test_different_faults_are_all_told():
+    message = complaint(check_predictions, [GOOD | {"image_id": 1}, GOOD | {"score": "high"}], content())
+    assert "1 of 2 name an image" in message
+    assert "1 of 2 have a box or score" in message
+
+
+def test_load_predictions(tmp_path):
+    path = tmp_path / "predictions.json"
+    path.write_text(json.dumps([GOOD]))
+    assert load_predictions(path) == [GOOD]
+    path.write_text("[")
+    assert complaint(load_predictions, path).startswith(f"--predictions {path}: is not JSON")
+    assert complaint(load_predictions, tmp_path / "no.json").startswith(f"--predictions {tmp_path}/no.json: cannot")

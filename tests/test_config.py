@@ -1,0 +1,137 @@
+"""Flags and recipes: every mistake is one line and exit code 2, and a recipe is nothing but flags written down."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pix2seq.config import Arguments, EvaluateArguments, parse, to_yaml
+
+CONFIGS = sorted(Path("configs").glob("*.yaml"))
+
+
+def error_of(capsys, argv: list[str], kind: type = Arguments) -> str:
+    with pytest.raises(SystemExit) as stop:
+        parse(kind, argv)
+    message = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert message.count("\n") == 1, "a mistake is told in one line"
+    return message
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_recipe_parses(path):
+    arguments = parse(Arguments, ["--config", str(path), "--root", "somewhere"])
+    for name, value in yaml.safe_load(path.read_text()).items():
+        parsed = getattr(arguments, name)
+        assert (yaml.safe_load(parsed) if isinstance(value, dict) else parsed) == (
+            float(value) if isinstance(parsed, float) else value
+        )
+
+
+def test_there_are_recipes():
+    assert {"demo", "overfit", "coco_r50", "coco_r50_1333", "coco_vit_b"} <= {path.stem for path in CONFIGS}
+
+
+def test_scientific_notation_in_a_recipe_is_a_number(tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("lr: 1e-3\nroot: x\n")  # PyYAML reads 1e-3 as a string
+    assert parse(Arguments, ["--config", str(recipe)]).lr == pytest.approx(1e-3)
+
+
+def test_the_command_line_wins_over_the_recipe(tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("lr: 1e-3\nbatch_size: 4\nroot: x\nnoise_objects: false\n")
+    arguments = parse(Arguments, [f"--config={recipe}", "--batch_size", "8"])
+    assert (arguments.batch_size, arguments.lr, arguments.noise_objects) == (8, 1e-3, False)
+
+
+def test_switches_can_be_turned_off():
+    assert parse(Arguments, ["--root", "x"]).noise_objects
+    assert not parse(Arguments, ["--root", "x", "--no_noise_objects"]).noise_objects
+    assert not parse(Arguments, ["--root", "x", "--noise_objects", "false"]).noise_objects
+
+
+def test_dump_parses_back_to_the_same_values(tmp_path):
+    argv = ["--root", "x", "--lr", "3e-5", "--no_noise_objects", "--backbone", "{model_type: resnet, depths: [1, 1]}"]
+    first = parse(Arguments, [*argv, "--report_to", "wandb", "tensorboard"])
+    dump = tmp_path / "config.yaml"
+    dump.write_text(to_yaml(first))
+    second = parse(Arguments, ["--config", str(dump)])
+    assert dataclasses.asdict(second) | {"config": None} == dataclasses.asdict(first)
+
+
+def test_default_output_dir_follows_the_project():
+    assert parse(Arguments, ["--root", "x", "--project_name", "p"]).output_dir == str(Path("runs") / "p")
+
+
+@pytest.mark.parametrize(
+    ("argv", "parts"),
+    [
+        (["--num_bin", "10"], ["--num_bin", "did you mean --num_bins?"]),
+        (["--batchsize=3"], ["--batchsize", "did you mean --batch_size?"]),
+        (["--num_bins", "1"], ["--num_bins 1", "at least 2"]),
+        (["--batch_size", "0"], ["--batch_size 0", "at least 1"]),
+        (["--batch_size", "four"], ["--batch_size", "four"]),
+        (["--lr_scheduler", "cos"], ["--lr_scheduler", "cosine"]),
+        (["--mixed_precision", "fp8"], ["--mixed_precision", "bf16"]),
+        (["--keep_last", "1"], ["--keep_last 1", "at least 2"]),
+        (["--hidden_size", "100"], ["--hidden_size 100", "multiple of 16"]),
+        (["--scale_min", "3"], ["--scale_min 3.0", "--scale_max"]),
+        (["--top_p", "1.5"], ["--top_p 1.5", "0 (greedy) to 1"]),
+        (["--val_json", "x.json"], ["--root", "--val_json"]),
+        (["stray"], ["stray"]),
+        (["--config", "nowhere.yaml"], ["--config nowhere.yaml"]),
+    ],
+)
+def test_mistakes_name_the_flag_and_what_is_allowed(capsys, argv, parts):
+    message = error_of(capsys, ["--root", "x", *argv])
+    assert all(part in message for part in parts), message
+
+
+def test_a_missing_dataset_is_named(capsys):
+    assert "--root" in error_of(capsys, [])
+    assert "--train_json" in error_of(capsys, ["--train_images", "x", "--val_images", "y", "--val_json", "z"])
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("num_bin: 5\n", ["'num_bin'", "did you mean num_bins?"]),
+        ("lr_scheduler: cos\n", ["--lr_scheduler"]),
+        ("- a\n- b\n", ["flag: value"]),
+        ("a: [1\n", ["is not YAML"]),
+    ],
+)
+def test_mistakes_in_a_recipe(capsys, tmp_path, text, parts):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(text)
+    message = error_of(capsys, ["--root", "x", "--config", str(recipe)])
+    assert all(part in message for part in parts), message
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["--checkpoint", "a", "--oracle"],
+        ["--predictions", "p.json"],
+        ["--gt", "g.json", "--checkpoint", "a"],
+        ["--oracle"],
+        ["--checkpoint", "a", "--val_images", "b"],
+        ["--checkpoint", "a", "--max_objects", "0"],
+    ],
+)
+def test_evaluate_needs_one_thing_to_score(capsys, argv):
+    error_of(capsys, argv, EvaluateArguments)
+
+
+def test_help_lists_every_flag_with_a_text(capsys):
+    for kind in (Arguments, EvaluateArguments):
+        with pytest.raises(SystemExit):
+            parse(kind, ["--help"])
+        text = capsys.readouterr().out
+        for field in dataclasses.fields(kind):
+            assert f"--{field.name}" in text
+            assert field.metadata["help"]

@@ -1,0 +1,378 @@
+"""Whatever the model says, the answer is a list of objects; and it is the model's answer, not its batch's.
+
+The models here are stubs: anything with `start`, `step` and `config.noise_objects` can be decoded.
+"""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers.generation.logits_process import TopPLogitsWarper
+
+from pix2seq.decoding import DecodingOptions, Grammar, generate, sample_top_p
+from pix2seq.tokenizer import CLASS_SLOT, NOISE_LABEL, TOKENS_PER_OBJECT, Tokenizer
+
+TOKENIZER = Tokenizer(num_classes=3, num_bins=12)
+V = TOKENIZER.vocab_size
+
+
+class Scripted:
+    """Says what it is told: logits[row, position], for the rows named by the pixels' first value."""
+
+    def __init__(self, logits: torch.Tensor, noise_objects: bool = True):
+        self.logits = logits  # (rows, L, V)
+        self.config = SimpleNamespace(noise_objects=noise_objects)
+        self.read: list[list[int]] = []
+
+    def start(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return pixel_values[:, 0, 0, 0].long()
+
+    def step(self, ids: torch.Tensor, position: int, cache: torch.Tensor) -> torch.Tensor:
+        self.read.append(ids.tolist())
+        return self.logits[cache, position]
+
+
+def pixels(rows) -> torch.Tensor:
+    return torch.tensor(list(rows), dtype=torch.float32)[:, None, None, None].expand(-1, 3, 4, 4)
+
+
+def random_logits(rows: int, objects: int, seed: int = 0, scale: float = 3.0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return scale * torch.randn(rows, TOKENS_PER_OBJECT * objects, V, generator=generator)
+
+
+def certain(sentences: list[list[int]]) -> torch.Tensor:
+    """Logits that give nearly all mass to the tokens of these sentences."""
+    return 20.0 * torch.nn.functional.one_hot(torch.tensor(sentences), V).float()
+
+
+def decode(model, rows, **options):
+    rows = list(rows)
+    return generate(model, pixels(rows), TOKENIZER, DecodingOptions(**options), keys=[int(row) for row in rows])
+
+
+def assert_equal(a, b):
+    np.testing.assert_array_equal(a.boxes, b.boxes)
+    np.testing.assert_array_equal(a.labels, b.labels)
+    np.testing.assert_array_equal(a.scores, b.scores)
+
+
+def bins(*values: int) -> list[int]:
+    return [TOKENIZER.first_bin_id + value for value in values]
+
+
+def cls(label: int) -> int:
+    return TOKENIZER.first_class_id + label
+
+
+# -- any logits ------------------------------------------------------------------------------------
+
+
+@settings(max_examples=25)
+@given(
+    seed=st.integers(0, 2**31),
+    top_p=st.sampled_from([0.0, 0.4, 0.9, 1.0]),
+    temperature=st.sampled_from([0.5, 1.0, 3.0]),
+    noise_objects=st.booleans(),
+    scale=st.sampled_from([0.0, 1.0, 30.0]),
+)
+def test_any_logits_give_well_formed_objects(seed, top_p, temperature, noise_objects, scale):
+    model = Scripted(random_logits(3, 4, seed, scale), noise_objects)
+    for found in decode(model, range(3), max_objects=4, top_p=top_p, temperature=temperature, seed=seed):
+        if noise_objects:
+            assert len(found.boxes) == 4
+        assert found.boxes.shape == (len(found.labels), 4)
+        assert found.scores.shape == found.labels.shape
+        assert ((found.boxes >= 0) & (found.boxes <= 1)).all()
+        assert (found.boxes[:, 2:] >= found.boxes[:, :2]).all()
+        assert ((found.labels >= 0) & (found.labels < TOKENIZER.num_classes)).all()
+        assert ((found.scores >= 0) & (found.scores <= 1)).all()
+
+
+@settings(max_examples=15)
+@given(seed=st.integers(0, 2**31), noise_objects=st.booleans())
+def test_every_token_that_is_fed_back_is_of_its_slots_kind(seed, noise_objects):
+    model = Scripted(random_logits(4, 3, seed), noise_objects)
+    decode(model, range(4), max_objects=3, top_p=1.0)
+    assert model.read[0] == [TOKENIZER.bos_id] * 4
+    ended = [False] * 4
+    for position, tokens in enumerate(model.read[1:]):
+        for row, token in enumerate(tokens):
+            if token == TOKENIZER.eos_id:
+                assert not noise_objects
+                assert ended[row] or position % TOKENS_PER_OBJECT == 0
+                ended[row] = True
+            elif position % TOKENS_PER_OBJECT == CLASS_SLOT:
+                assert TOKENIZER.noise_id <= token < TOKENIZER.first_bin_id
+            else:
+                assert TOKENIZER.first_bin_id <= token < V
+            assert not ended[row] or token == TOKENIZER.eos_id
+
+
+@pytest.mark.parametrize("noise_objects", [True, False])
+@pytest.mark.parametrize("top_p", [0.0, 0.4, 1.0])
+def test_a_row_decodes_alone_as_in_a_batch(noise_objects, top_p):
+    """A bug others shipped: constraints OR-ed over the batch let one picture's corner be another's."""
+    model = Scripted(random_logits(8, 5, 1, scale=1.5), noise_objects)
+    options = {"max_objects": 5, "top_p": top_p}
+    together = decode(model, range(8), **options)
+    for row in range(8):
+        assert_equal(decode(model, [row], **options)[0], together[row])
+    for row, found in zip((5, 2), decode(model, (5, 2), **options), strict=True):
+        assert_equal(found, together[row])
+
+
+def test_constraints_are_each_rows_own():
+    """A bug others shipped: row 0 may not use what only row 1's corner allows."""
+    wish = [*bins(8, 8, 2, 2), cls(1)]
+    logits = certain([wish, [*bins(1, 1, 2, 2), cls(1)]])
+    logits[0, 2:4, TOKENIZER.first_bin_id + 9] = 10.0  # second choice of row 0: legal
+    first, second = decode(Scripted(logits), range(2), max_objects=1, top_p=0)
+    assert first.boxes * 11 == pytest.approx(np.array([[8, 8, 9, 9]]))
+    assert second.boxes * 11 == pytest.approx(np.array([[1, 1, 2, 2]]))
+
+
+def test_each_corner_is_held_against_its_own_axis():
+    """y2 against y1 and x2 against x1, not against what was said last."""
+    wish = [*bins(2, 9, 5, 10), cls(0)]
+    found = decode(Scripted(certain([wish])), [0], max_objects=1, top_p=0)[0]
+    assert found.boxes * 11 == pytest.approx(np.array([[9, 2, 10, 5]]))
+    grammar = Grammar(TOKENIZER, allow_eos=False)
+    said = [torch.tensor([token]) for token in bins(2, 9)]
+    allowed = grammar(torch.zeros(1, V), said).isfinite()[0]
+    assert torch.nonzero(allowed).flatten().tolist() == bins(*range(2, 12))
+    allowed = grammar(torch.zeros(1, V), [*said, torch.tensor(bins(5))]).isfinite()[0]
+    assert torch.nonzero(allowed).flatten().tolist() == bins(*range(9, 12))
+
+
+def test_a_corner_in_the_last_bin_does_not_dead_end():
+    """A bug others shipped: with y1 or x1 in the last bin no token was left to sample from."""
+    wish = [*bins(11, 11, 0, 0), cls(2)]
+    for top_p in (0.0, 0.4, 1.0):
+        found = decode(Scripted(certain([wish])), [0], max_objects=1, top_p=top_p)[0]
+        assert found.boxes.tolist() == [[1, 1, 1, 1]]
+        assert found.labels.tolist() == [2]
+
+
+@pytest.mark.parametrize("top_p", [0.0, 0.4])
+def test_a_scripted_sentence_is_reproduced(top_p):
+    objects = np.array([[*bins(1, 2, 3, 4), cls(0)], [*bins(0, 5, 11, 5), cls(2)], [*bins(7, 7, 9, 8), cls(1)]])
+    model = Scripted(certain([objects.reshape(-1).tolist()]))
+    found = decode(model, [0], max_objects=3, top_p=top_p)[0]
+    boxes, labels = TOKENIZER.decode(objects)
+    assert_equal(SimpleNamespace(boxes=boxes, labels=labels, scores=found.scores), found)
+    assert model.read == [[TOKENIZER.bos_id], *([token] for token in objects.reshape(-1)[:-1].tolist())]
+    assert (found.scores > 0.999).all()
+
+
+# -- where a sentence ends -------------------------------------------------------------------------
+
+
+def test_a_model_trained_with_noise_never_stops():
+    """A bug others shipped: stopping on an EOS that was never learnt costs recall (AR 26.5 instead of 30)."""
+    logits = random_logits(2, 4, 0, scale=1)
+    logits[..., TOKENIZER.eos_id] = 100.0
+    logits[..., TOKENIZER.pad_id] = 90.0
+    for top_p in (0.0, 0.4, 1.0):
+        for found in decode(Scripted(logits, noise_objects=True), range(2), max_objects=4, top_p=top_p):
+            assert len(found.boxes) == 4
+
+
+def test_a_model_trained_without_noise_stops_at_eos():
+    one, eos = [*bins(1, 2, 3, 4), cls(0)], [TOKENIZER.eos_id]
+    filler = [*bins(6, 6, 7, 7), cls(1)] * 3
+    model = Scripted(certain([(eos + filler)[:15], (one + eos + filler)[:15], one * 3]), noise_objects=False)
+    counts = [len(found.boxes) for found in decode(model, range(3), max_objects=3, top_p=0)]
+    assert counts == [0, 1, 3]
+
+
+def test_what_follows_a_rows_eos_is_not_read():
+    """A bug others shipped: rows that ended early were read on to the end of the longest: phantom boxes of score 1."""
+    one, eos = [*bins(1, 2, 3, 4), cls(0)], [TOKENIZER.eos_id]
+    after = [*bins(6, 7, 7), cls(1), *bins(6, 6, 7, 7), cls(1)]
+    model = Scripted(certain([one + eos + after, one * 3]), noise_objects=False)
+    short, long = decode(model, range(2), max_objects=3, top_p=0)
+    assert len(long.boxes) == 3
+    assert short.boxes * 11 == pytest.approx(np.array([[2, 1, 4, 3]]))
+    assert_equal(short, decode(model, [0], max_objects=3, top_p=0)[0])
+    assert len(short.scores) == len(short.labels) == 1
+
+
+def test_decoding_ends_when_all_rows_have():
+    one, eos = [*bins(1, 2, 3, 4), cls(0)], [TOKENIZER.eos_id]
+    model = Scripted(certain([one + eos + [cls(0)] * 14, eos + [cls(0)] * 19]), noise_objects=False)
+    decode(model, range(2), max_objects=4, top_p=0)
+    assert len(model.read) == 6  # BOS and five tokens were read, then nothing more was asked
+
+
+def test_eos_is_not_offered_within_an_object():
+    logits = certain([[*bins(1, 2, 3, 4), cls(0)]])
+    logits[:, 1:, TOKENIZER.eos_id] = 100.0
+    assert len(decode(Scripted(logits, noise_objects=False), [0], max_objects=1, top_p=0)[0].boxes) == 1
+
+
+# -- labels and scores -----------------------------------------------------------------------------
+
+
+def class_logits(**probabilities: float) -> torch.Tensor:
+    """One object whose class slot has the given probabilities: noise, c0, c1, c2, bin."""
+    ids = {"noise": TOKENIZER.noise_id, "c0": cls(0), "c1": cls(1), "c2": cls(2), "bin": TOKENIZER.first_bin_id}
+    logits = certain([[*bins(1, 2, 3, 4), cls(0)]])
+    logits[0, CLASS_SLOT] = -100.0
+    for name, probability in probabilities.items():
+        logits[0, CLASS_SLOT, ids[name]] = np.log(probability)
+    return logits
+
+
+@pytest.mark.parametrize("top_p", [0.0, 0.4, 1.0])
+def test_the_score_is_the_classs_share_of_all_tokens(top_p):
+    """A bug others shipped: not re-normalised over classes, so mass on NOISE lowers it."""
+    found = decode(Scripted(class_logits(c1=0.5, c2=0.2, noise=0.3)), [0], max_objects=1, top_p=top_p)[0]
+    assert found.labels.tolist() == [1]
+    assert found.scores == pytest.approx([0.5])
+    found = decode(Scripted(class_logits(c1=0.1, c2=0.04, noise=0.86)), [0], max_objects=1, top_p=top_p)[0]
+    assert found.labels.tolist() == [1]
+    assert found.scores == pytest.approx([0.1])
+
+
+def test_a_noise_object_keeps_its_best_class():
+    """NOISE is what is fed back, and still the box is kept with its best class and that class's low score."""
+    logits = class_logits(noise=0.9, c2=0.06, c0=0.04)
+    logits = torch.cat([logits, certain([[*bins(5, 5, 6, 6), cls(1)]])], dim=1)
+    model = Scripted(logits)
+    found = decode(model, [0], max_objects=2, top_p=0)[0]
+    assert model.read[5] == [TOKENIZER.noise_id]
+    assert found.labels.tolist() == [2, 1]
+    assert found.scores == pytest.approx([0.06, 1.0], abs=1e-4)
+    assert NOISE_LABEL not in found.labels
+
+
+def test_the_sampled_class_does_not_change_label_or_score():
+    """A bug others shipped: label and score came from a class token sampled at random."""
+    logits = class_logits(c0=0.4, c1=0.35, noise=0.25)
+    found = [decode(Scripted(logits), [0], max_objects=1, top_p=1.0, seed=seed)[0] for seed in range(12)]
+    assert {f.labels.item() for f in found} == {0}
+    assert {round(f.scores.item(), 6) for f in found} == {0.4}
+
+
+def test_temperature_changes_what_is_sampled_and_not_the_score():
+    logits = class_logits(c0=0.6, noise=0.4)
+    found = decode(Scripted(logits), [0], max_objects=1, temperature=5.0)[0]
+    assert found.scores == pytest.approx([0.6])
+
+
+def test_mass_on_tokens_that_are_no_class_lowers_the_score_too():
+    found = decode(Scripted(class_logits(c0=0.5, bin=0.5)), [0], max_objects=1)[0]
+    assert found.scores == pytest.approx([0.5])
+
+
+# -- sampling --------------------------------------------------------------------------------------
+
+
+def frequencies(probabilities, top_p: float, temperature: float = 1.0, draws: int = 4000) -> np.ndarray:
+    logits = torch.tensor(probabilities).log().expand(draws, -1)
+    uniform = torch.rand(draws, generator=torch.Generator().manual_seed(0))
+    drawn = sample_top_p(logits, top_p, temperature, uniform)
+    return np.bincount(drawn.numpy(), minlength=len(probabilities)) / draws
+
+
+def test_the_token_that_crosses_p_is_dropped():
+    """A bug others shipped: Hugging Face's warper keeps it. With 0.3, 0.25, 0.2 and p 0.6 the authors keep two
+    tokens (0.55 <= 0.6, but 0.75 is not), and Hugging Face three."""
+    probabilities = [0.05, 0.3, 0.2, 0.25, 0.12, 0.08]
+    ours = frequencies(probabilities, 0.6)
+    theirs = TopPLogitsWarper(0.6)(None, torch.tensor([probabilities]).log()).isfinite()[0]
+    assert np.flatnonzero(ours).tolist() == [1, 3]
+    assert torch.nonzero(theirs).flatten().tolist() == [1, 2, 3]
+    assert ours[[1, 3]] == pytest.approx([0.3 / 0.55, 0.25 / 0.55], abs=0.03)
+
+
+def test_the_first_token_stays_even_if_it_crosses_p():
+    assert frequencies([0.1, 0.7, 0.2], 0.4).tolist() == [0, 1, 0]
+    assert frequencies([0.33, 0.35, 0.32], 0.34).tolist() == [0, 1, 0]
+
+
+def test_top_p_zero_is_argmax():
+    logits = random_logits(1, 40)[0]
+    uniform = torch.rand(len(logits), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(sample_top_p(logits, 0.0, 1.0, uniform), logits.argmax(-1))
+
+
+def test_top_p_one_is_the_whole_distribution():
+    probabilities = [0.02, 0.4, 0.08, 0.3, 0.2]
+    assert frequencies(probabilities, 1.0) == pytest.approx(probabilities, abs=0.03)
+
+
+def test_temperature_flattens_and_sharpens():
+    hot = frequencies([0.1, 0.9], 1.0, temperature=2.0)
+    assert hot[0] == pytest.approx(0.1**0.5 / (0.1**0.5 + 0.9**0.5), abs=0.03)
+    assert frequencies([0.1, 0.9], 1.0, temperature=0.25)[0] < 0.01
+
+
+@given(seed=st.integers(0, 2**31), top_p=st.floats(0, 1), extreme=st.sampled_from([0.0, 1 - 2**-24]))
+def test_forbidden_tokens_are_never_drawn(seed, top_p, extreme):
+    """Also at the ends of the uniform numbers, and where rounding makes the kept mass a hair less than p."""
+    logits = random_logits(1, 4, seed, scale=4)[0]
+    forbidden = torch.rand(logits.shape, generator=torch.Generator().manual_seed(seed)) < 0.7
+    forbidden[:, 0] = False
+    drawn = sample_top_p(logits.masked_fill(forbidden, -torch.inf), top_p, 1.0, torch.full((len(logits),), extreme))
+    assert not forbidden.gather(1, drawn[:, None]).any()
+
+
+def test_the_seed_and_the_key_decide_what_is_sampled():
+    """A bug others shipped: unseeded sampling made AP change from run to run."""
+    logits = random_logits(1, 6, 3, scale=0.5).expand(4, -1, -1)
+    options = {"max_objects": 6, "top_p": 1.0}
+    first = decode(Scripted(logits), range(4), **options)
+    torch.manual_seed(1)
+    np.random.default_rng(1).random(5)
+    for a, b in zip(first, decode(Scripted(logits), range(4), **options), strict=True):
+        assert_equal(a, b)
+    other = decode(Scripted(logits), range(4), **options, seed=1)
+    assert all((a.boxes != b.boxes).any() for a, b in zip(first, other, strict=True))
+    # The same logits under other keys: each picture has its own stream.
+    assert (first[0].boxes != first[1].boxes).any()
+
+
+def test_large_and_numpy_keys():
+    model = Scripted(random_logits(1, 1))
+    found = generate(model, pixels([0]), TOKENIZER, DecodingOptions(max_objects=1), keys=[np.int64(2**40)])
+    assert len(found[0].boxes) == 1
+
+
+def test_the_result_is_numpy_of_the_promised_types():
+    found = decode(Scripted(random_logits(1, 2)), [0], max_objects=2)[0]
+    assert found.boxes.dtype == found.scores.dtype == np.float64
+    assert found.labels.dtype == np.int64
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_objects": 0}, "max_objects is 0"),
+        ({"top_p": -0.1}, "top_p is -0.1"),
+        ({"top_p": 1.5}, "top_p is 1.5"),
+        ({"temperature": 0.0}, "temperature is 0.0"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+    ],
+)
+def test_senseless_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        DecodingOptions(**options)
+
+
+@pytest.mark.parametrize("noise_objects", [True, False])
+def test_the_model_itself_can_be_decoded(make_model, noise_objects):
+    """The stub's interface is the model's: a row of a batch gets what it gets alone, with real logits too."""
+    model = make_model(noise_objects=noise_objects)
+    tokenizer = Tokenizer(4, 50)
+    images = torch.randint(0, 256, (3, 3, 64, 64), generator=torch.Generator().manual_seed(0)).byte()
+    options = DecodingOptions(max_objects=3, top_p=0)
+    together = generate(model, images, tokenizer, options, keys=[1, 2, 3])
+    for row in range(3):
+        alone = generate(model, images[row : row + 1], tokenizer, options, keys=[row + 1])[0]
+        np.testing.assert_array_equal(alone.boxes, together[row].boxes)
+        assert alone.scores == pytest.approx(together[row].scores, abs=1e-5)

@@ -1,0 +1,300 @@
+"""train.py from end to end on a few small pictures: what it leaves behind, exact resume, and its mistakes."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import evaluate
+import train
+from pix2seq import checkpoint
+from pix2seq.config import Arguments, EvaluateArguments, parse
+
+TINY = [
+    *(
+        "--backbone",
+        "{model_type: resnet, embedding_size: 8, hidden_sizes: [8, 16], depths: [1, 1], layer_type: basic}",
+    ),
+    *("--hidden_size", "16", "--encoder_layers", "1", "--decoder_layers", "1", "--num_heads", "2", "--mlp_size", "32"),
+    *("--image_size", "64", "--num_bins", "32", "--max_objects", "6", "--batch_size", "4", "--eval_batch_size", "4"),
+    *("--num_workers", "0", "--lr", "1e-3", "--warmup_steps", "2", "--max_steps", "6"),
+    *("--log_every", "2", "--eval_every", "3", "--sample_every", "4", "--ckpt_every", "3"),
+]
+
+
+def arguments(root: Path, output: Path, *words: str) -> Arguments:
+    return parse(Arguments, [*TINY, "--root", str(root), "--output_dir", str(output), *words])
+
+
+def rows(output: Path) -> list[dict]:
+    """metrics.jsonl without what depends on the clock."""
+    lines = (output / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if not k.startswith("perf/")} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def finished(shapes_root, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("run") / "out"
+    assert train.run(arguments(shapes_root, output)) == 0
+    return output
+
+
+def test_a_run_explains_itself(finished):
+    assert json.loads((finished / "status.json").read_text())["state"] == "finished"
+    assert {"torch", "commit", "device", "command"} <= json.loads((finished / "env.json").read_text()).keys()
+    assert parse(Arguments, ["--config", str(finished / "config.yaml")]).max_steps == 6
+    assert (finished / "samples" / "first_batch_00000000.png").is_file()
+    assert (finished / "samples" / "predictions_00000004.png").is_file()
+    assert {path.name for path in (finished / "eval" / "step_6").iterdir()} == {
+        *("metrics.json", "predictions.json", "predictions.png")
+    }
+    for folder in ("best", "final", "checkpoints/step_00000006"):
+        assert checkpoint.verify(finished / folder) is None
+        assert {"model.safetensors", "config.json", "training.yaml"} <= {p.name for p in (finished / folder).iterdir()}
+    assert "finished" in (finished / "train.log").read_text()
+
+
+def test_metrics_have_the_names_of_the_contract(finished):
+    logged = rows(finished)
+    assert [row["step"] for row in logged] == [2, 3, 4, 6, 6]
+    names = {"train/loss", "train/loss_coord", "train/loss_class", "train/lr", "train/grad_norm"}
+    names |= {f"train/acc_{slot}" for slot in ("y1", "x1", "y2", "x2", "class")}
+    assert names <= logged[0].keys()
+    names = {"eval/AP", "eval/AP50", "eval/AP75", "eval/AP_small", "eval/AR_100", "eval/per_class/cross"}
+    assert names <= logged[1].keys()
+    assert all(math.isfinite(value) for row in logged for value in row.values())
+
+
+@pytest.mark.parametrize("folder", ["final", "checkpoints/step_00000006"])
+def test_evaluate_reproduces_the_number_training_printed_to_the_last_digit(finished, shapes_root, tmp_path, folder):
+    args = ["--checkpoint", str(finished / folder), "--root", str(shapes_root), "--output_dir", str(tmp_path)]
+    metrics = evaluate.main(parse(EvaluateArguments, [*args, "--num_workers", "0"]))
+    trained = json.loads((finished / "eval" / "step_6" / "metrics.json").read_text())
+    assert metrics == trained
+    assert json.loads((tmp_path / "metrics.json").read_text()) == trained
+    predictions = (tmp_path / "predictions.json").read_text()
+    assert predictions == (finished / "eval" / "step_6" / "predictions.json").read_text()
+    # And the predictions file alone gives the same numbers again.
+    truth = shapes_root / "annotations" / "instances_val2017.json"
+    args = ["--predictions", str(tmp_path / "predictions.json"), "--gt", str(truth)]
+    assert evaluate.main(parse(EvaluateArguments, args)) == trained
+
+
+def interrupt_at(monkeypatch, step: int, number: signal.Signals) -> None:
+    """Sends this process a signal while the given step is being taken."""
+    original = train.train_step
+
+    def interrupted(training, micro_batches, total_weight):
+        if training.step == step - 1:
+            os.kill(os.getpid(), number)
+        return original(training, micro_batches, total_weight)
+
+    monkeypatch.setattr(train, "train_step", interrupted)
+
+
+@pytest.mark.parametrize("step", [1, 3, 5])
+def test_an_interrupted_run_resumed_equals_one_that_was_not(
+    finished, shapes_root, tmp_path, monkeypatch, capsys, step
+):
+    """Interrupted between rows, checkpoints and evaluations; resumed with another number of workers."""
+    output = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, step, signal.SIGTERM)
+        assert train.run(arguments(shapes_root, output)) == 75
+    status = json.loads((output / "status.json").read_text())
+    assert (status["state"], status["step"], status["reason"]) == ("preempted", step, "SIGTERM")
+    assert train.run(arguments(shapes_root, output, "--resume", "auto", "--num_workers", "1")) == 0
+    assert rows(output) == rows(finished)
+    weights, expected = (load_file(folder / "final" / "model.safetensors") for folder in (output, finished))
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+def test_a_run_killed_between_checkpoints_repeats_the_lost_steps_exactly(finished, shapes_root, tmp_path, monkeypatch):
+    """Rows written after the last checkpoint are written again, not twice."""
+    output = tmp_path / "out"
+    original = train.train_step
+
+    def dies(training, micro_batches, total_weight):
+        if training.step == 4:
+            raise RuntimeError("power cut")
+        return original(training, micro_batches, total_weight)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_step", dies)
+        with pytest.raises(RuntimeError, match="power cut"):
+            train.run(arguments(shapes_root, output))
+    assert json.loads((output / "status.json").read_text())["state"] == "failed"
+    with (output / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "tr')  # the line it was writing
+    assert train.run(arguments(shapes_root, output, "--resume", "auto")) == 0
+    assert rows(output) == rows(finished)
+
+
+def test_ctrl_c_saves_and_leaves_with_130(shapes_root, tmp_path, monkeypatch):
+    interrupt_at(monkeypatch, 2, signal.SIGINT)
+    assert train.run(arguments(shapes_root, tmp_path / "out")) == 130
+    assert checkpoint.latest(tmp_path / "out" / "checkpoints").name == "step_00000002"
+
+
+def test_resuming_a_finished_run_takes_no_step_and_keeps_it(finished, shapes_root, tmp_path):
+    output = tmp_path / "out"
+    shutil.copytree(finished, output)
+    assert train.run(arguments(shapes_root, output, "--resume", "auto")) == 0
+    assert rows(output) == rows(finished)
+
+
+def test_a_broken_newest_checkpoint_is_passed_over(finished, shapes_root, tmp_path):
+    output = tmp_path / "out"
+    shutil.copytree(finished, output)
+    weights = output / "checkpoints" / "step_00000006" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    assert train.run(arguments(shapes_root, output, "--resume", "auto")) == 0
+    assert rows(output) == rows(finished)
+    assert "step_00000006 is passed over: model.safetensors" in (output / "train.log").read_text()
+
+
+def test_resuming_with_other_flags_is_refused_and_says_which(finished, shapes_root, tmp_path, capsys):
+    output = tmp_path / "out"
+    shutil.copytree(finished, output)
+    assert train.run(arguments(shapes_root, output, "--resume", "auto", "--lr", "0.5", "--num_bins", "64")) == 2
+    message = capsys.readouterr().err
+    assert "--lr 0.5 (was 0.001)" in message
+    assert "--num_bins 64 (was 32)" in message
+    assert train.run(arguments(shapes_root, output, "--resume", "auto", "--batch_size", "2")) == 2
+    assert "is 2 and was 4" in capsys.readouterr().err
+
+
+def test_a_used_folder_is_not_overwritten(finished, shapes_root, capsys):
+    before = sorted((finished / "checkpoints").iterdir())
+    assert train.run(arguments(shapes_root, finished)) == 2
+    assert "--resume auto" in capsys.readouterr().err
+    assert sorted((finished / "checkpoints").iterdir()) == before
+
+
+def test_a_pickle_in_a_checkpoint_is_never_run(finished, shapes_root, tmp_path):
+    """The trainer state is loaded with weights_only, so a malicious file is an error, not a shell."""
+    output = tmp_path / "out"
+    shutil.copytree(finished, output)
+    folder = output / "checkpoints" / "step_00000006"
+
+    class Malicious:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path / 'pwned'}",)
+
+    torch.save({"step": Malicious()}, folder / "trainer.pt")
+    content = {p.name: p.read_bytes() for p in folder.iterdir() if p.name != "MANIFEST.json"}
+    checkpoint.commit(folder, lambda new: [(new / name).write_bytes(data) for name, data in content.items()])
+    with pytest.raises(Exception, match="(?i)weights_only|unsupported"):
+        train.run(arguments(shapes_root, output, "--resume", "auto"))
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_accumulation_changes_nothing_but_rounding(finished, shapes_root, tmp_path):
+    """Two micro-batches of 2 are one of 4: a mean of means would weight images by their number of objects.
+
+    BatchNorm sees the micro-batch, so this model has none in its way: dropout and the norm of the backbone are off.
+    """
+    vit = "{model_type: vit, hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2, intermediate_size: 32, "
+    vit += "patch_size: 16, image_size: 64}"
+    common = ["--backbone", vit, "--dropout", "0", "--eval_every", "0", "--sample_every", "0", "--log_every", "1"]
+    for name, words in (("whole", []), ("split", ["--batch_size", "1", "--gradient_accumulation_steps", "4"])):
+        assert train.run(arguments(shapes_root, tmp_path / name, *common, *words)) == 0
+    for whole, split in zip(rows(tmp_path / "whole"), rows(tmp_path / "split"), strict=True):
+        for key in ("train/loss", "train/grad_norm", "train/lr"):
+            assert split.get(key) == pytest.approx(whole.get(key), rel=1e-4)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_images(shapes_root, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "out"
+    original = train.train_step
+
+    def poisoned(training, micro_batches, total_weight):
+        if training.step == 3:
+            for batch in micro_batches:
+                batch["weights"][0] = math.nan
+        return original(training, micro_batches, total_weight)
+
+    monkeypatch.setattr(train, "train_step", poisoned)
+    assert train.run(arguments(shapes_root, output)) == 1
+    message = capsys.readouterr().err
+    assert "step 4 is not finite" in message
+    assert "image ids: [" in message
+    assert json.loads((output / "status.json").read_text())["state"] == "failed"
+    weights = load_file(output / "checkpoints" / "step_00000003" / "model.safetensors")
+    assert all(torch.isfinite(tensor).all() for tensor in weights.values())
+
+
+def test_sentences_without_noise_objects_train_too(shapes_root, tmp_path):
+    assert train.run(arguments(shapes_root, tmp_path / "out", "--no_noise_objects")) == 0
+
+
+def test_overfit_evaluates_the_images_it_trains_on(shapes_root, tmp_path):
+    assert train.run(arguments(shapes_root, tmp_path / "out", "--overfit", "3")) == 0
+    predictions = json.loads((tmp_path / "out" / "eval" / "step_6" / "predictions.json").read_text())
+    assert {row["image_id"] for row in predictions} == {1, 2, 3}
+    # evaluate.py finds the same images by itself.
+    metrics = evaluate.main(parse(EvaluateArguments, ["--checkpoint", str(tmp_path / "out" / "final")]))
+    assert metrics == json.loads((tmp_path / "out" / "eval" / "step_6" / "metrics.json").read_text())
+
+
+def test_explicit_paths_instead_of_a_root(shapes_root, tmp_path):
+    words = []
+    for split in ("train", "val"):
+        words += [f"--{split}_images", str(shapes_root / "images" / f"{split}2017")]
+        words += [f"--{split}_json", str(shapes_root / "annotations" / f"instances_{split}2017.json")]
+    output = tmp_path / "out"
+    assert train.run(parse(Arguments, [*TINY, *words, "--output_dir", str(output), "--max_steps", "2"])) == 0
+
+
+def test_the_flat_coco_layout(shapes_root, tmp_path):
+    shutil.copytree(shapes_root, tmp_path / "coco")
+    for split in ("train2017", "val2017"):
+        (tmp_path / "coco" / "images" / split).rename(tmp_path / "coco" / split)
+    assert train.run(arguments(tmp_path / "coco", tmp_path / "out", "--max_steps", "1")) == 0
+
+
+def test_trackers_work_without_network_or_account(shapes_root, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    assert train.run(arguments(shapes_root, tmp_path / "out", "--report_to", "wandb")) == 0
+    assert list((tmp_path / "wandb").glob("offline-run-*"))
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["--root", "nowhere"], ["--root nowhere", "no such folder"]),
+        (["--backbone", "nobody/nothing"], ["--backbone nobody/nothing"]),
+        (["--backbone", "{model_type: resnetto}"], ["--backbone", "resnetto"]),
+        (["--resume", "nowhere"], ["--resume nowhere", "MANIFEST.json"]),
+        (["--report_to", "wandbb"], ["--report_to wandbb", "tensorboard"]),
+        (["--mixed_precision", "fp16"], ["--mixed_precision fp16"]),
+        (["--report_to", "dvclive"], ["--report_to dvclive", "not installed"]),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(shapes_root, tmp_path, capsys, monkeypatch, words, parts):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert train.run(arguments(shapes_root, tmp_path / "out", *words)) == 2
+    assert not (tmp_path / "out").exists(), "a run that cannot start leaves nothing behind"
+    lines = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert len(lines) == 1
+    assert all(part in lines[0] for part in parts), lines
+
+
+def test_a_mistake_ends_the_program_within_seconds(tmp_path):
+    started = time.monotonic()
+    command = [sys.executable, "train.py", "--root", str(tmp_path / "nowhere")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr.strip().count("\n") == 0
+    assert "no such folder" in done.stderr
+    assert time.monotonic() - started < 30
