@@ -25,7 +25,7 @@ LOSSES = [[1, 2, 4, 8, 16, 999, 999, 999, 999, 32], [64, 128, 256, 512, 1024, 20
 
 
 def test_sums_by_slot():
-    """A bug others shipped: position modulo 5 was taken on the flattened batch, so slots drifted, and noise was counted."""
+    """A bug others shipped: position modulo 5 was taken on the flattened batch, so slots drifted; noise counted."""
     assert statistics(LABELS, WEIGHTS, SAID, LOSSES).tolist() == [
         [1 + 64 + 2048, 2 + 128 + 4096, 4 + 256 + 8192, 8 + 512 + 16384, 16 + 0.5 * 32 + 1024 + 32768],
         [3, 3, 3, 3, 3.5],

@@ -325,8 +325,8 @@ def test_the_output_layer_is_the_embedding(make_model):
 
 @pytest.mark.parametrize("source_class", [ResNetBackbone, ResNetForImageClassification])
 def test_pretrained_weights_of_a_resnet_survive(make_model, tmp_path, source_class):
-    """A bug others shipped: the initialisation ran over the pretrained backbone and reset 98 % of it. Also that a local folder
-    will do, without the hub; classifiers are what the hub has."""
+    """A bug others shipped: the initialisation ran over the pretrained backbone and reset 98 % of it. Also that a
+    local folder will do, without the hub; classifiers are what the hub has."""
     source = source_class(ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic"))
     with torch.no_grad():
         for value in source.state_dict().values():
@@ -423,7 +423,7 @@ def test_a_folder_without_weights(tmp_path):
 
 
 def test_building_a_model_needs_no_files(make_model, monkeypatch):
-    """Guards STYLE 4.10: constructors that read or download."""
+    """A bug others shipped: constructors that read or download."""
     monkeypatch.setattr(AutoModel, "from_pretrained", lambda *a, **k: pytest.fail("reads weights"))
     make_model()
     make_model(backbone_config=dict(TINY_VIT))
