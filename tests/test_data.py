@@ -81,8 +81,8 @@ def test_workers_change_nothing(dataset):
 
 @pytest.mark.parametrize("noise_objects", [True, False])
 def test_boxes_in_the_labels_enclose_the_painted_object(tmp_path, noise_objects):
-    """The whole pipeline, judged by its pixels. A bug others shipped: an error of size, order,
-    shift or placement anywhere between the file and the labels moves the box off the paint)."""
+    """The whole pipeline, judged by its pixels. An error of size, order, shift or placement
+    anywhere between the file and the labels, as others shipped, moves the box off the paint."""
     side, box = 96, (30, 20, 70, 80)
     picture = np.zeros((100, 130, 3), np.uint8)
     picture[box[1] : box[3], box[0] : box[2]] = [0, 255, 0]
