@@ -8,7 +8,6 @@ Under `accelerate launch` the images are shared between the processes and each i
 """
 
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import yaml
 from accelerate import Accelerator
 from transformers.utils import logging as transformers_logging
 
+from pix2seq import checkpoint
 from pix2seq.coco import (
     Categories,
     DataError,
@@ -30,7 +30,7 @@ from pix2seq.config import EvaluateArguments, parse
 from pix2seq.data import EvalDataset
 from pix2seq.decoding import DecodingOptions
 from pix2seq.evaluation import coco_metrics, metrics_table, oracle_predictions, predict, prediction_picture
-from pix2seq.model import Pix2SeqForObjectDetection
+from pix2seq.model import Pix2SeqConfig, Pix2SeqForObjectDetection
 from pix2seq.tokenizer import Tokenizer
 from pix2seq.transforms import EvalTransform
 
@@ -41,8 +41,34 @@ def trained_with(folder: Path) -> dict:
         raise DataError(
             f"--checkpoint {folder}: no config.json in it; name OUT/best, OUT/final or a checkpoint folder"
         )
-    flags = folder / "training.yaml"
-    return yaml.safe_load(flags.read_text()) if flags.is_file() else {}
+    try:
+        flags = yaml.safe_load((folder / "training.yaml").read_text())
+        if not isinstance(flags, dict):
+            raise ValueError("not a list of flags")
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise DataError(f"--checkpoint {folder}: training.yaml cannot be read ({error})") from None
+    return flags
+
+
+def load_detector(folder: Path) -> Pix2SeqForObjectDetection:
+    """The detector in a folder, with every weight it should have. Raises DataError."""
+    try:
+        kind = json.loads((folder / "config.json").read_text()).get("model_type")
+    except (OSError, ValueError, AttributeError) as error:
+        raise DataError(f"--checkpoint {folder}: config.json cannot be read ({error})") from None
+    if kind != Pix2SeqConfig.model_type:
+        raise DataError(f"--checkpoint {folder}: holds a model of type {kind!r}, not {Pix2SeqConfig.model_type!r}")
+    if (folder / checkpoint.MANIFEST).is_file() and (fault := checkpoint.verify(folder)):
+        raise DataError(f"--checkpoint {folder}: {fault}")
+    try:
+        model, loading = Pix2SeqForObjectDetection.from_pretrained(folder, output_loading_info=True)
+    except Exception as error:  # a damaged file may fail anywhere in the library
+        raise DataError(f"--checkpoint {folder}: cannot be loaded ({' '.join(str(error).split())[:200]})") from None
+    if loading["missing_keys"]:
+        raise DataError(f"--checkpoint {folder}: lacks the weights {', '.join(sorted(loading['missing_keys'])[:3])}")
+    return model
 
 
 def dataset(args: EvaluateArguments, training: dict, categories: Categories | None, image_size: int) -> EvalDataset:
@@ -70,6 +96,11 @@ def dataset(args: EvaluateArguments, training: dict, categories: Categories | No
 def main(args: EvaluateArguments) -> dict:
     """Returns the metrics, on every process; writes and prints them on the main one."""
     output = Path(args.output_dir) if args.output_dir else None
+    try:
+        if output is not None:
+            output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"--output_dir {output}: cannot be made ({error.strerror})") from None
     if args.predictions is not None:
         truth, predictions, data = load_ground_truth(args.gt), load_predictions(args.predictions), None
         is_main = True
@@ -87,10 +118,10 @@ def main(args: EvaluateArguments) -> dict:
         )
         is_main = accelerator.is_main_process
         transformers_logging.disable_progress_bar()
-        model = Pix2SeqForObjectDetection.from_pretrained(folder).to(accelerator.device)
+        model = load_detector(folder).to(accelerator.device)
         config = model.config
-        names = tuple(config.id2label[label] for label in range(len(config.category_ids)))
-        data = dataset(args, training, Categories(tuple(config.category_ids), names), config.image_size)
+        categories = Categories(tuple(config.category_ids), config.class_names)
+        data = dataset(args, training, categories, config.image_size)
 
         def choose(flag, fallback):
             return fallback if flag is None else flag
@@ -103,19 +134,17 @@ def main(args: EvaluateArguments) -> dict:
         )
         batch_size = choose(args.eval_batch_size, training.get("eval_batch_size", 32))
         predictions = predict(model, data, options, batch_size, accelerator, args.num_workers)
-        truth = load_ground_truth(data.annotations.split.json, data.annotations.image_ids)
+        truth = load_ground_truth(data.annotations.split.json, data.annotations.image_ids, categories)
 
     metrics = coco_metrics(truth, predictions)
     if not is_main:
         return metrics
+    print(metrics_table(metrics))
     if output is not None:
-        output.mkdir(parents=True, exist_ok=True)
         (output / "metrics.json").write_text(json.dumps(metrics, indent=1))
         (output / "predictions.json").write_text(json.dumps(predictions))
         if data is not None and args.num_pictures:
             prediction_picture(data.annotations, predictions, args.num_pictures).save(output / "predictions.png")
-    print(metrics_table(metrics))
-    if output is not None:
         print(f"written to {output}: metrics.json, predictions.json" + (", predictions.png" if data else ""))
     return metrics
 
@@ -125,8 +154,7 @@ def run(args: EvaluateArguments) -> int:
     try:
         main(args)
     except DataError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"evaluate.py: error: {error}", file=sys.stderr)
+        print(f"evaluate.py: error: {error}", file=sys.stderr)
         return 2
     return 0
 

@@ -1,6 +1,6 @@
 """Trains a detector: `accelerate launch train.py --root /path/to/coco`, or `--config configs/overfit.yaml`.
 
-From image to loss in five hops: `main` here -> `TrainDataset.__getitem__` (data.py) -> `TrainTransform`
+From image to loss in five hops: `loop` here -> `TrainDataset.__getitem__` (data.py) -> `TrainTransform`
 (transforms.py) and `SequenceBuilder` (sequence.py) -> `train_step` here -> `Pix2SeqForObjectDetection.forward`
 (model.py). `--help` lists the flags; run_folder.py says what a run leaves behind.
 """
@@ -43,10 +43,11 @@ from pix2seq.visualize import draw_examples
 
 NUM_SAMPLES = 8  # images in every picture of examples and predictions
 
-# Flags that may differ from the checkpoint's when a run is resumed: none of them changes what a step computes.
-# batch_size and gradient_accumulation_steps may be traded for each other and for processes: see `resume`.
+# Flags that may differ from the checkpoint's when a run is resumed. A dataset may have moved. A run may be made
+# longer, which moves the end of its schedule. batch_size and gradient_accumulation_steps may be traded for each other
+# and for processes: see `resume`. The others change nothing that a step computes.
 FREE_ON_RESUME = {
-    *("config", "output_dir", "project_name", "report_to", "resume", "num_workers", "keep_last", "mixed_precision"),
+    *("config", "output_dir", "project_name", "report_to", "resume", "num_workers", "keep_last"),
     *("root", "train_images", "train_json", "val_images", "val_json", "batch_size", "gradient_accumulation_steps"),
     *("num_epochs", "max_steps", "log_every", "eval_every", "sample_every", "ckpt_every", "eval_batch_size"),
 }
@@ -75,7 +76,7 @@ class Training:
     scheduler: torch.optim.lr_scheduler.LRScheduler
     window: torch.Tensor
     step: int = 0
-    best_ap: float = -1.0
+    best_ap: float = -math.inf
     watch: "Stopwatch" = field(default_factory=lambda: Stopwatch())
 
     @property
@@ -106,6 +107,8 @@ def load_data(args: Arguments) -> tuple[Annotations, Annotations]:
         train_split = Split(Path(args.train_images), Path(args.train_json))
         val_split = Split(Path(args.val_images), Path(args.val_json))
     train = load_annotations(train_split)
+    if not train.trainable.any():
+        raise DataError(f"{train_split.json}: holds no objects to train on")
     if args.overfit:
         train = train.subset(range(min(args.overfit, len(train))))
         return train, train
@@ -150,7 +153,12 @@ def build_model(args: Arguments, tokenizer: Tokenizer, categories: Categories) -
     model = Pix2SeqForObjectDetection(config)
     if backbone.pretrained is not None:
         model.backbone.load_pretrained(backbone.pretrained)
-    return model
+    try:
+        with torch.no_grad():
+            model.eval().encode(torch.zeros(1, 3, args.image_size, args.image_size, dtype=torch.uint8))
+    except Exception as error:  # whatever a model that is no vision model, or of another size, raises
+        raise ValueError(f"{args.backbone}: does not turn pictures into features ({error})") from None
+    return model.train()
 
 
 def prepare(args: Arguments, accelerator: Accelerator, folder: RunFolder) -> Training:
@@ -176,9 +184,11 @@ def prepare(args: Arguments, accelerator: Accelerator, folder: RunFolder) -> Tra
         try:
             model = build_model(args, tokenizer, train_data.categories)
         except ValueError as error:
-            raise DataError(f"--backbone {error}") from None
+            raise DataError(f"--backbone {' '.join(str(error).split())}") from None
     else:
         model = Pix2SeqForObjectDetection.from_pretrained(checkpoint_folder)
+        if Categories(tuple(model.config.category_ids), model.config.class_names) != train_data.categories:
+            raise DataError(f"--resume {checkpoint_folder}: its classes are not those of {train_data.split.json}")
     lr_backbone = args.lr if args.lr_backbone is None else args.lr_backbone
     groups = parameter_groups(model, args.lr, lr_backbone, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(args.beta1, args.beta2))
@@ -192,7 +202,7 @@ def prepare(args: Arguments, accelerator: Accelerator, folder: RunFolder) -> Tra
         tokenizer=tokenizer,
         train_set=TrainDataset(train_data, transform, builder, args.seed),
         val_set=EvalDataset(val_data, EvalTransform(args.image_size)),
-        truth=load_ground_truth(val_data.split.json, val_data.image_ids),
+        truth=load_ground_truth(val_data.split.json, val_data.image_ids, val_data.categories),
         sampler=sampler,
         max_steps=max_steps,
         model=model,
@@ -215,11 +225,22 @@ def find_checkpoint(args: Arguments, folder: RunFolder) -> Path | None:
                 "continue it with --resume auto or name another folder"
             )
         return None
-    found = newest if args.resume == "auto" else Path(args.resume)
-    if found is None:
-        return None
-    if args.resume != "auto" and (fault := checkpoint.verify(found)):  # the newest one is verified already
-        raise DataError(f"--resume {found}: {fault}")
+    if args.resume == "auto":
+        found = newest
+        if found is None:
+            return None
+    else:
+        found = Path(args.resume)
+        if fault := checkpoint.verify(found):
+            raise DataError(f"--resume {found}: {fault}")
+        for name in ("trainer.pt", "training.yaml"):
+            if not (found / name).is_file():
+                raise DataError(f"--resume {found}: has no {name}; name a folder under checkpoints/")
+        if newest is not None and newest.name > found.name:
+            raise DataError(
+                f"--resume {found}: --output_dir {args.output_dir} has {newest.name}, which this would abandon; "
+                "use --resume auto or name another folder"
+            )
     then, now = (yaml.safe_load(text) for text in ((found / "training.yaml").read_text(), to_yaml(args)))
     changed = [name for name in then | now if name not in FREE_ON_RESUME and then.get(name) != now.get(name)]
     if changed:
@@ -236,6 +257,13 @@ def resume(training: Training, checkpoint_folder: Path) -> None:
             f"--resume {checkpoint_folder}: batch_size x gradient_accumulation_steps x processes is "
             f"{training.sampler.samples_per_step} and was {state['samples_per_step']}"
         )
+    if state["num_images"] != training.sampler.num_samples:
+        raise DataError(
+            f"--resume {checkpoint_folder}: the training set has {training.sampler.num_samples} images "
+            f"and had {state['num_images']}"
+        )
+    if state["step"] > training.max_steps:
+        raise DataError(f"--resume {checkpoint_folder}: it is past --max_steps {training.max_steps}")
     training.optimizer.load_state_dict(state["optimizer"])
     training.scheduler.load_state_dict(state["scheduler"])
     if training.accelerator.scaler is not None and state["scaler"]:
@@ -389,6 +417,7 @@ def save(training: Training) -> None:
         "step": training.step,
         "best_ap": training.best_ap,
         "samples_per_step": training.sampler.samples_per_step,
+        "num_images": training.sampler.num_samples,
         "optimizer": training.optimizer.state_dict(),
         "scheduler": training.scheduler.state_dict(),
         "scaler": scaler,
@@ -417,11 +446,19 @@ def check_trackers(names: list[str]) -> None:
 
 def announce(training: Training) -> None:
     args, accelerator, log = training.args, training.accelerator, training.folder.log
-    training.folder.describe(to_yaml(args), accelerator.device, accelerator.num_processes)
+    try:
+        training.folder.describe(to_yaml(args), accelerator.device, accelerator.num_processes)
+    except OSError as error:
+        raise DataError(f"--output_dir {args.output_dir}: cannot be written to ({error.strerror})") from None
     training.folder.status("running", training.step)
     flags = yaml.safe_load(to_yaml(args)).items()
     # As text where a value is not a plain one: TensorBoard takes nothing else.
-    accelerator.init_trackers(args.project_name, {k: v if isinstance(v, int | float) else str(v) for k, v in flags})
+    plain = {name: value if isinstance(value, int | float) else str(value) for name, value in flags}
+    try:
+        accelerator.init_trackers(args.project_name, plain)
+    except Exception as error:  # each tracker has errors of its own
+        reason = " ".join(str(error).split())
+        raise DataError(f"--report_to {' '.join(args.report_to)}: cannot be started ({reason})") from None
     log(f"train: {training.train_set.annotations.summary(args.max_objects)}")
     log(f"val:   {training.val_set.annotations.summary(args.max_objects)}")
     log(
@@ -431,9 +468,8 @@ def announce(training: Training) -> None:
     )
 
 
-def main(args: Arguments) -> int:
-    """One training run; returns the exit code. Raises DataError for what the user has to mend."""
-    stop = StopRequest()
+def start(args: Arguments) -> Training:
+    """Everything before the first step. Raises DataError for what the user has to mend."""
     check_trackers(args.report_to)
     try:
         accelerator = Accelerator(
@@ -447,12 +483,18 @@ def main(args: Arguments) -> int:
         raise DataError(f"--mixed_precision {args.mixed_precision}: {error}") from None
     if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", "1")):
         raise RuntimeError(f"launched as {os.environ['WORLD_SIZE']} processes, of which Accelerate joined 1")
+    # What the launcher chose is part of the run: evaluate.py and a resumed run go by it.
+    args.mixed_precision = accelerator.mixed_precision
     transformers_logging.disable_progress_bar()
     set_seed(args.seed, deterministic=args.deterministic)
-    folder = RunFolder(args.output_dir, accelerator.is_main_process)
-    training = prepare(args, accelerator, folder)
+    training = prepare(args, accelerator, RunFolder(args.output_dir, accelerator.is_main_process))
     announce(training)
+    return training
 
+
+def loop(training: Training, stop: StopRequest) -> int:
+    """The run itself; returns the exit code."""
+    args, accelerator, folder = training.args, training.accelerator, training.folder
     pin_memory = accelerator.device.type == "cuda"
     batches: Iterator[dict] = iter(train_loader(training.train_set, training.sampler, args.num_workers, pin_memory))
     bar = tqdm(total=training.max_steps, initial=training.step, disable=None if accelerator.is_main_process else True)
@@ -474,7 +516,7 @@ def main(args: Arguments) -> int:
             folder.log(f"{stop.name}: saved at step {training.step}; the same command with --resume auto continues")
             accelerator.end_training()
             return stop.exit_code
-        grad_norm = train_step(training, micro_batches, total_weight)
+        grad_norm = train_step(training, micro_batches, max(total_weight, 1e-9))
         bar.update()
 
         if training.is_due(args.log_every) or training.is_last_step:
@@ -498,24 +540,32 @@ def main(args: Arguments) -> int:
     return 0
 
 
-def run(args: Arguments) -> int:
-    """`main`, with the user's mistakes turned into one line and exit code 2, and every end noted in status.json."""
-    is_main = os.environ.get("RANK", "0") == "0"
+def main(args: Arguments) -> int:
+    """One training run; returns the exit code. The user's mistakes are told in one line, and every end of a run that
+    has begun is noted in its status.json."""
+    stop = StopRequest()
+    rank = int(os.environ.get("RANK", "0"))
     try:
-        return main(args)
+        training = start(args)
     except DataError as error:
-        if is_main:
+        if rank == 0:  # all ranks read the same files and find the same fault
             print(f"train.py: error: {error}", file=sys.stderr)
         return 2
+    try:
+        return loop(training, stop)
+    except (DataError, NonFiniteLoss) as error:
+        training.folder.status("failed", training.step, str(error))
+        print(f"train.py: error: {error}" + (f" (process {rank})" if rank else ""), file=sys.stderr)
+        if isinstance(error, NonFiniteLoss):
+            return 1
+        if training.accelerator.num_processes == 1:  # with more, the others have gone on and cannot be asked
+            save(training)
+            print(f"train.py: saved at step {training.step}; --resume auto continues from there", file=sys.stderr)
+        return 2
     except BaseException as error:
-        if Path(args.output_dir).is_dir():
-            RunFolder(args.output_dir, is_main).status("failed", -1, repr(error))
-        if not isinstance(error, NonFiniteLoss):
-            raise
-        if is_main:
-            print(f"train.py: {error}", file=sys.stderr)
-        return 1
+        training.folder.status("failed", training.step, repr(error))
+        raise
 
 
 if __name__ == "__main__":
-    sys.exit(run(parse(Arguments)))
+    sys.exit(main(parse(Arguments)))

@@ -1,4 +1,4 @@
-"""Any Hugging Face vision model as a map from pixels to a grid of features."""
+"""Hugging Face vision models as maps from pixels to a grid of features."""
 
 from dataclasses import dataclass
 
@@ -31,7 +31,7 @@ def choose_backbone(name: str) -> BackboneChoice:
         if name.lstrip().startswith("{"):
             return BackboneChoice(AutoConfig.for_model(**yaml.safe_load(name)))
         config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
+    except Exception as error:  # a config's constructor may raise anything
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{name}: no such hub model, local folder or inline config ({reason})") from None
     try:
@@ -42,7 +42,10 @@ def choose_backbone(name: str) -> BackboneChoice:
 
 
 class VisionBackbone(nn.Module):
-    """Any Hugging Face vision model as (B, 3, S, S) pixels -> (B, C, h, w) features."""
+    """(B, 3, S, S) pixels -> (B, C, h, w) features: the last stage of a pyramid, or a ViT's patch tokens.
+
+    ResNets and ViTs are tested; other models whose interface is the same work too.
+    """
 
     def __init__(self, config: PretrainedConfig):
         super().__init__()

@@ -17,19 +17,23 @@ _NAME = re.compile(r"step_(\d{8,})")
 
 
 def save(checkpoints: Path, step: int, write: Callable[[Path], None], keep_last: int) -> Path:
-    """Makes checkpoints/step_XXXXXXXX by calling `write(folder)`, then removes all but the newest `keep_last`."""
+    """Makes checkpoints/step_XXXXXXXX by calling `write(folder)`, then removes all but `keep_last` up to that step.
+
+    Folders of later steps are left alone: a broken one that a run fell back from must not count as one kept.
+    """
     final = checkpoints / f"step_{step:08d}"
-    commit(final, write)
-    for old in _by_step(checkpoints)[:-keep_last]:
+    if verify(final) is not None:
+        commit(final, write)
+    for old in [path for number, path in _by_step(checkpoints) if number <= step][:-keep_last]:
         shutil.rmtree(old)
     return final
 
 
 def commit(final: Path, write: Callable[[Path], None]) -> None:
     """Puts what `write(folder)` writes at `final`, replacing what is there only once the new folder is complete."""
-    temporary, replaced = final.with_name(f".tmp-{final.name}"), final.with_name(f".old-{final.name}")
-    for leftover in (temporary, replaced):
-        shutil.rmtree(leftover, ignore_errors=True)
+    recover(final)
+    temporary, replaced = final.with_name(f".tmp-{final.name}"), _replaced(final)
+    shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     write(temporary)
     files = sorted(path for path in temporary.rglob("*") if path.is_file())
@@ -40,30 +44,41 @@ def commit(final: Path, write: Callable[[Path], None]) -> None:
     for path in (*files, temporary / MANIFEST, temporary):
         _flush(path)
     if final.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
         final.rename(replaced)
     temporary.rename(final)
     _flush(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
+def recover(final: Path) -> None:
+    """Puts back what a replacement was about to replace, if it was cut off between its two renames."""
+    if _replaced(final).exists() and not final.exists():
+        _replaced(final).rename(final)
+
+
+def _replaced(final: Path) -> Path:
+    return final.with_name(f".old-{final.name}")
+
+
 def verify(folder: Path) -> str | None:
     """None if the checkpoint is complete and unchanged, else what is wrong with it."""
     try:
         files = json.loads((folder / MANIFEST).read_text())["files"]
-    except (OSError, ValueError, KeyError) as error:
+        expected = {folder / name: (entry["size"], entry["sha256"]) for name, entry in files.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{MANIFEST} cannot be read ({error})"
-    for name, entry in files.items():
-        path = folder / name
+    for path, (size, digest) in expected.items():
         if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != entry["size"] or _hash(path) != entry["sha256"]:
-            return f"{name} is not what was written"
+            return f"{path.relative_to(folder)} is missing"
+        if path.stat().st_size != size or _hash(path) != digest:
+            return f"{path.relative_to(folder)} is not what was written"
     return None
 
 
 def latest(checkpoints: Path, warn: Callable[[str], None] = print) -> Path | None:
     """The newest complete checkpoint. Says which newer ones it passes over, and why."""
-    for folder in reversed(_by_step(checkpoints)):
+    for _, folder in reversed(_by_step(checkpoints)):
         fault = verify(folder)
         if fault is None:
             return folder
@@ -71,11 +86,13 @@ def latest(checkpoints: Path, warn: Callable[[str], None] = print) -> Path | Non
     return None
 
 
-def _by_step(checkpoints: Path) -> list[Path]:
+def _by_step(checkpoints: Path) -> list[tuple[int, Path]]:
     if not checkpoints.is_dir():
         return []
+    for path in checkpoints.glob(".old-*"):
+        recover(path.with_name(path.name.removeprefix(".old-")))
     found = [(int(match[1]), path) for path in checkpoints.iterdir() if (match := _NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(found)]
+    return sorted(found)
 
 
 def _hash(path: Path) -> str:

@@ -4,7 +4,6 @@ What is wrong with a file is said in one line that names it, before any work is 
 """
 
 import json
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +14,10 @@ import numpy as np
 
 class DataError(ValueError):
     """Something in the user's files is wrong. The message is one line and names the file."""
+
+    def __str__(self) -> str:
+        # A data loading process hands its errors over with a traceback in front.
+        return " ".join(super().__str__().rsplit("DataError: ", 1)[-1].split())
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,8 @@ def load_annotations(split: Split, categories: Categories | None = None) -> Anno
 
     With `categories` (those of the training set or of a model) the file may use only these.
     """
+    if not split.images.is_dir():
+        raise DataError(f"{split.images}: no such folder of images")
     content = _read_coco(split.json)
     found = _categories(content, split.json)
     if categories is not None:
@@ -139,7 +144,7 @@ def load_annotations(split: Split, categories: Categories | None = None) -> Anno
     rows = np.argsort(owners, kind="stable")
     counts = np.bincount(owners, minlength=len(images))
     boxes, crowd = boxes[rows], crowd[rows]
-    has_area = np.isfinite(boxes).all(axis=1) & (boxes[:, 2] > 0) & (boxes[:, 3] > 0)
+    has_area = (boxes[:, 2] > 0) & (boxes[:, 3] > 0)
     boxes[:, 2:] += boxes[:, :2]
     annotations = Annotations(
         split=split,
@@ -176,7 +181,7 @@ def _read_coco(path: Path) -> dict:
                 f"{path}: has no list '{key}'; a COCO annotation file holds images, annotations, categories"
             )
     for image in content["images"]:
-        if not (isinstance(image.get("id"), int) and isinstance(image.get("file_name"), str)):
+        if not (_is_id(image.get("id")) and isinstance(image.get("file_name"), str)):
             raise DataError(f"{path}: an image entry lacks a whole number 'id' or a 'file_name': {str(image)[:100]}")
     image_ids = [image["id"] for image in content["images"]]
     if not image_ids:
@@ -186,16 +191,16 @@ def _read_coco(path: Path) -> dict:
     known_images, known_categories = set(image_ids), _categories(content, path).ids
     for entry in content["annotations"]:
         name = f"{path}: annotation {entry.get('id')}"
-        if entry.get("category_id") not in known_categories:
+        if not _is_id(entry.get("category_id")) or entry["category_id"] not in known_categories:
             raise DataError(
                 f"{name} names category {entry.get('category_id')}, which is not one of "
                 f"{_listed(map(str, known_categories))}"
             )
-        if not isinstance(entry.get("image_id"), int) or entry["image_id"] not in known_images:
+        if not _is_id(entry.get("image_id")) or entry["image_id"] not in known_images:
             raise DataError(f"{name} names image {entry.get('image_id')}, which is not in the file")
         box = entry.get("bbox")
-        if not (isinstance(box, list) and len(box) == 4 and all(isinstance(v, int | float) for v in box)):
-            raise DataError(f"{name} has bbox {box}: four numbers x, y, width, height are needed")
+        if not (isinstance(box, list) and len(box) == 4 and all(_is_finite(v) for v in box)):
+            raise DataError(f"{name} has bbox {box}: four finite numbers x, y, width, height are needed")
     return content
 
 
@@ -204,7 +209,7 @@ def _categories(content: dict, path: Path) -> Categories:
     if not entries:
         raise DataError(f"{path}: holds no categories")
     for entry in entries:
-        if not (isinstance(entry.get("id"), int) and isinstance(entry.get("name"), str)):
+        if not (_is_id(entry.get("id")) and isinstance(entry.get("name"), str)):
             raise DataError(f"{path}: a category lacks a whole number 'id' or a 'name': {str(entry)[:100]}")
     entries = sorted(entries, key=lambda entry: entry["id"])
     ids = tuple(entry["id"] for entry in entries)
@@ -234,11 +239,14 @@ def _listed(names, most: int = 10) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def load_ground_truth(path: str | Path, image_ids: np.ndarray | None = None) -> dict:
+def load_ground_truth(
+    path: str | Path, image_ids: np.ndarray | None = None, categories: Categories | None = None
+) -> dict:
     """A COCO annotation file made fit for pycocotools, which misreads some files without a word.
 
     Annotation ids are numbered from 1 (it ignores matches of id 0), and a missing `area` or `iscrowd` is filled in.
-    With `image_ids`, only those images and their annotations. Raises DataError.
+    With `image_ids`, only those images and their annotations. With `categories`, these are its classes, more than the
+    file names perhaps: a model may find what the file knows nothing of. Raises DataError.
     """
     truth = _read_coco(Path(path))
     if image_ids is not None:
@@ -246,11 +254,12 @@ def load_ground_truth(path: str | Path, image_ids: np.ndarray | None = None) -> 
         truth["images"] = [image for image in truth["images"] if image["id"] in wanted]
         truth["annotations"] = [entry for entry in truth["annotations"] if entry["image_id"] in wanted]
     for number, annotation in enumerate(truth["annotations"], start=1):
-        if not all(math.isfinite(value) for value in annotation["bbox"]):
-            raise DataError(f"{path}: annotation {annotation.get('id')} has bbox {annotation['bbox']}: not finite")
         annotation["id"] = number
-        annotation.setdefault("iscrowd", 0)
-        annotation.setdefault("area", annotation["bbox"][2] * annotation["bbox"][3])
+        annotation["iscrowd"] = int(bool(annotation.get("iscrowd")))
+        if not _is_finite(annotation.get("area")):
+            annotation["area"] = annotation["bbox"][2] * annotation["bbox"][3]
+    if categories is not None:
+        truth["categories"] = [{"id": i, "name": n} for i, n in zip(categories.ids, categories.names, strict=True)]
     return truth
 
 
@@ -282,12 +291,21 @@ def check_predictions(predictions: list[dict], truth: dict) -> None:
 def _prediction_fault(row, image_ids: set, category_ids: set) -> str | None:
     if not isinstance(row, dict) or not {"image_id", "category_id", "bbox", "score"} <= row.keys():
         return "lack image_id, category_id, bbox or score"
-    if not isinstance(row["image_id"], int) or row["image_id"] not in image_ids:
+    if not _is_id(row["image_id"]) or row["image_id"] not in image_ids:
         return f"name an image that is not in the ground truth ({row['image_id']!r})"
-    if not isinstance(row["category_id"], int) or row["category_id"] not in category_ids:
+    if not _is_id(row["category_id"]) or row["category_id"] not in category_ids:
         return f"name a category that is not in the ground truth ({row['category_id']!r})"
     box = row["bbox"]
     numbers = [*box, row["score"]] if isinstance(box, list) and len(box) == 4 else [None]
-    if not all(isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in numbers):
+    if not all(_is_finite(v) for v in numbers):
         return "have a box or score that is not made of finite numbers"
     return None
+
+
+def _is_id(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
+
+
+def _is_finite(value) -> bool:
+    """A number that float32 can hold."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e38

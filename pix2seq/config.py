@@ -27,8 +27,8 @@ def flag(default, help: str):
 class ModelArguments:
     backbone: str = flag(
         "microsoft/resnet-50",
-        'Hugging Face vision model: hub name or local folder (pretrained), or inline config ("{model_type: resnet}") '
-        "trained from scratch",
+        "Hugging Face vision model (ResNet, ViT): hub name or local folder (pretrained weights), or an inline config "
+        'like "{model_type: resnet}" (trained from scratch)',
     )
     decoder: Literal["llama"] = flag("llama", "decoder that writes the sentence")
     hidden_size: int = flag(256, "width of encoder and decoder")
@@ -93,7 +93,8 @@ class DataArguments:
             raise ValueError(f"--root and --{given[0]} exclude each other: name the dataset one way")
         _check(self, "scale_min", 0 < self.scale_min <= self.scale_max, "above 0 and at most --scale_max")
         _check(self, "flip", 0 <= self.flip <= 1, "0 to 1")
-        for name in ("color_jitter", "noise_weight", "eos_weight", "num_workers", "overfit"):
+        _check(self, "color_jitter", 0 <= self.color_jitter <= 2.5, "0 to 2.5")
+        for name in ("noise_weight", "eos_weight", "num_workers", "overfit"):
             _check(self, name, getattr(self, name) >= 0, "at least 0")
 
 
@@ -137,7 +138,8 @@ class TrainArguments:
         self.report_to = [name for name in self.report_to if name != "none"]
         for name in ("batch_size", "eval_batch_size", "gradient_accumulation_steps", "log_every"):
             _check(self, name, getattr(self, name) >= 1, "at least 1")
-        for name in ("seed", "max_steps", "warmup_steps", "eval_every", "sample_every", "ckpt_every", "weight_decay"):
+        _check(self, "seed", 0 <= self.seed < 2**32, "0 to 2^32 - 1")
+        for name in ("max_steps", "warmup_steps", "eval_every", "sample_every", "ckpt_every", "weight_decay"):
             _check(self, name, getattr(self, name) >= 0, "at least 0")
         _check(self, "max_grad_norm", self.max_grad_norm >= 0, "at least 0")
         _check(self, "num_epochs", self.num_epochs > 0, "above 0")
@@ -198,6 +200,7 @@ class EvaluateArguments:
         for name in ("eval_batch_size", "max_objects", "image_size"):
             _check(self, name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1")
         _check(self, "num_bins", self.num_bins >= 2, "at least 2")
+        _check(self, "seed", self.seed is None or 0 <= self.seed < 2**32, "0 to 2^32 - 1")
         for name in ("num_workers", "num_pictures"):
             _check(self, name, getattr(self, name) >= 0, "at least 0")
         _check_decoding(self)
@@ -229,6 +232,9 @@ def parse(kind: type, argv: list[str] | None = None):
         )
     except ValueError as error:
         parser.error(str(error))
+    for name, value in vars(arguments).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            parser.error(f"--{name} {value}: must be a finite number")
     for word in unknown:
         if word.startswith("--"):
             parser.error(f"{word}: no such flag{_nearest(word.split('=')[0], names)}")
@@ -261,8 +267,10 @@ def _recipe_words(argv: list[str], parser: _Parser) -> list[str]:
             parser.error(f"--config {path}: {name!r} is not a flag{_nearest(str(name), names)}")
         if value is None:
             continue
-        words.append(f"--{name}")
-        words += [_word(entry) for entry in (value if isinstance(value, list) else [value])]
+        if isinstance(value, list):
+            words += [f"--{name}", *map(_word, value)]
+        else:
+            words.append(f"--{name}={_word(value)}")
     return words
 
 

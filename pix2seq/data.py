@@ -4,6 +4,7 @@ Randomness is keyed, not remembered: what sample i looks like in epoch e depends
 worker or rank makes it, and the order of an epoch on (seed, e).
 """
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,7 +108,20 @@ class StepSampler(Sampler):
 
 
 def train_loader(dataset: TrainDataset, sampler: StepSampler, num_workers: int, pin_memory: bool) -> DataLoader:
-    return DataLoader(dataset, batch_sampler=sampler, num_workers=num_workers, pin_memory=pin_memory)
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        worker_init_fn=_leave_group_signals_to_the_trainer,
+    )
+
+
+def _leave_group_signals_to_the_trainer(worker: int) -> None:
+    """Schedulers and shells signal a whole process group. Workers that died of it would take the trainer with them
+    before it has saved, so they form groups of their own; the trainer ends them."""
+    if hasattr(os, "setpgid"):
+        os.setpgid(0, 0)
 
 
 def eval_loader(dataset: EvalDataset, batch_size: int, rank: int, world_size: int, num_workers: int = 0) -> DataLoader:
@@ -118,4 +132,9 @@ def eval_loader(dataset: EvalDataset, batch_size: int, rank: int, world_size: in
     """
     indices = range(len(dataset))
     batches = [list(indices[start : start + batch_size]) for start in range(0, len(dataset), batch_size)]
-    return DataLoader(dataset, batch_sampler=batches[rank::world_size], num_workers=num_workers)
+    return DataLoader(
+        dataset,
+        batch_sampler=batches[rank::world_size],
+        num_workers=num_workers,
+        worker_init_fn=_leave_group_signals_to_the_trainer,
+    )

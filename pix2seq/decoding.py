@@ -80,7 +80,7 @@ def sample_top_p(logits: torch.Tensor, top_p: float, temperature: float, uniform
     randomness: the token is where it falls in the cumulative distribution of those kept.
     """
     probabilities, order = (logits / temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
-    kept = probabilities.cumsum(-1) <= top_p
+    kept = (probabilities.cumsum(-1) <= top_p) & (probabilities > 0)
     kept[:, 0] = True
     cumulative = (probabilities * kept).cumsum(-1)
     drawn = (cumulative <= uniform[:, None] * cumulative[:, -1:]).sum(-1, keepdim=True)
@@ -102,7 +102,7 @@ def generate(
     may_end = not model.config.noise_objects
     grammar = Grammar(tokenizer, allow_eos=may_end, device=device)
     # Drawn on the CPU and keyed, so that neither the device nor the batch changes what a picture gets.
-    uniforms = np.stack([np.random.default_rng((options.seed, int(key))).random(length) for key in keys])
+    uniforms = np.stack([np.random.default_rng((options.seed, int(key) % 2**64)).random(length) for key in keys])
     uniforms = torch.from_numpy(uniforms).to(device, torch.float32)
     is_class = slice(tokenizer.first_class_id, tokenizer.first_bin_id)
 

@@ -20,6 +20,7 @@ from pix2seq.transforms import to_original_pixels
 from pix2seq.visualize import CELL, color_of, draw_boxes, enlarge, side_by_side
 
 METRICS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
+RESULT_KEYS = ("image_id", "category_id", "bbox", "score")  # pycocotools takes others for another task
 METRICS += ("AR_1", "AR_10", "AR_100", "AR_small", "AR_medium", "AR_large")
 
 
@@ -94,8 +95,9 @@ def coco_metrics(truth: dict, predictions: list[dict]) -> dict[str, float]:
         ground_truth = COCO()
         ground_truth.dataset = truth
         ground_truth.createIndex()
+        rows = [{key: row[key] for key in RESULT_KEYS} for row in predictions]
         # pycocotools cannot load an empty list, but it can evaluate one.
-        found = ground_truth.loadRes([dict(row) for row in predictions]) if predictions else COCO()
+        found = ground_truth.loadRes(rows) if rows else COCO()
         evaluation = COCOeval(ground_truth, found, "bbox")
         evaluation.evaluate()
         evaluation.accumulate()

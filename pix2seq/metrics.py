@@ -10,6 +10,7 @@ def token_statistics(
 ) -> torch.Tensor:
     """Sums over the tokens with weight, by slot: float64 (4, 5), rows (weighted loss, weight, right answers, tokens).
 
+    EOS, where sentences end in it, stands in the slot of a y1 and is counted there.
     labels and weights (B, L); logits (T, V) and token_losses (T,) as in Pix2SeqOutput. Sums can be added over
     micro-batches and ranks; nothing here waits for the device.
     """

@@ -86,6 +86,11 @@ class Pix2SeqConfig(PretrainedConfig):
         self.initializer_range = initializer_range
         super().__init__(**kwargs)
 
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """By label."""
+        return tuple(self.id2label[label] for label in range(len(self.category_ids)))
+
 
 @dataclass
 class Pix2SeqOutput(ModelOutput):
@@ -232,7 +237,7 @@ class Pix2SeqForObjectDetection(Pix2SeqPreTrainedModel):
         # Cross entropy in float32 whatever the model runs in: sums over thousands of tokens lose bits otherwise.
         logits = self.decoder.lm_head(hidden[counted]).float()
         token_losses = F.cross_entropy(logits, labels[counted], reduction="none")
-        normalizer = weights.sum() if normalizer is None else normalizer
+        normalizer = weights.sum().clamp(min=1e-9) if normalizer is None else normalizer
         return Pix2SeqOutput(
             loss=(weights * token_losses).sum() / normalizer, logits=logits, token_losses=token_losses
         )

@@ -85,3 +85,38 @@ def test_the_manifest_lists_sizes_and_hashes(tmp_path):
     assert files["weights"]["size"] == 3
     assert files["weights"]["sha256"].startswith("ba7816bf")  # sha256 of "abc"
     assert set(files) == {"weights", "sub/more"}
+
+
+def test_a_replacement_cut_off_between_its_renames_loses_nothing(tmp_path):
+    checkpoint.save(tmp_path, 5, writer("x"), keep_last=2)
+    (tmp_path / "step_00000005").rename(tmp_path / ".old-step_00000005")
+    assert checkpoint.latest(tmp_path) == tmp_path / "step_00000005"
+
+
+def test_a_failing_replacement_keeps_what_it_was_to_replace(tmp_path):
+    best = tmp_path / "best"
+    checkpoint.commit(best, writer("good"))
+
+    def fails(folder):
+        raise OSError("No space left on device")
+
+    for _ in range(2):
+        with pytest.raises(OSError, match="No space"):
+            checkpoint.commit(best, fails)
+        assert checkpoint.verify(best) is None
+
+
+def test_broken_later_folders_do_not_count_as_kept(tmp_path):
+    """They must not push what a run saves after falling back from them out of the folder."""
+    for step in (7, 8, 9):
+        checkpoint.save(tmp_path, step, writer("x"), keep_last=9)
+        (tmp_path / f"step_{step:08d}" / "weights").unlink()
+    for step in (1, 2, 3):
+        checkpoint.save(tmp_path, step, writer("x"), keep_last=2)
+    assert checkpoint.latest(tmp_path, lambda message: None) == tmp_path / "step_00000003"
+
+
+@pytest.mark.parametrize("manifest", ["[]", '{"files": []}', '{"files": {"a": 1}}', "null", ""])
+def test_a_manifest_of_another_shape_is_a_fault(tmp_path, manifest):
+    (tmp_path / "MANIFEST.json").write_text(manifest)
+    assert "MANIFEST.json" in checkpoint.verify(tmp_path)

@@ -130,12 +130,15 @@ def test_a_file_without_annotations(tmp_path):
     assert "3 images (3 without objects), 0 objects" in annotations.summary(100)
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_boxes_that_are_not_finite_are_left_out_of_training(tmp_path, bad):
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e300, True])
+def test_boxes_that_are_not_finite_are_named(tmp_path, bad):
     value = content()
     value["annotations"][0]["bbox"][2] = bad
-    annotations = load_annotations(write(tmp_path, value))
-    assert annotations.objects(2)[0].tolist() == [[5, 5, 6, 6]]
+    split = write(tmp_path, value)
+    for load in (load_annotations, lambda split: load_ground_truth(split.json)):
+        message = complaint(load, split)
+        assert "annotation" in message
+        assert "four finite numbers" in message
 
 
 def test_subset(tmp_path):
@@ -206,9 +209,9 @@ def _set(path: str, value):
         (_set("annotations.1.category_id", 4), ["annotation 2", "category 4", "3, 17, 90"]),
         (_set("annotations.1.category_id", None), ["annotation 2", "category None"]),
         (_set("annotations.5.image_id", 43), ["annotation 6", "image 43"]),
-        (_set("annotations.0.bbox", [1, 2, 3]), ["annotation 1", "[1, 2, 3]", "four numbers"]),
-        (_set("annotations.0.bbox", [1, 2, 3, "4"]), ["annotation 1", "'4'", "four numbers"]),
-        (_set("annotations.0.bbox", None), ["annotation 1", "None", "four numbers"]),
+        (_set("annotations.0.bbox", [1, 2, 3]), ["annotation 1", "[1, 2, 3]", "four finite numbers"]),
+        (_set("annotations.0.bbox", [1, 2, 3, "4"]), ["annotation 1", "'4'", "four finite numbers"]),
+        (_set("annotations.0.bbox", None), ["annotation 1", "None", "four finite numbers"]),
         (_set("images.1.id", 42), ["image id appears twice"]),
         (_set("images.1.id", "5"), ["whole number 'id'", "a.png"]),
         (_set("images.1.file_name", None), ["'file_name'", "5"]),

@@ -52,7 +52,7 @@ def test_two_processes_take_the_steps_one_would(shapes_root, tmp_path):
     common += ["--eval_every", "0", "--sample_every", "0", "--no_noise_objects"]
     done = launch("train.py", *common, "--batch_size", "2", "--output_dir", str(tmp_path / "two"))
     assert done.returncode == 0, done.stderr
-    assert train.run(parse(Arguments, [*common, "--batch_size", "4", "--output_dir", str(tmp_path / "one")])) == 0
+    assert train.main(parse(Arguments, [*common, "--batch_size", "4", "--output_dir", str(tmp_path / "one")])) == 0
     for one, two in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
         for key in {"train/loss", "train/grad_norm", "train/lr"} & one.keys():
             assert two[key] == pytest.approx(one[key], rel=1e-4)

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import evaluate
 import train
 from pix2seq import checkpoint
+from pix2seq.coco import DataError
 from pix2seq.config import Arguments, EvaluateArguments, parse
 
 TINY = [
@@ -44,7 +45,7 @@ def rows(output: Path) -> list[dict]:
 @pytest.fixture(scope="module")
 def finished(shapes_root, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("run") / "out"
-    assert train.run(arguments(shapes_root, output)) == 0
+    assert train.main(arguments(shapes_root, output)) == 0
     return output
 
 
@@ -109,10 +110,10 @@ def test_an_interrupted_run_resumed_equals_one_that_was_not(
     output = tmp_path / "out"
     with monkeypatch.context() as patch:
         interrupt_at(patch, step, signal.SIGTERM)
-        assert train.run(arguments(shapes_root, output)) == 75
+        assert train.main(arguments(shapes_root, output)) == 75
     status = json.loads((output / "status.json").read_text())
     assert (status["state"], status["step"], status["reason"]) == ("preempted", step, "SIGTERM")
-    assert train.run(arguments(shapes_root, output, "--resume", "auto", "--num_workers", "1")) == 0
+    assert train.main(arguments(shapes_root, output, "--resume", "auto", "--num_workers", "1")) == 0
     assert rows(output) == rows(finished)
     weights, expected = (load_file(folder / "final" / "model.safetensors") for folder in (output, finished))
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
@@ -131,24 +132,43 @@ def test_a_run_killed_between_checkpoints_repeats_the_lost_steps_exactly(finishe
     with monkeypatch.context() as patch:
         patch.setattr(train, "train_step", dies)
         with pytest.raises(RuntimeError, match="power cut"):
-            train.run(arguments(shapes_root, output))
+            train.main(arguments(shapes_root, output))
     assert json.loads((output / "status.json").read_text())["state"] == "failed"
     with (output / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "tr')  # the line it was writing
-    assert train.run(arguments(shapes_root, output, "--resume", "auto")) == 0
+    assert train.main(arguments(shapes_root, output, "--resume", "auto")) == 0
     assert rows(output) == rows(finished)
+
+
+def test_a_signal_to_the_whole_process_group_is_survived_by_the_workers(shapes_root, tmp_path):
+    """As schedulers and shells send it. A data worker that dies of it would end the run before it has saved."""
+    output = tmp_path / "out"
+    words = [*TINY, "--root", str(shapes_root), "--output_dir", str(output), "--num_workers", "2"]
+    words += ["--max_steps", "100000", "--eval_every", "0", "--sample_every", "0", "--ckpt_every", "0"]
+    run = subprocess.Popen([sys.executable, "train.py", *words], start_new_session=True, stderr=subprocess.PIPE)
+    try:
+        deadline = time.monotonic() + 120
+        while not (output / "metrics.jsonl").exists() and time.monotonic() < deadline:
+            time.sleep(0.2)
+        os.killpg(run.pid, signal.SIGTERM)
+        errors = run.communicate(timeout=120)[1].decode()
+    finally:
+        run.kill()
+    assert run.returncode == 75, errors
+    step = json.loads((output / "status.json").read_text())["step"]
+    assert checkpoint.latest(output / "checkpoints").name == f"step_{step:08d}"
 
 
 def test_ctrl_c_saves_and_leaves_with_130(shapes_root, tmp_path, monkeypatch):
     interrupt_at(monkeypatch, 2, signal.SIGINT)
-    assert train.run(arguments(shapes_root, tmp_path / "out")) == 130
+    assert train.main(arguments(shapes_root, tmp_path / "out")) == 130
     assert checkpoint.latest(tmp_path / "out" / "checkpoints").name == "step_00000002"
 
 
 def test_resuming_a_finished_run_takes_no_step_and_keeps_it(finished, shapes_root, tmp_path):
     output = tmp_path / "out"
     shutil.copytree(finished, output)
-    assert train.run(arguments(shapes_root, output, "--resume", "auto")) == 0
+    assert train.main(arguments(shapes_root, output, "--resume", "auto")) == 0
     assert rows(output) == rows(finished)
 
 
@@ -157,7 +177,7 @@ def test_a_broken_newest_checkpoint_is_passed_over(finished, shapes_root, tmp_pa
     shutil.copytree(finished, output)
     weights = output / "checkpoints" / "step_00000006" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-10])
-    assert train.run(arguments(shapes_root, output, "--resume", "auto")) == 0
+    assert train.main(arguments(shapes_root, output, "--resume", "auto")) == 0
     assert rows(output) == rows(finished)
     assert "step_00000006 is passed over: model.safetensors" in (output / "train.log").read_text()
 
@@ -165,17 +185,17 @@ def test_a_broken_newest_checkpoint_is_passed_over(finished, shapes_root, tmp_pa
 def test_resuming_with_other_flags_is_refused_and_says_which(finished, shapes_root, tmp_path, capsys):
     output = tmp_path / "out"
     shutil.copytree(finished, output)
-    assert train.run(arguments(shapes_root, output, "--resume", "auto", "--lr", "0.5", "--num_bins", "64")) == 2
+    assert train.main(arguments(shapes_root, output, "--resume", "auto", "--lr", "0.5", "--num_bins", "64")) == 2
     message = capsys.readouterr().err
     assert "--lr 0.5 (was 0.001)" in message
     assert "--num_bins 64 (was 32)" in message
-    assert train.run(arguments(shapes_root, output, "--resume", "auto", "--batch_size", "2")) == 2
+    assert train.main(arguments(shapes_root, output, "--resume", "auto", "--batch_size", "2")) == 2
     assert "is 2 and was 4" in capsys.readouterr().err
 
 
 def test_a_used_folder_is_not_overwritten(finished, shapes_root, capsys):
     before = sorted((finished / "checkpoints").iterdir())
-    assert train.run(arguments(shapes_root, finished)) == 2
+    assert train.main(arguments(shapes_root, finished)) == 2
     assert "--resume auto" in capsys.readouterr().err
     assert sorted((finished / "checkpoints").iterdir()) == before
 
@@ -194,7 +214,7 @@ def test_a_pickle_in_a_checkpoint_is_never_run(finished, shapes_root, tmp_path):
     content = {p.name: p.read_bytes() for p in folder.iterdir() if p.name != "MANIFEST.json"}
     checkpoint.commit(folder, lambda new: [(new / name).write_bytes(data) for name, data in content.items()])
     with pytest.raises(Exception, match="(?i)weights_only|unsupported"):
-        train.run(arguments(shapes_root, output, "--resume", "auto"))
+        train.main(arguments(shapes_root, output, "--resume", "auto"))
     assert not (tmp_path / "pwned").exists()
 
 
@@ -207,7 +227,7 @@ def test_accumulation_changes_nothing_but_rounding(finished, shapes_root, tmp_pa
     vit += "patch_size: 16, image_size: 64}"
     common = ["--backbone", vit, "--dropout", "0", "--eval_every", "0", "--sample_every", "0", "--log_every", "1"]
     for name, words in (("whole", []), ("split", ["--batch_size", "1", "--gradient_accumulation_steps", "4"])):
-        assert train.run(arguments(shapes_root, tmp_path / name, *common, *words)) == 0
+        assert train.main(arguments(shapes_root, tmp_path / name, *common, *words)) == 0
     for whole, split in zip(rows(tmp_path / "whole"), rows(tmp_path / "split"), strict=True):
         for key in {"train/loss", "train/grad_norm", "train/lr"} & whole.keys():
             assert split[key] == pytest.approx(whole[key], rel=1e-4)
@@ -224,7 +244,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_images(shapes_roo
         return original(training, micro_batches, total_weight)
 
     monkeypatch.setattr(train, "train_step", poisoned)
-    assert train.run(arguments(shapes_root, output)) == 1
+    assert train.main(arguments(shapes_root, output)) == 1
     message = capsys.readouterr().err
     assert "step 4 is not finite" in message
     assert "image ids: [" in message
@@ -234,11 +254,11 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_images(shapes_roo
 
 
 def test_sentences_without_noise_objects_train_too(shapes_root, tmp_path):
-    assert train.run(arguments(shapes_root, tmp_path / "out", "--no_noise_objects")) == 0
+    assert train.main(arguments(shapes_root, tmp_path / "out", "--no_noise_objects")) == 0
 
 
 def test_overfit_evaluates_the_images_it_trains_on(shapes_root, tmp_path):
-    assert train.run(arguments(shapes_root, tmp_path / "out", "--overfit", "3")) == 0
+    assert train.main(arguments(shapes_root, tmp_path / "out", "--overfit", "3")) == 0
     predictions = json.loads((tmp_path / "out" / "eval" / "step_6" / "predictions.json").read_text())
     assert {row["image_id"] for row in predictions} == {1, 2, 3}
     # evaluate.py finds the same images by itself.
@@ -252,20 +272,20 @@ def test_explicit_paths_instead_of_a_root(shapes_root, tmp_path):
         words += [f"--{split}_images", str(shapes_root / "images" / f"{split}2017")]
         words += [f"--{split}_json", str(shapes_root / "annotations" / f"instances_{split}2017.json")]
     output = tmp_path / "out"
-    assert train.run(parse(Arguments, [*TINY, *words, "--output_dir", str(output), "--max_steps", "2"])) == 0
+    assert train.main(parse(Arguments, [*TINY, *words, "--output_dir", str(output), "--max_steps", "2"])) == 0
 
 
 def test_the_flat_coco_layout(shapes_root, tmp_path):
     shutil.copytree(shapes_root, tmp_path / "coco")
     for split in ("train2017", "val2017"):
         (tmp_path / "coco" / "images" / split).rename(tmp_path / "coco" / split)
-    assert train.run(arguments(tmp_path / "coco", tmp_path / "out", "--max_steps", "1")) == 0
+    assert train.main(arguments(tmp_path / "coco", tmp_path / "out", "--max_steps", "1")) == 0
 
 
 def test_trackers_work_without_network_or_account(shapes_root, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
-    assert train.run(arguments(shapes_root, tmp_path / "out", "--report_to", "wandb")) == 0
+    assert train.main(arguments(shapes_root, tmp_path / "out", "--report_to", "wandb")) == 0
     assert list((tmp_path / "wandb").glob("offline-run-*"))
 
 
@@ -283,7 +303,7 @@ def test_trackers_work_without_network_or_account(shapes_root, tmp_path, monkeyp
 )
 def test_mistakes_are_one_line_and_exit_code_2(shapes_root, tmp_path, capsys, monkeypatch, words, parts):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert train.run(arguments(shapes_root, tmp_path / "out", *words)) == 2
+    assert train.main(arguments(shapes_root, tmp_path / "out", *words)) == 2
     assert not (tmp_path / "out").exists(), "a run that cannot start leaves nothing behind"
     lines = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
     assert len(lines) == 1
@@ -298,3 +318,143 @@ def test_a_mistake_ends_the_program_within_seconds(tmp_path):
     assert done.stderr.strip().count("\n") == 0
     assert "no such folder" in done.stderr
     assert time.monotonic() - started < 30
+
+
+def test_an_older_checkpoint_does_not_abandon_newer_ones(finished, shapes_root, capsys):
+    """Resuming from step 3 where step 6 exists would have rotation and --resume auto mix two histories."""
+    words = ["--resume", str(finished / "checkpoints" / "step_00000003")]
+    assert train.main(arguments(shapes_root, finished, *words)) == 2
+    assert "step_00000006" in capsys.readouterr().err
+    assert json.loads((finished / "status.json").read_text())["state"] == "finished"
+
+
+def test_an_older_checkpoint_can_be_continued_in_another_folder(finished, shapes_root, tmp_path):
+    words = ["--resume", str(finished / "checkpoints" / "step_00000003")]
+    assert train.main(arguments(shapes_root, tmp_path / "out", *words)) == 0
+    weights, expected = (load_file(folder / "final" / "model.safetensors") for folder in (tmp_path / "out", finished))
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+def test_a_detector_is_no_checkpoint_to_resume_from(finished, shapes_root, tmp_path, capsys):
+    assert train.main(arguments(shapes_root, tmp_path / "out", "--resume", str(finished / "best"))) == 2
+    assert "trainer.pt" in capsys.readouterr().err
+
+
+def edited(root: Path, folder: Path, split: str, edit) -> Path:
+    """A copy of a dataset with one annotation file changed."""
+    shutil.copytree(root, folder)
+    path = folder / "annotations" / f"instances_{split}2017.json"
+    content = json.loads(path.read_text())
+    edit(content)
+    path.write_text(json.dumps(content))
+    return folder
+
+
+def test_validation_may_lack_a_class(shapes_root, tmp_path):
+    """What the model finds of it has nothing to match, but is no mistake in a file."""
+
+    def drop_the_first_class(content):
+        dropped = content["categories"].pop(0)["id"]
+        content["annotations"] = [a for a in content["annotations"] if a["category_id"] != dropped]
+
+    root = edited(shapes_root, tmp_path / "data", "val", drop_the_first_class)
+    assert train.main(arguments(root, tmp_path / "out")) == 0
+    trained = json.loads((tmp_path / "out" / "eval" / "step_6" / "metrics.json").read_text())
+    assert trained["per_class/ellipse"] == -1
+    words = ["--checkpoint", str(tmp_path / "out" / "final"), "--root", str(root)]
+    assert evaluate.main(parse(EvaluateArguments, words)) == trained
+
+
+def test_resuming_with_other_classes_is_refused(finished, shapes_root, tmp_path, capsys):
+    def rename(content):
+        content["categories"][0]["name"] = "blob"
+
+    root = edited(shapes_root, tmp_path / "data", "train", rename)
+    output = tmp_path / "out"
+    shutil.copytree(finished, output)
+    root = edited(root, tmp_path / "both", "val", rename)
+    assert train.main(arguments(root, output, "--resume", "auto")) == 2
+    assert "its classes are not those" in capsys.readouterr().err
+
+
+def test_a_training_set_without_objects_is_refused(shapes_root, tmp_path, capsys):
+    root = edited(shapes_root, tmp_path / "data", "train", lambda content: content["annotations"].clear())
+    assert train.main(arguments(root, tmp_path / "out")) == 2
+    assert "holds no objects to train on" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("num_workers", ["0", "1"])
+def test_an_image_that_breaks_while_training_is_named_and_nothing_is_lost(shapes_root, tmp_path, capsys, num_workers):
+    root = tmp_path / "data"
+    shutil.copytree(shapes_root, root)
+    broken = root / "images" / "val2017" / "000002.png"
+    whole = broken.read_bytes()
+    broken.write_bytes(whole[:100])
+    output = tmp_path / "out"
+    assert train.main(arguments(root, output, "--num_workers", num_workers)) == 2
+    line = next(line for line in capsys.readouterr().err.splitlines() if "error" in line)
+    assert line.startswith(f"train.py: error: {broken}: cannot be read as an image")
+    assert json.loads((output / "status.json").read_text())["state"] == "failed"
+    broken.write_bytes(whole)
+    assert train.main(arguments(root, output, "--num_workers", num_workers, "--resume", "auto")) == 0
+
+
+def test_a_step_whose_tokens_all_have_weight_0_is_no_accident(shapes_root, tmp_path):
+    """A picture without objects, without noise objects that count."""
+    root = edited(
+        shapes_root, tmp_path / "data", "train", lambda content: content["annotations"].__delitem__(slice(3, None))
+    )
+    assert train.main(arguments(root, tmp_path / "out", "--noise_weight", "0", "--batch_size", "1")) == 0
+
+
+def test_the_precision_the_launcher_chose_is_kept(shapes_root, tmp_path, monkeypatch):
+    """evaluate.py repeats it, or it would not reproduce the number training printed."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    monkeypatch.setattr("accelerate.state.AcceleratorState._shared_state", {})
+    assert train.main(arguments(shapes_root, tmp_path / "out")) == 0
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
+    monkeypatch.setattr("accelerate.state.AcceleratorState._shared_state", {})
+    assert "mixed_precision: bf16" in (tmp_path / "out" / "final" / "training.yaml").read_text()
+    words = ["--checkpoint", str(tmp_path / "out" / "final"), "--root", str(shapes_root)]
+    metrics = evaluate.main(parse(EvaluateArguments, words))
+    assert metrics == json.loads((tmp_path / "out" / "eval" / "step_6" / "metrics.json").read_text())
+
+
+def damage_weights(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def lose_a_weight(folder: Path) -> None:
+    (folder / "MANIFEST.json").unlink()
+    tensors = load_file(folder / "model.safetensors")
+    tensors.pop(next(name for name in tensors if name.startswith("bridge")))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("damage", "part"),
+    [
+        (damage_weights, "model.safetensors is not what was written"),
+        (lose_a_weight, "lacks the weights bridge"),
+        (lambda folder: (folder / "config.json").write_text("{}"), "holds a model of type None"),
+        (lambda folder: (folder / "config.json").write_text("{"), "config.json cannot be read"),
+        (lambda folder: (folder / "config.json").unlink(), "no config.json"),
+        (lambda folder: (folder / "training.yaml").write_text("a: ["), "training.yaml cannot be read"),
+    ],
+)
+def test_evaluate_refuses_a_damaged_detector(finished, shapes_root, tmp_path, damage, part):
+    folder = tmp_path / "best"
+    shutil.copytree(finished / "best", folder)
+    damage(folder)
+    with pytest.raises(DataError) as error:
+        evaluate.main(parse(EvaluateArguments, ["--checkpoint", str(folder), "--root", str(shapes_root)]))
+    assert part in str(error.value)
+
+
+def test_evaluate_asks_for_its_folder_before_it_works(finished, shapes_root, tmp_path):
+    taken = tmp_path / "file"
+    taken.write_text("")
+    words = ["--checkpoint", str(finished / "best"), "--root", str(shapes_root), "--output_dir", str(taken)]
+    with pytest.raises(DataError, match="--output_dir"):
+        evaluate.main(parse(EvaluateArguments, words))
