@@ -17,20 +17,15 @@ from accelerate import Accelerator
 from transformers.utils import logging as transformers_logging
 
 from pix2seq import checkpoint
-from pix2seq.coco import (
-    Categories,
-    DataError,
-    Split,
-    coco_split,
-    load_annotations,
-    load_ground_truth,
-    load_predictions,
-)
-from pix2seq.config import EvaluateArguments, parse
+from pix2seq.coco import Categories, find_split, load_annotations
+from pix2seq.command_line import parse
+from pix2seq.config import EvaluateArguments
 from pix2seq.data import EvalDataset
 from pix2seq.decoding import DecodingOptions
-from pix2seq.evaluation import coco_metrics, metrics_table, oracle_predictions, predict, prediction_picture
+from pix2seq.errors import UserError
+from pix2seq.evaluation import oracle_predictions, predict, prediction_picture
 from pix2seq.model import Pix2SeqConfig, Pix2SeqForObjectDetection
+from pix2seq.scoring import coco_metrics, load_ground_truth, load_predictions, metrics_table
 from pix2seq.tokenizer import Tokenizer
 from pix2seq.transforms import EvalTransform
 
@@ -38,7 +33,7 @@ from pix2seq.transforms import EvalTransform
 def trained_with(folder: Path) -> dict:
     """The flags a detector was trained with: the defaults of its evaluation."""
     if not (folder / "config.json").is_file():
-        raise DataError(
+        raise UserError(
             f"--checkpoint {folder}: no config.json in it; name OUT/best, OUT/final or a checkpoint folder"
         )
     try:
@@ -48,49 +43,70 @@ def trained_with(folder: Path) -> dict:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise DataError(f"--checkpoint {folder}: training.yaml cannot be read ({error})") from None
+        raise UserError(f"--checkpoint {folder}: training.yaml cannot be read ({error})") from None
     return flags
 
 
 def load_detector(folder: Path) -> Pix2SeqForObjectDetection:
-    """The detector in a folder, with every weight it should have. Raises DataError."""
+    """The detector in a folder, with every weight it should have. Raises UserError."""
     try:
         kind = json.loads((folder / "config.json").read_text()).get("model_type")
     except (OSError, ValueError, AttributeError) as error:
-        raise DataError(f"--checkpoint {folder}: config.json cannot be read ({error})") from None
+        raise UserError(f"--checkpoint {folder}: config.json cannot be read ({error})") from None
     if kind != Pix2SeqConfig.model_type:
-        raise DataError(f"--checkpoint {folder}: holds a model of type {kind!r}, not {Pix2SeqConfig.model_type!r}")
+        raise UserError(f"--checkpoint {folder}: holds a model of type {kind!r}, not {Pix2SeqConfig.model_type!r}")
     if (folder / checkpoint.MANIFEST).is_file() and (fault := checkpoint.verify(folder)):
-        raise DataError(f"--checkpoint {folder}: {fault}")
+        raise UserError(f"--checkpoint {folder}: {fault}")
     try:
         model, loading = Pix2SeqForObjectDetection.from_pretrained(folder, output_loading_info=True)
     except Exception as error:  # a damaged file may fail anywhere in the library
-        raise DataError(f"--checkpoint {folder}: cannot be loaded ({' '.join(str(error).split())[:200]})") from None
+        raise UserError(f"--checkpoint {folder}: cannot be loaded ({' '.join(str(error).split())[:200]})") from None
     if loading["missing_keys"]:
-        raise DataError(f"--checkpoint {folder}: lacks the weights {', '.join(sorted(loading['missing_keys'])[:3])}")
+        raise UserError(f"--checkpoint {folder}: lacks the weights {', '.join(sorted(loading['missing_keys'])[:3])}")
     return model
 
 
 def dataset(args: EvaluateArguments, training: dict, categories: Categories | None, image_size: int) -> EvalDataset:
     """The images to evaluate: those named on the command line, else the ones training evaluated."""
-    overfit = 0
-    if args.val_json is not None:
-        split = Split(Path(args.val_images), Path(args.val_json))
-    elif args.root is not None and not training.get("overfit"):
-        split = coco_split(args.root, "val")
-    elif args.root is not None or training.get("root"):
-        overfit = training.get("overfit", 0)
-        split = coco_split(args.root or training["root"], "train" if overfit else "val")
-    elif training.get("val_json"):
-        overfit = training.get("overfit", 0)
-        kind = "train" if overfit else "val"
-        split = Split(Path(training[f"{kind}_images"]), Path(training[f"{kind}_json"]))
-    else:
-        raise DataError("--root: missing (the folder of a COCO-layout dataset)")
+    overfit = training.get("overfit", 0) if args.val_json is None else 0
+    kind = "train" if overfit else "val"
+    named = vars(args) if args.root or args.val_json else training
+    if not (named.get("root") or named.get("val_json")):
+        raise UserError("--root: missing (the folder of a COCO-layout dataset)")
+    split = find_split(kind, *(named.get(name) for name in ("root", f"{kind}_images", f"{kind}_json")))
     annotations = load_annotations(split, categories)
     if overfit:
         annotations = annotations.subset(range(min(overfit, len(annotations))))
     return EvalDataset(annotations, EvalTransform(image_size))
+
+
+def detect(args: EvaluateArguments) -> tuple[dict, list[dict], EvalDataset, bool]:
+    """Ground truth, the detector's predictions, their images, and whether this is the main process."""
+    folder = Path(args.checkpoint)
+    training = trained_with(folder)
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),  # without it, processes on a CPU do not find each other
+        mixed_precision=args.mixed_precision or training.get("mixed_precision"),
+    )
+    transformers_logging.disable_progress_bar()
+    model = load_detector(folder).to(accelerator.device)
+    config = model.config
+    categories = Categories(tuple(config.category_ids), config.class_names)
+    data = dataset(args, training, categories, config.image_size)
+
+    def choose(flag, fallback):
+        return fallback if flag is None else flag
+
+    options = DecodingOptions(
+        max_objects=choose(args.max_objects, config.max_objects),
+        top_p=choose(args.top_p, config.decoding["top_p"]),
+        temperature=choose(args.temperature, config.decoding["temperature"]),
+        seed=choose(args.seed, training.get("seed", 0)),
+    )
+    batch_size = choose(args.eval_batch_size, training.get("eval_batch_size", 32))
+    predictions = predict(model, data, options, batch_size, accelerator, args.num_workers)
+    truth = load_ground_truth(data.annotations.split.json, data.annotations.image_ids, categories)
+    return truth, predictions, data, accelerator.is_main_process
 
 
 def main(args: EvaluateArguments) -> dict:
@@ -100,43 +116,19 @@ def main(args: EvaluateArguments) -> dict:
         if output is not None:
             output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DataError(f"--output_dir {output}: cannot be made ({error.strerror})") from None
+        raise UserError(f"--output_dir {output}: cannot be made ({error.strerror})") from None
+    name, data, is_main = "predictions", None, True
     if args.predictions is not None:
-        truth, predictions, data = load_ground_truth(args.gt), load_predictions(args.predictions), None
-        is_main = True
+        name = f"--predictions {args.predictions}"
+        truth, predictions = load_ground_truth(args.gt), load_predictions(args.predictions)
     elif args.oracle:
         data = dataset(args, {}, None, args.image_size)
         tokenizer = Tokenizer(len(data.annotations.categories.ids), args.num_bins)
         truth, predictions = load_ground_truth(data.annotations.split.json), oracle_predictions(data, tokenizer)
-        is_main = True
     else:
-        folder = Path(args.checkpoint)
-        training = trained_with(folder)
-        accelerator = Accelerator(
-            cpu=not torch.accelerator.is_available(),  # without it, processes on a CPU do not find each other
-            mixed_precision=args.mixed_precision or training.get("mixed_precision"),
-        )
-        is_main = accelerator.is_main_process
-        transformers_logging.disable_progress_bar()
-        model = load_detector(folder).to(accelerator.device)
-        config = model.config
-        categories = Categories(tuple(config.category_ids), config.class_names)
-        data = dataset(args, training, categories, config.image_size)
+        truth, predictions, data, is_main = detect(args)
 
-        def choose(flag, fallback):
-            return fallback if flag is None else flag
-
-        options = DecodingOptions(
-            max_objects=choose(args.max_objects, config.max_objects),
-            top_p=choose(args.top_p, config.decoding["top_p"]),
-            temperature=choose(args.temperature, config.decoding["temperature"]),
-            seed=choose(args.seed, training.get("seed", 0)),
-        )
-        batch_size = choose(args.eval_batch_size, training.get("eval_batch_size", 32))
-        predictions = predict(model, data, options, batch_size, accelerator, args.num_workers)
-        truth = load_ground_truth(data.annotations.split.json, data.annotations.image_ids, categories)
-
-    metrics = coco_metrics(truth, predictions)
+    metrics = coco_metrics(truth, predictions, name)
     if not is_main:
         return metrics
     print(metrics_table(metrics))
@@ -153,7 +145,7 @@ def run(args: EvaluateArguments) -> int:
     """`main` with mistakes of the user turned into one line and exit code 2."""
     try:
         main(args)
-    except DataError as error:
+    except UserError as error:
         print(f"evaluate.py: error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -12,6 +12,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from pix2seq.errors import UserError
+
 MANIFEST = "MANIFEST.json"
 _NAME = re.compile(r"step_(\d{8,})")
 
@@ -84,6 +86,37 @@ def latest(checkpoints: Path, warn: Callable[[str], None] = print) -> Path | Non
             return folder
         warn(f"{folder} is passed over: {fault}")
     return None
+
+
+def find(checkpoints: Path, resume: str | None, required: tuple[str, ...], log: Callable[[str], None]) -> Path | None:
+    """The checkpoint to resume from, verified and holding the `required` files; None for a new run.
+
+    resume   the flag: None (a new run), "auto" (the newest complete checkpoint, if any) or a folder. Raises UserError
+             where work would be lost: a new run in a used folder, or an older checkpoint than the newest.
+    """
+    newest = latest(checkpoints, log)
+    run = checkpoints.parent
+    if resume is None:
+        if newest is not None:
+            raise UserError(
+                f"--output_dir {run}: holds checkpoints of an earlier run; "
+                "continue it with --resume auto or name another folder"
+            )
+        return None
+    if resume == "auto":
+        return newest
+    found = Path(resume)
+    if fault := verify(found):
+        raise UserError(f"--resume {found}: {fault}")
+    for name in required:
+        if not (found / name).is_file():
+            raise UserError(f"--resume {found}: has no {name}; name a folder under checkpoints/")
+    if newest is not None and newest.name > found.name:
+        raise UserError(
+            f"--resume {found}: --output_dir {run} has {newest.name}, which this would abandon; "
+            "use --resume auto or name another folder"
+        )
+    return found
 
 
 def _by_step(checkpoints: Path) -> list[tuple[int, Path]]:

@@ -1,4 +1,4 @@
-"""COCO files, read and checked: annotations as arrays for training, ground truth and results for scoring.
+"""COCO annotation files, read and checked: arrays for training, and the file itself for scoring.
 
 What is wrong with a file is said in one line that names it, before any work is done with it.
 """
@@ -11,13 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-
-class DataError(ValueError):
-    """Something in the user's files is wrong. The message is one line and names the file."""
-
-    def __str__(self) -> str:
-        # A data loading process hands its errors over with a traceback in front.
-        return " ".join(super().__str__().rsplit("DataError: ", 1)[-1].split())
+from pix2seq.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -32,14 +26,19 @@ def coco_split(root: str | Path, name: str) -> Split:
     """Finds `name` (train or val) under a COCO root: images/{name}2017 or, as the archives unpack, {name}2017."""
     root = Path(root)
     if not root.is_dir():
-        raise DataError(f"--root {root}: no such folder")
+        raise UserError(f"--root {root}: no such folder")
     annotations = root / "annotations" / f"instances_{name}2017.json"
     if not annotations.is_file():
-        raise DataError(f"--root {root}: annotations/{annotations.name} is missing")
+        raise UserError(f"--root {root}: annotations/{annotations.name} is missing")
     for images in (root / "images" / f"{name}2017", root / f"{name}2017"):
         if images.is_dir():
             return Split(images, annotations)
-    raise DataError(f"--root {root}: neither images/{name}2017 nor {name}2017 is a folder")
+    raise UserError(f"--root {root}: neither images/{name}2017 nor {name}2017 is a folder")
+
+
+def find_split(name: str, root: str | None, images: str | None, json: str | None) -> Split:
+    """One split by the flags that name a dataset: `name` (train or val) under a root, or folder and file."""
+    return coco_split(root, name) if root is not None else Split(Path(images), Path(json))
 
 
 @dataclass(frozen=True)
@@ -115,19 +114,19 @@ class Annotations:
 
 
 def load_annotations(split: Split, categories: Categories | None = None) -> Annotations:
-    """Reads and checks an annotation file and that its images exist. Raises DataError.
+    """Reads and checks an annotation file and that its images exist. Raises UserError.
 
     With `categories` (those of the training set or of a model) the file may use only these.
     """
     if not split.images.is_dir():
-        raise DataError(f"{split.images}: no such folder of images")
-    content = _read_coco(split.json)
+        raise UserError(f"{split.images}: no such folder of images")
+    content = read_coco(split.json)
     found = _categories(content, split.json)
     if categories is not None:
         known = dict(zip(categories.ids, categories.names, strict=True))
         for category_id, name in zip(found.ids, found.names, strict=True):
             if known.get(category_id) != name:
-                raise DataError(
+                raise UserError(
                     f"{split.json}: category {category_id} ('{name}') is not a class of the training set or model"
                     f", which has {_listed(f'{i} ({n!r})' for i, n in known.items())}"
                 )
@@ -161,60 +160,60 @@ def load_annotations(split: Split, categories: Categories | None = None) -> Anno
     return annotations
 
 
-def _read_json(path: Path, name: str | None = None):
+def read_json(path: Path, name: str | None = None):
     name = name or str(path)
     try:
         return json.loads(path.read_bytes())
     except OSError as error:
-        raise DataError(f"{name}: cannot be read ({error.strerror})") from None
+        raise UserError(f"{name}: cannot be read ({error.strerror})") from None
     except ValueError as error:
-        raise DataError(f"{name}: is not JSON ({error})") from None
+        raise UserError(f"{name}: is not JSON ({error})") from None
 
 
-def _read_coco(path: Path) -> dict:
+def read_coco(path: Path) -> dict:
     """The content of an annotation file in which every entry has what is needed, and names what exists."""
-    content = _read_json(path)
+    content = read_json(path)
     for key in ("images", "annotations", "categories"):
         entries = content.get(key) if isinstance(content, dict) else None
         if not (isinstance(entries, list) and all(isinstance(entry, dict) for entry in entries)):
-            raise DataError(
+            raise UserError(
                 f"{path}: has no list '{key}'; a COCO annotation file holds images, annotations, categories"
             )
     for image in content["images"]:
-        if not (_is_id(image.get("id")) and isinstance(image.get("file_name"), str)):
-            raise DataError(f"{path}: an image entry lacks a whole number 'id' or a 'file_name': {str(image)[:100]}")
+        if not (is_id(image.get("id")) and isinstance(image.get("file_name"), str)):
+            raise UserError(f"{path}: an image entry lacks a whole number 'id' or a 'file_name': {str(image)[:100]}")
     image_ids = [image["id"] for image in content["images"]]
     if not image_ids:
-        raise DataError(f"{path}: holds no images")
+        raise UserError(f"{path}: holds no images")
     if len(set(image_ids)) != len(image_ids):
-        raise DataError(f"{path}: an image id appears twice")
+        raise UserError(f"{path}: an image id appears twice")
     known_images, known_categories = set(image_ids), _categories(content, path).ids
     for entry in content["annotations"]:
         name = f"{path}: annotation {entry.get('id')}"
-        if not _is_id(entry.get("category_id")) or entry["category_id"] not in known_categories:
-            raise DataError(
+        if not is_id(entry.get("category_id")) or entry["category_id"] not in known_categories:
+            raise UserError(
                 f"{name} names category {entry.get('category_id')}, which is not one of "
                 f"{_listed(map(str, known_categories))}"
             )
-        if not _is_id(entry.get("image_id")) or entry["image_id"] not in known_images:
-            raise DataError(f"{name} names image {entry.get('image_id')}, which is not in the file")
+        if not is_id(entry.get("image_id")) or entry["image_id"] not in known_images:
+            raise UserError(f"{name} names image {entry.get('image_id')}, which is not in the file")
         box = entry.get("bbox")
-        if not (isinstance(box, list) and len(box) == 4 and all(_is_finite(v) for v in box)):
-            raise DataError(f"{name} has bbox {box}: four finite numbers x, y, width, height are needed")
+        if not (isinstance(box, list) and len(box) == 4 and all(is_finite(v) for v in box)):
+            raise UserError(f"{name} has bbox {box}: four finite numbers x, y, width, height are needed")
     return content
 
 
 def _categories(content: dict, path: Path) -> Categories:
     entries = content["categories"]
     if not entries:
-        raise DataError(f"{path}: holds no categories")
+        raise UserError(f"{path}: holds no categories")
     for entry in entries:
-        if not (_is_id(entry.get("id")) and isinstance(entry.get("name"), str)):
-            raise DataError(f"{path}: a category lacks a whole number 'id' or a 'name': {str(entry)[:100]}")
+        if not (is_id(entry.get("id")) and isinstance(entry.get("name"), str)):
+            raise UserError(f"{path}: a category lacks a whole number 'id' or a 'name': {str(entry)[:100]}")
     entries = sorted(entries, key=lambda entry: entry["id"])
     ids = tuple(entry["id"] for entry in entries)
     if len(set(ids)) != len(ids):
-        raise DataError(f"{path}: a category id appears twice in {_listed(map(str, ids))}")
+        raise UserError(f"{path}: a category id appears twice in {_listed(map(str, ids))}")
     return Categories(ids, tuple(entry["name"] for entry in entries))
 
 
@@ -228,7 +227,7 @@ def _check_images_exist(annotations: Annotations) -> None:
         if name not in present and not (annotations.split.images / name).is_file()
     ]
     if missing:
-        raise DataError(
+        raise UserError(
             f"{annotations.split.json}: {len(missing)} of {len(annotations)} images are missing from "
             f"{annotations.split.images}: {_listed(missing, most=3)}"
         )
@@ -239,73 +238,10 @@ def _listed(names, most: int = 10) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def load_ground_truth(
-    path: str | Path, image_ids: np.ndarray | None = None, categories: Categories | None = None
-) -> dict:
-    """A COCO annotation file made fit for pycocotools, which misreads some files without a word.
-
-    Annotation ids are numbered from 1 (it ignores matches of id 0), and a missing `area` or `iscrowd` is filled in.
-    With `image_ids`, only those images and their annotations. With `categories`, these are its classes, more than the
-    file names perhaps: a model may find what the file knows nothing of. Raises DataError.
-    """
-    truth = _read_coco(Path(path))
-    if image_ids is not None:
-        wanted = set(image_ids.tolist())
-        truth["images"] = [image for image in truth["images"] if image["id"] in wanted]
-        truth["annotations"] = [entry for entry in truth["annotations"] if entry["image_id"] in wanted]
-    for number, annotation in enumerate(truth["annotations"], start=1):
-        annotation["id"] = number
-        annotation["iscrowd"] = int(bool(annotation.get("iscrowd")))
-        if not _is_finite(annotation.get("area")):
-            annotation["area"] = annotation["bbox"][2] * annotation["bbox"][3]
-    if categories is not None:
-        truth["categories"] = [{"id": i, "name": n} for i, n in zip(categories.ids, categories.names, strict=True)]
-    return truth
-
-
-def load_predictions(path: str | Path) -> list[dict]:
-    """A COCO results file, unchecked: see `check_predictions`."""
-    return _read_json(Path(path), name=f"--predictions {path}")
-
-
-def check_predictions(predictions: list[dict], truth: dict) -> None:
-    """Raises DataError for what pycocotools would score wrongly or die of, with the number of cases."""
-    if not isinstance(predictions, list):
-        raise DataError("predictions: a COCO results file is a list of objects")
-    image_ids = {image["id"] for image in truth["images"]}
-    category_ids = {category["id"] for category in truth["categories"]}
-    faults: dict[str, list] = {}
-    for number, row in enumerate(predictions):
-        fault = _prediction_fault(row, image_ids, category_ids)
-        if fault:
-            faults.setdefault(fault, []).append(number)
-    if faults:
-        raise DataError(
-            "predictions: "
-            + "; ".join(
-                f"{len(rows)} of {len(predictions)} {fault}, first entry {rows[0]}" for fault, rows in faults.items()
-            )
-        )
-
-
-def _prediction_fault(row, image_ids: set, category_ids: set) -> str | None:
-    if not isinstance(row, dict) or not {"image_id", "category_id", "bbox", "score"} <= row.keys():
-        return "lack image_id, category_id, bbox or score"
-    if not _is_id(row["image_id"]) or row["image_id"] not in image_ids:
-        return f"name an image that is not in the ground truth ({row['image_id']!r})"
-    if not _is_id(row["category_id"]) or row["category_id"] not in category_ids:
-        return f"name a category that is not in the ground truth ({row['category_id']!r})"
-    box = row["bbox"]
-    numbers = [*box, row["score"]] if isinstance(box, list) and len(box) == 4 else [None]
-    if not all(_is_finite(v) for v in numbers):
-        return "have a box or score that is not made of finite numbers"
-    return None
-
-
-def _is_id(value) -> bool:
+def is_id(value) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
 
 
-def _is_finite(value) -> bool:
+def is_finite(value) -> bool:
     """A number that float32 can hold."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e38

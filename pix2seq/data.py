@@ -15,19 +15,20 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from pix2seq.coco import Annotations, DataError
+from pix2seq.coco import Annotations
+from pix2seq.errors import UserError
 from pix2seq.sequence import SequenceBuilder
 from pix2seq.transforms import EvalTransform, TrainTransform
 
 
 def load_image(path: Path) -> torch.Tensor:
-    """An image file as uint8 RGB (3, H, W). Raises DataError naming the file."""
+    """An image file as uint8 RGB (3, H, W). Raises UserError naming the file."""
     try:
         with Image.open(path) as image:
             return pil_to_tensor(image.convert("RGB"))
     # Pillow raises the middle two for damaged chunks and headers.
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path}: cannot be read as an image ({error})") from None
+        raise UserError(f"{path}: cannot be read as an image ({error})") from None
 
 
 @dataclass

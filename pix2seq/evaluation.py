@@ -1,27 +1,16 @@
-"""From a model or a predictions file to COCO numbers. The numbers are pycocotools'.
-
-Every image is evaluated once, against the original annotation file: crowds included, nothing rounded or truncated.
-"""
-
-import contextlib
-import io
+"""From a model and a dataset to predictions: every image once, on all ranks, in original pixels, unrounded."""
 
 import numpy as np
+import torch
 from PIL import Image
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 from tqdm import tqdm
 
-from pix2seq.coco import Annotations, check_predictions
+from pix2seq.coco import Annotations
 from pix2seq.data import EvalDataset, eval_loader, load_image
 from pix2seq.decoding import DecodingOptions, Detections, generate
 from pix2seq.tokenizer import Tokenizer
 from pix2seq.transforms import to_original_pixels
 from pix2seq.visualize import CELL, color_of, draw_boxes, enlarge, side_by_side
-
-METRICS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
-RESULT_KEYS = ("image_id", "category_id", "bbox", "score")  # pycocotools takes others for another task
-METRICS += ("AR_1", "AR_10", "AR_100", "AR_small", "AR_medium", "AR_large")
 
 
 def predict(model, dataset: EvalDataset, options: DecodingOptions, batch_size: int, accelerator, num_workers: int = 0):
@@ -31,6 +20,11 @@ def predict(model, dataset: EvalDataset, options: DecodingOptions, batch_size: i
     """
     tokenizer = Tokenizer(len(model.config.category_ids), model.config.num_bins)
     loader = eval_loader(dataset, batch_size, accelerator.process_index, accelerator.num_processes, num_workers)
+    if accelerator.num_processes > 1:
+        # While training, each rank's batch norms have counted a batch of their own since the last forward pass.
+        # Checkpoints hold the main process's, and so must every rank that evaluates.
+        for buffer in model.buffers():
+            torch.distributed.broadcast(buffer, src=0)
     was_training = model.training
     model.eval()
     results = []
@@ -82,47 +76,6 @@ def oracle_predictions(dataset: EvalDataset, tokenizer: Tokenizer) -> list[dict]
         detections = Detections(boxes, labels, np.ones(len(boxes)))
         results += coco_results(image_id, detections, annotations.categories.ids)
     return results
-
-
-def coco_metrics(truth: dict, predictions: list[dict]) -> dict[str, float]:
-    """The 12 COCO numbers by the names in METRICS, and `per_class/<name>`: AP of each class.
-
-    As in pycocotools, -1 where there is nothing to find (no large objects, say). Raises DataError.
-    """
-    check_predictions(predictions, truth)
-    class_names = {category["id"]: category["name"] for category in truth["categories"]}
-    with contextlib.redirect_stdout(io.StringIO()):
-        ground_truth = COCO()
-        ground_truth.dataset = truth
-        ground_truth.createIndex()
-        rows = [{key: row[key] for key in RESULT_KEYS} for row in predictions]
-        # pycocotools cannot load an empty list, but it can evaluate one.
-        found = ground_truth.loadRes(rows) if rows else COCO()
-        evaluation = COCOeval(ground_truth, found, "bbox")
-        evaluation.evaluate()
-        evaluation.accumulate()
-        evaluation.summarize()
-    metrics = {name: float(value) for name, value in zip(METRICS, evaluation.stats, strict=True)}
-    precision = evaluation.eval["precision"]  # (IoU thresholds, recalls, classes, areas, max detections)
-    for index, category_id in enumerate(evaluation.params.catIds):
-        values = precision[:, :, index, 0, -1]
-        values = values[values > -1]
-        metrics[f"per_class/{class_names[category_id]}"] = float(values.mean()) if values.size else -1.0
-    return metrics
-
-
-def metrics_table(metrics: dict[str, float]) -> str:
-    """The 12 numbers and the AP of each class, for a terminal."""
-    lines = [
-        "".join(f"{name:>11}" for name in METRICS[start : start + 6])
-        + "\n"
-        + "".join(f"{metrics[name]:>11.3f}" for name in METRICS[start : start + 6])
-        for start in (0, 6)
-    ]
-    per_class = {key.removeprefix("per_class/"): v for key, v in metrics.items() if key.startswith("per_class/")}
-    width = max(map(len, per_class))
-    lines.append("\n".join(["AP by class", *(f"  {name:<{width}} {v:>7.3f}" for name, v in per_class.items())]))
-    return "\n".join(lines)
 
 
 def prediction_picture(annotations: Annotations, predictions: list[dict], count: int, min_score: float = 0.3):

@@ -1,5 +1,8 @@
 """What training says about its tokens, by slot: loss and accuracy of y1, x1, y2, x2 and class."""
 
+import time
+from contextlib import contextmanager
+
 import torch
 
 from pix2seq.tokenizer import CLASS_SLOT, SLOTS
@@ -36,3 +39,51 @@ def describe(statistics: torch.Tensor) -> dict[str, float]:
         "train/loss_class": ratio(loss[CLASS_SLOT], weight[CLASS_SLOT]),
     }
     return metrics | {f"train/acc_{name}": ratio(right[slot], tokens[slot]) for slot, name in enumerate(SLOTS)}
+
+
+class Meter:
+    """What training counts between two rows of metrics.jsonl: tokens, images, seconds. Counting never waits for the
+    device."""
+
+    def __init__(self, device: torch.device):
+        self.statistics = torch.zeros(4, len(SLOTS), dtype=torch.float64, device=device)
+        self.restart()
+
+    def restart(self) -> None:
+        self.statistics.zero_()
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        self.images, self.waited, self.started = 0, 0.0, time.perf_counter()
+
+    def count(self, output, labels: torch.Tensor, weights: torch.Tensor) -> None:
+        """Adds a micro-batch: a Pix2SeqOutput and what it was to say."""
+        self.statistics += token_statistics(output.logits, output.token_losses, labels, weights)
+        self.images += len(labels)
+
+    @contextmanager
+    def waiting(self):
+        """Time spent waiting for data."""
+        asked = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - asked
+
+    @contextmanager
+    def paused(self):
+        """Time that is not training's: evaluations, pictures, checkpoints."""
+        began = time.perf_counter()
+        yield
+        self.started += time.perf_counter() - began
+
+    def rates(self, num_processes: int, tokens_per_image: int) -> dict[str, float]:
+        """Speeds of all processes together."""
+        seconds = time.perf_counter() - self.started
+        images = self.images * num_processes / seconds
+        rates = {
+            "perf/images_per_s": images,
+            "perf/tokens_per_s": images * tokens_per_image,
+            "perf/data_wait_frac": self.waited / seconds,
+        }
+        if self.statistics.device.type == "cuda":
+            rates["perf/gpu_mem_gb"] = torch.cuda.max_memory_allocated() / 2**30
+        return rates

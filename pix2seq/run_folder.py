@@ -8,8 +8,10 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import transformers
+from PIL.Image import Image
 from tqdm import tqdm
 
 import pix2seq
@@ -28,6 +30,7 @@ class RunFolder:
     def __init__(self, path: str | Path, is_main: bool):
         self.path = Path(path)
         self.is_main = is_main
+        self.trackers: list = []  # Accelerate's, once they are started; they get the metrics and pictures too
 
     @property
     def checkpoints(self) -> Path:
@@ -68,11 +71,38 @@ class RunFolder:
             with (self.path / "train.log").open("a") as file:
                 file.write(message + "\n")
 
-    def append_metrics(self, row: dict) -> None:
+    def metrics(self, step: int, row: dict[str, float]) -> None:
+        """A row of metrics.jsonl."""
         if not self.is_main:
             return
         with (self.path / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps({"step": step} | row) + "\n")
+        for tracker in self.trackers:
+            tracker.log(row, step=step)
+
+    def evaluation(self, step: int, metrics: dict[str, float], predictions: list[dict], picture: Image) -> None:
+        """What an evaluation found: eval/step_x, and a row of metrics.jsonl."""
+        if not self.is_main:
+            return
+        folder = self.path / "eval" / f"step_{step}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "metrics.json").write_text(json.dumps(metrics, indent=1))
+        (folder / "predictions.json").write_text(json.dumps(predictions))
+        picture.save(folder / "predictions.png")
+        self.metrics(step, {f"eval/{name}": value for name, value in metrics.items()})
+        self.log(f"step {step}: " + ", ".join(f"{name} {metrics[name]:.4f}" for name in ("AP", "AP50", "AP75")))
+
+    def sample(self, name: str, step: int, picture: Image) -> None:
+        """A picture by its step: samples/name_x.png."""
+        if not self.is_main:
+            return
+        folder = self.path / "samples"
+        folder.mkdir(exist_ok=True)
+        picture.save(folder / f"{name}_{step:08d}.png")
+        for tracker in self.trackers:
+            if hasattr(tracker, "log_images"):
+                layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images({f"samples/{name}": np.asarray(picture)[None]}, step=step, **layout)
 
     def rewind_metrics(self, step: int) -> None:
         """Drops the rows after `step`: a run resumed there writes them again."""

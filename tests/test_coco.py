@@ -7,16 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pix2seq.coco import (
-    Categories,
-    DataError,
-    Split,
-    check_predictions,
-    coco_split,
-    load_annotations,
-    load_ground_truth,
-    load_predictions,
-)
+from pix2seq.coco import Categories, Split, coco_split, load_annotations
+from pix2seq.errors import UserError
+from pix2seq.scoring import load_ground_truth
 
 # Sparse ids, out of order, and names that code might trip over.
 CATEGORIES = [
@@ -56,7 +49,7 @@ def write(folder: Path, value, images=("a.png", "b.png", "c.png")) -> Split:
 
 
 def complaint(call, *args, **kwargs) -> str:
-    with pytest.raises(DataError) as error:
+    with pytest.raises(UserError) as error:
         call(*args, **kwargs)
     message = str(error.value)
     assert "\n" not in message
@@ -290,86 +283,3 @@ def test_validation_with_fewer_classes_keeps_the_labels_of_training(tmp_path):
 
 
 # -- ground truth and predictions ------------------------------------------------------------------
-
-
-def test_ground_truth_is_made_fit_for_pycocotools(tmp_path):
-    value = content()
-    for number, entry in enumerate(value["annotations"]):
-        entry["id"] = number  # pycocotools takes a match with annotation 0 for no match
-    value["annotations"][0]["area"] = 7.5
-    truth = load_ground_truth(str(write(tmp_path, value).json))
-    assert [entry["id"] for entry in truth["annotations"]] == [1, 2, 3, 4, 5, 6]
-    assert [entry["iscrowd"] for entry in truth["annotations"]] == [0, 0, 1, 0, 0, 0]
-    assert [entry["area"] for entry in truth["annotations"]][:3] == [7.5, 7.5, 200]
-    assert truth["annotations"][5]["area"] == 1
-
-
-def test_ground_truth_without_ids(tmp_path):
-    value = content()
-    for entry in value["annotations"]:
-        del entry["id"]
-    assert [e["id"] for e in load_ground_truth(write(tmp_path, value).json)["annotations"]] == [1, 2, 3, 4, 5, 6]
-
-
-def test_ground_truth_of_some_images(tmp_path):
-    truth = load_ground_truth(write(tmp_path, content()).json, np.array([42, 5]))
-    assert [image["id"] for image in truth["images"]] == [5, 42]
-    assert {entry["image_id"] for entry in truth["annotations"]} == {42}
-    assert truth["categories"] == CATEGORIES
-
-
-def test_ground_truth_without_categories_is_refused(tmp_path):
-    split = write(tmp_path, content() | {"categories": []})
-    assert complaint(load_ground_truth, split.json) == f"{split.json}: holds no categories"
-
-
-GOOD = {"image_id": 42, "category_id": 3, "bbox": [1.0, 2, 3, 4], "score": 0.5}
-
-
-def test_good_predictions_pass():
-    check_predictions([], content())
-    check_predictions([GOOD, GOOD | {"score": 1}, GOOD | {"segmentation": []}], content())
-
-
-@pytest.mark.parametrize(
-    ("bad", "says"),
-    [
-        ({"image_id": 43}, "name an image that is not in the ground truth (43)"),
-        ({"image_id": "42"}, "name an image that is not in the ground truth ('42')"),
-        ({"category_id": 1}, "name a category that is not in the ground truth (1)"),
-        ({"bbox": [1, 2, 3]}, "finite numbers"),
-        ({"bbox": [1, 2, 3, float("nan")]}, "finite numbers"),
-        ({"bbox": "1 2 3 4"}, "finite numbers"),
-        ({"score": float("inf")}, "finite numbers"),
-        ({"score": None}, "finite numbers"),
-        ({"score": True}, "finite numbers"),
-    ],
-)
-def test_faults_of_predictions_are_counted(bad, says):
-    message = complaint(check_predictions, [GOOD, GOOD | bad, GOOD, GOOD | bad], content())
-    assert says in message
-    assert "2 of 4" in message
-    assert "first entry 1" in message
-
-
-def test_predictions_that_lack_something():
-    for key in GOOD:
-        row = {k: v for k, v in GOOD.items() if k != key}
-        assert "1 of 2 lack image_id" in complaint(check_predictions, [GOOD, row], content())
-    assert "1 of 1 lack" in complaint(check_predictions, ["box"], content())
-    assert "list" in complaint(check_predictions, {"predictions": []}, content())
-
-
-def test_different_faults_are_all_told():
-    message = complaint(check_predictions, [GOOD | {"image_id": 1}, GOOD | {"score": "high"}], content())
-    assert "1 of 2 name an image" in message
-    assert "1 of 2 have a box or score" in message
-
-
-def test_load_predictions(tmp_path):
-    path = tmp_path / "predictions.json"
-    path.write_text(json.dumps([GOOD]))
-    assert load_predictions(path) == [GOOD]
-    path.write_text("[")
-    assert complaint(load_predictions, path).startswith(f"--predictions {path}: is not JSON")
-    assert complaint(load_predictions, tmp_path / "no.json").startswith(f"--predictions {tmp_path}/no.json: cannot")

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pix2seq.config import Arguments, EvaluateArguments, parse, to_yaml
+from pix2seq.command_line import parse, to_yaml
+from pix2seq.config import Arguments, EvaluateArguments
 
 CONFIGS = sorted(Path("configs").glob("*.yaml"))
 

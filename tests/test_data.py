@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pix2seq.coco import DataError, coco_split, load_annotations
+from pix2seq.coco import UserError, coco_split, load_annotations
 from pix2seq.data import EvalDataset, StepSampler, TrainDataset, eval_loader, load_image, train_loader
 from pix2seq.sequence import SequenceBuilder
 from pix2seq.tokenizer import NOISE_LABEL, Tokenizer
@@ -257,11 +257,11 @@ def test_a_broken_picture_is_named(tmp_path):
     contents = {"text.jpg": b"no picture", "empty.png": b"", "cut.png": whole.read_bytes()[:400]}
     for name, value in contents.items():
         (tmp_path / name).write_bytes(value)
-        with pytest.raises(DataError) as error:
+        with pytest.raises(UserError) as error:
             load_image(tmp_path / name)
         assert str(error.value).startswith(f"{tmp_path / name}: cannot be read as an image")
         assert "\n" not in str(error.value)
-    with pytest.raises(DataError, match="gone.png: cannot be read"):
+    with pytest.raises(UserError, match="gone.png: cannot be read"):
         load_image(tmp_path / "gone.png")
 
 
@@ -275,5 +275,5 @@ def test_broken_chunks_of_a_png_are_named(tmp_path):
     short_header = raw[:8] + b"\x00\x00\x00\x05" + raw[12:]
     for content in (wrong_name, short_header):
         path.write_bytes(content)
-        with pytest.raises(DataError, match="picture.png: cannot be read as an image"):
+        with pytest.raises(UserError, match="picture.png: cannot be read as an image"):
             load_image(path)

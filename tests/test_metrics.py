@@ -1,9 +1,11 @@
 """Statistics by slot, on rows small enough to count by hand."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from pix2seq.metrics import describe, token_statistics
+from pix2seq.metrics import Meter, describe, token_statistics
 from pix2seq.tokenizer import TOKENS_PER_OBJECT
 
 VOCABULARY = 12
@@ -89,3 +91,36 @@ def test_statistics_carry_no_gradient():
     sums = token_statistics(torch.zeros(5, VOCABULARY), losses * 2, torch.zeros(1, 5).long(), torch.ones(1, 5))
     assert not sums.requires_grad
     assert sums.dtype == torch.float64
+
+
+def test_a_meter_adds_up_and_starts_again():
+    meter = Meter(torch.device("cpu"))
+    labels, weights = torch.tensor(LABELS), torch.tensor(WEIGHTS)
+    counted = weights > 0
+    logits = torch.nn.functional.one_hot(torch.tensor(SAID), VOCABULARY).float()[counted]
+    output = SimpleNamespace(logits=logits, token_losses=torch.tensor(LOSSES).float()[counted])
+    for _ in range(2):
+        meter.count(output, labels, weights)
+    assert torch.equal(meter.statistics, 2 * statistics(LABELS, WEIGHTS, SAID, LOSSES))
+    assert meter.images == 4
+    meter.restart()
+    assert meter.images == 0
+    assert not meter.statistics.any()
+
+
+def test_a_meters_clock_leaves_out_pauses_and_knows_waits(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("pix2seq.metrics.time.perf_counter", lambda: now[0])
+    meter = Meter(torch.device("cpu"))
+    meter.images = 30
+
+    def passes(seconds):
+        now[0] += seconds
+
+    passes(4)
+    with meter.waiting():
+        passes(1)
+    with meter.paused():
+        passes(1000)
+    rates = meter.rates(num_processes=2, tokens_per_image=10)
+    assert rates == {"perf/images_per_s": 12, "perf/tokens_per_s": 120, "perf/data_wait_frac": 0.2}

@@ -19,15 +19,12 @@ from transformers import (
     ViTModel,
 )
 
-from pix2seq.backbone import IMAGENET_MEAN, IMAGENET_STD, VisionBackbone, choose_backbone
-from pix2seq.model import (
-    Pix2SeqConfig,
-    Pix2SeqForObjectDetection,
-    parameter_groups,
-    position_code_2d,
-    prefix_mask,
-    prefix_positions,
-)
+from pix2seq.errors import UserError
+from pix2seq.model import Pix2SeqConfig, Pix2SeqForObjectDetection
+from pix2seq.model.backbone import IMAGENET_MEAN, IMAGENET_STD, VisionBackbone, choose_backbone
+from pix2seq.model.llama import prefix_mask, prefix_positions
+from pix2seq.model.positions import position_code_2d
+from pix2seq.optimizer import parameter_groups
 from pix2seq.sequence import SequenceBuilder
 from pix2seq.tokenizer import Tokenizer
 
@@ -418,7 +415,7 @@ def test_what_is_no_backbone_is_named_in_one_line(name):
 def test_a_folder_without_weights(tmp_path):
     AutoConfig.for_model(**TINY_VIT).save_pretrained(tmp_path)
     choice = choose_backbone(str(tmp_path))
-    with pytest.raises(OSError, match=str(tmp_path)):
+    with pytest.raises(UserError, match=str(tmp_path)):
         VisionBackbone(choice.config).load_pretrained(choice.pretrained)
 
 

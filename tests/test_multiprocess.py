@@ -9,7 +9,8 @@ import pytest
 
 import evaluate
 import train
-from pix2seq.config import Arguments, EvaluateArguments, parse
+from pix2seq.command_line import parse
+from pix2seq.config import Arguments, EvaluateArguments
 from tests.test_train import TINY, rows
 
 VIT = "{model_type: vit, hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2, intermediate_size: 32, "

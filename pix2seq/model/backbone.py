@@ -9,6 +9,8 @@ from transformers import AutoBackbone, AutoConfig, AutoImageProcessor, AutoModel
 from transformers.configuration_utils import PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING_NAMES
 
+from pix2seq.errors import UserError
+
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -25,7 +27,7 @@ class BackboneChoice:
 def choose_backbone(name: str) -> BackboneChoice:
     """A hub name or local folder, whose weights are used, or an inline config like "{model_type: resnet}".
 
-    Raises ValueError, in one line, if it is none of these.
+    Raises UserError if it is none of these.
     """
     try:
         if name.lstrip().startswith("{"):
@@ -33,7 +35,7 @@ def choose_backbone(name: str) -> BackboneChoice:
         config = AutoConfig.from_pretrained(name)
     except Exception as error:  # a config's constructor may raise anything
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{name}: no such hub model, local folder or inline config ({reason})") from None
+        raise UserError(f"--backbone {name}: no such hub model, local folder or inline config ({reason})") from None
     try:
         processor = AutoImageProcessor.from_pretrained(name)
     except (OSError, ValueError):  # a folder with nothing but a model
@@ -58,13 +60,16 @@ class VisionBackbone(nn.Module):
             self.num_channels = config.hidden_size
 
     def load_pretrained(self, name: str) -> None:
-        """Replaces the weights by those of a hub model or local folder. Raises OSError if there are none."""
+        """Replaces the weights by those of a hub model or local folder. Raises UserError if there are none."""
         config, dtype = self.model.config, self.model.dtype
-        if self.is_pyramid:
-            # Not AutoBackbone.from_pretrained: it asks the hub whether `name` is a repository, even for a folder.
-            self.model = type(self.model).from_pretrained(name, config=config, dtype=dtype)
-        else:
-            self.model = AutoModel.from_pretrained(name, config=config, dtype=dtype, add_pooling_layer=False)
+        try:
+            if self.is_pyramid:
+                # Not AutoBackbone.from_pretrained: it asks the hub whether `name` is a repository, even for a folder.
+                self.model = type(self.model).from_pretrained(name, config=config, dtype=dtype)
+            else:
+                self.model = AutoModel.from_pretrained(name, config=config, dtype=dtype, add_pooling_layer=False)
+        except Exception as error:  # missing, damaged or foreign files fail in many ways
+            raise UserError(f"--backbone {name}: its weights cannot be loaded ({error})") from None
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         if self.is_pyramid:

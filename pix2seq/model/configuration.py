@@ -1,0 +1,77 @@
+"""The config of a detector: everything needed to rebuild it from its folder."""
+
+from transformers import AutoConfig, LlamaConfig
+from transformers.configuration_utils import PretrainedConfig
+
+from pix2seq.model.backbone import IMAGENET_MEAN, IMAGENET_STD
+from pix2seq.model.positions import PositionCode
+
+
+class Pix2SeqConfig(PretrainedConfig):
+    """Everything needed to rebuild a trained detector from its folder.
+
+    backbone_config   any Hugging Face vision model's config, with its model_type
+    decoder_config    a LlamaConfig; its vocab_size is the tokenizer's
+    encoder_layers    transformer layers between backbone and decoder, of width `hidden_size`
+    position_code     of visual tokens: see coordinate_code. With "ruler" the bins' embeddings start as the same code,
+                      so that a coordinate's token and the visual tokens at that coordinate are alike from the start
+    image_size        side S of the square canvas, in pixels
+    image_mean, image_std   of the pixels the backbone expects, for pixels in [0, 1]
+    num_bins, max_objects, noise_objects   how sentences were built: see Tokenizer and SequenceBuilder
+    category_ids      original id of each label; `id2label` holds the names
+    decoding          top_p and temperature this detector was evaluated with: see DecodingOptions
+    """
+
+    model_type = "pix2seq"
+    sub_configs = {"backbone_config": AutoConfig, "decoder_config": LlamaConfig}
+
+    def __init__(
+        self,
+        backbone_config: dict | PretrainedConfig | None = None,
+        decoder_config: dict | PretrainedConfig | None = None,
+        hidden_size: int = 256,
+        encoder_layers: int = 6,
+        encoder_heads: int = 8,
+        encoder_mlp_size: int = 1024,
+        dropout: float = 0.1,
+        position_code: PositionCode = "original",
+        image_size: int = 640,
+        image_mean: tuple[float, ...] = IMAGENET_MEAN,
+        image_std: tuple[float, ...] = IMAGENET_STD,
+        num_bins: int = 1000,
+        max_objects: int = 100,
+        noise_objects: bool = True,
+        category_ids: tuple[int, ...] = (0,),
+        decoding: dict | None = None,
+        initializer_range: float = 0.02,
+        **kwargs,
+    ):
+        if backbone_config is None:
+            backbone_config = {"model_type": "resnet"}
+        if isinstance(backbone_config, dict):
+            backbone_config = AutoConfig.for_model(**backbone_config)
+        if isinstance(decoder_config, dict):
+            decoder_config = LlamaConfig(**{k: v for k, v in decoder_config.items() if k != "model_type"})
+        self.backbone_config = backbone_config
+        self.decoder_config = decoder_config or LlamaConfig(hidden_size=hidden_size)
+        self.hidden_size = hidden_size
+        self.encoder_layers = encoder_layers
+        self.encoder_heads = encoder_heads
+        self.encoder_mlp_size = encoder_mlp_size
+        self.dropout = dropout
+        self.position_code = position_code
+        self.image_size = image_size
+        self.image_mean = list(image_mean)
+        self.image_std = list(image_std)
+        self.num_bins = num_bins
+        self.max_objects = max_objects
+        self.noise_objects = noise_objects
+        self.category_ids = list(category_ids)
+        self.decoding = decoding or {}
+        self.initializer_range = initializer_range
+        super().__init__(**kwargs)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """By label."""
+        return tuple(self.id2label[label] for label in range(len(self.category_ids)))

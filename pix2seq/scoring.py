@@ -1,0 +1,124 @@
+"""Predictions against ground truth: COCO numbers, which are pycocotools'.
+
+Both are checked first, for pycocotools misreads some files without a word.
+"""
+
+import contextlib
+import io
+from pathlib import Path
+
+import numpy as np
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from pix2seq.coco import Categories, is_finite, is_id, read_coco, read_json
+from pix2seq.errors import UserError
+
+METRICS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
+METRICS += ("AR_1", "AR_10", "AR_100", "AR_small", "AR_medium", "AR_large")
+RESULT_KEYS = ("image_id", "category_id", "bbox", "score")  # pycocotools takes others for another task
+
+
+def load_ground_truth(
+    path: str | Path, image_ids: np.ndarray | None = None, categories: Categories | None = None
+) -> dict:
+    """A COCO annotation file made fit for pycocotools, which misreads some files without a word.
+
+    Annotation ids are numbered from 1 (it ignores matches of id 0), and a missing `area` or `iscrowd` is filled in.
+    With `image_ids`, only those images and their annotations. With `categories`, these are its classes, more than the
+    file names perhaps: a model may find what the file knows nothing of. Raises UserError.
+    """
+    truth = read_coco(Path(path))
+    if image_ids is not None:
+        wanted = set(image_ids.tolist())
+        truth["images"] = [image for image in truth["images"] if image["id"] in wanted]
+        truth["annotations"] = [entry for entry in truth["annotations"] if entry["image_id"] in wanted]
+    for number, annotation in enumerate(truth["annotations"], start=1):
+        annotation["id"] = number
+        annotation["iscrowd"] = int(bool(annotation.get("iscrowd")))
+        if not is_finite(annotation.get("area")):
+            annotation["area"] = annotation["bbox"][2] * annotation["bbox"][3]
+    if categories is not None:
+        truth["categories"] = [{"id": i, "name": n} for i, n in zip(categories.ids, categories.names, strict=True)]
+    return truth
+
+
+def load_predictions(path: str | Path) -> list[dict]:
+    """A COCO results file, unchecked: see `check_predictions`."""
+    return read_json(Path(path), name=f"--predictions {path}")
+
+
+def check_predictions(predictions: list[dict], truth: dict, name: str = "predictions") -> None:
+    """Raises UserError for what pycocotools would score wrongly or die of, with the number of cases."""
+    if not isinstance(predictions, list):
+        raise UserError(f"{name}: a COCO results file is a list of objects")
+    image_ids = {image["id"] for image in truth["images"]}
+    category_ids = {category["id"] for category in truth["categories"]}
+    faults: dict[str, list] = {}
+    for number, row in enumerate(predictions):
+        fault = _prediction_fault(row, image_ids, category_ids)
+        if fault:
+            faults.setdefault(fault, []).append(number)
+    if faults:
+        raise UserError(
+            f"{name}: "
+            + "; ".join(
+                f"{len(rows)} of {len(predictions)} {fault}, first entry {rows[0]}" for fault, rows in faults.items()
+            )
+        )
+
+
+def _prediction_fault(row, image_ids: set, category_ids: set) -> str | None:
+    if not isinstance(row, dict) or not {"image_id", "category_id", "bbox", "score"} <= row.keys():
+        return "lack image_id, category_id, bbox or score"
+    if not is_id(row["image_id"]) or row["image_id"] not in image_ids:
+        return f"name an image that is not in the ground truth ({row['image_id']!r})"
+    if not is_id(row["category_id"]) or row["category_id"] not in category_ids:
+        return f"name a category that is not in the ground truth ({row['category_id']!r})"
+    box = row["bbox"]
+    numbers = [*box, row["score"]] if isinstance(box, list) and len(box) == 4 else [None]
+    if not all(is_finite(v) for v in numbers):
+        return "have a box or score that is not made of finite numbers"
+    return None
+
+
+def coco_metrics(truth: dict, predictions: list[dict], name: str = "predictions") -> dict[str, float]:
+    """The 12 COCO numbers by the names in METRICS, and `per_class/<name>`: AP of each class.
+
+    As in pycocotools, -1 where there is nothing to find (no large objects, say). Raises UserError, in which
+    the predictions are called `name`.
+    """
+    check_predictions(predictions, truth, name)
+    class_names = {category["id"]: category["name"] for category in truth["categories"]}
+    with contextlib.redirect_stdout(io.StringIO()):
+        ground_truth = COCO()
+        ground_truth.dataset = truth
+        ground_truth.createIndex()
+        rows = [{key: row[key] for key in RESULT_KEYS} for row in predictions]
+        # pycocotools cannot load an empty list, but it can evaluate one.
+        found = ground_truth.loadRes(rows) if rows else COCO()
+        evaluation = COCOeval(ground_truth, found, "bbox")
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    metrics = {name: float(value) for name, value in zip(METRICS, evaluation.stats, strict=True)}
+    precision = evaluation.eval["precision"]  # (IoU thresholds, recalls, classes, areas, max detections)
+    for index, category_id in enumerate(evaluation.params.catIds):
+        values = precision[:, :, index, 0, -1]
+        values = values[values > -1]
+        metrics[f"per_class/{class_names[category_id]}"] = float(values.mean()) if values.size else -1.0
+    return metrics
+
+
+def metrics_table(metrics: dict[str, float]) -> str:
+    """The 12 numbers and the AP of each class, for a terminal."""
+    lines = [
+        "".join(f"{name:>11}" for name in METRICS[start : start + 6])
+        + "\n"
+        + "".join(f"{metrics[name]:>11.3f}" for name in METRICS[start : start + 6])
+        for start in (0, 6)
+    ]
+    per_class = {key.removeprefix("per_class/"): v for key, v in metrics.items() if key.startswith("per_class/")}
+    width = max(map(len, per_class))
+    lines.append("\n".join(["AP by class", *(f"  {name:<{width}} {v:>7.3f}" for name, v in per_class.items())]))
+    return "\n".join(lines)

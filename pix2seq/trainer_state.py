@@ -1,0 +1,67 @@
+"""Where a run stands: what a checkpoint holds beside the weights."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from pix2seq.errors import UserError
+from pix2seq.metrics import Meter
+
+FILE = "trainer.pt"
+
+
+@dataclass
+class TrainerState:
+    """What a run needs to go on as if it had not stopped.
+
+    samples_per_step   images of an optimizer step, on all processes        num_images   in the training set
+    step               optimizer steps taken
+    reported           the last step whose evaluation and picture, if due, are done
+    """
+
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    scaler: torch.amp.GradScaler | None
+    meter: Meter
+    samples_per_step: int
+    num_images: int
+    step: int = 0
+    reported: int = 0
+    best_ap: float = -math.inf
+
+    def save(self, folder: Path, statistics: torch.Tensor) -> None:
+        """statistics: the meter's, summed over all ranks."""
+        content = {
+            "step": self.step,
+            "reported": self.reported,
+            "best_ap": self.best_ap,
+            "samples_per_step": self.samples_per_step,
+            "num_images": self.num_images,
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "scaler": self.scaler.state_dict() if self.scaler is not None else None,
+            "statistics": statistics.cpu(),
+        }
+        torch.save(content, folder / FILE)
+
+    def load(self, folder: Path, is_main: bool) -> None:
+        """Raises UserError if the steps of this run are not of the images that the checkpoint's were."""
+        content = torch.load(folder / FILE, map_location="cpu", weights_only=True)  # nothing in the file can run code
+        if content["samples_per_step"] != self.samples_per_step:
+            raise UserError(
+                f"--resume {folder}: batch_size x gradient_accumulation_steps x processes is "
+                f"{self.samples_per_step} and was {content['samples_per_step']}"
+            )
+        if content["num_images"] != self.num_images:
+            raise UserError(
+                f"--resume {folder}: the training set has {self.num_images} images and had {content['num_images']}"
+            )
+        self.step, self.reported, self.best_ap = content["step"], content["reported"], content["best_ap"]
+        self.optimizer.load_state_dict(content["optimizer"])
+        self.scheduler.load_state_dict(content["scheduler"])
+        if self.scaler is not None and content["scaler"]:
+            self.scaler.load_state_dict(content["scaler"])
+        if is_main:  # the sum over all ranks, so one of them carries it on
+            self.meter.statistics += content["statistics"].to(self.meter.statistics.device)
