@@ -12,58 +12,20 @@ import sys
 from pathlib import Path
 
 import torch
-import yaml
 from accelerate import Accelerator
 from transformers.utils import logging as transformers_logging
 
-from pix2seq import checkpoint
 from pix2seq.coco import Categories, find_split, load_annotations
-from pix2seq.command_line import parse
+from pix2seq.command_line import parse, read_flags
 from pix2seq.config import EvaluateArguments
 from pix2seq.data import EvalDataset
 from pix2seq.decoding import DecodingOptions
 from pix2seq.errors import UserError
 from pix2seq.evaluation import oracle_predictions, predict, prediction_picture
-from pix2seq.model import Pix2SeqConfig, Pix2SeqForObjectDetection
+from pix2seq.model import load_detector
 from pix2seq.scoring import coco_metrics, load_ground_truth, load_predictions, metrics_table
 from pix2seq.tokenizer import Tokenizer
 from pix2seq.transforms import EvalTransform
-
-
-def trained_with(folder: Path) -> dict:
-    """The flags a detector was trained with: the defaults of its evaluation."""
-    if not (folder / "config.json").is_file():
-        raise UserError(
-            f"--checkpoint {folder}: no config.json in it; name OUT/best, OUT/final or a checkpoint folder"
-        )
-    try:
-        flags = yaml.safe_load((folder / "training.yaml").read_text())
-        if not isinstance(flags, dict):
-            raise ValueError("not a list of flags")
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"--checkpoint {folder}: training.yaml cannot be read ({error})") from None
-    return flags
-
-
-def load_detector(folder: Path) -> Pix2SeqForObjectDetection:
-    """The detector in a folder, with every weight it should have. Raises UserError."""
-    try:
-        kind = json.loads((folder / "config.json").read_text()).get("model_type")
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"--checkpoint {folder}: config.json cannot be read ({error})") from None
-    if kind != Pix2SeqConfig.model_type:
-        raise UserError(f"--checkpoint {folder}: holds a model of type {kind!r}, not {Pix2SeqConfig.model_type!r}")
-    if (folder / checkpoint.MANIFEST).is_file() and (fault := checkpoint.verify(folder)):
-        raise UserError(f"--checkpoint {folder}: {fault}")
-    try:
-        model, loading = Pix2SeqForObjectDetection.from_pretrained(folder, output_loading_info=True)
-    except Exception as error:  # a damaged file may fail anywhere in the library
-        raise UserError(f"--checkpoint {folder}: cannot be loaded ({' '.join(str(error).split())[:200]})") from None
-    if loading["missing_keys"]:
-        raise UserError(f"--checkpoint {folder}: lacks the weights {', '.join(sorted(loading['missing_keys'])[:3])}")
-    return model
 
 
 def dataset(args: EvaluateArguments, training: dict, categories: Categories | None, image_size: int) -> EvalDataset:
@@ -82,15 +44,13 @@ def dataset(args: EvaluateArguments, training: dict, categories: Categories | No
 
 def detect(args: EvaluateArguments) -> tuple[dict, list[dict], EvalDataset, bool]:
     """Ground truth, the detector's predictions, their images, and whether this is the main process."""
-    folder = Path(args.checkpoint)
-    training = trained_with(folder)
+    transformers_logging.disable_progress_bar()
+    model, training = load_detector(args.checkpoint, "--checkpoint"), read_flags(args.checkpoint, "--checkpoint")
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),  # without it, processes on a CPU do not find each other
         mixed_precision=args.mixed_precision or training.get("mixed_precision"),
     )
-    transformers_logging.disable_progress_bar()
-    model = load_detector(folder).to(accelerator.device)
-    config = model.config
+    config = model.to(accelerator.device).config
     categories = Categories(tuple(config.category_ids), config.class_names)
     data = dataset(args, training, categories, config.image_size)
 
@@ -101,7 +61,7 @@ def detect(args: EvaluateArguments) -> tuple[dict, list[dict], EvalDataset, bool
         max_objects=choose(args.max_objects, config.max_objects),
         top_p=choose(args.top_p, config.decoding["top_p"]),
         temperature=choose(args.temperature, config.decoding["temperature"]),
-        seed=choose(args.seed, training.get("seed", 0)),
+        seed=choose(args.seed, config.decoding["seed"]),
     )
     batch_size = choose(args.eval_batch_size, training.get("eval_batch_size", 32))
     predictions = predict(model, data, options, batch_size, accelerator, args.num_workers)

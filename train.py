@@ -25,16 +25,17 @@ from transformers.utils import logging as transformers_logging
 
 from pix2seq import checkpoint, trainer_state
 from pix2seq.coco import Categories, find_split, load_annotations
-from pix2seq.command_line import changed_flags, parse, to_yaml
-from pix2seq.config import FREE_ON_RESUME, Arguments, ModelArguments
+from pix2seq.command_line import FLAGS_FILE, changed_flags, parse, read_flags, to_yaml, write_flags
+from pix2seq.config import FREE_ON_FINE_TUNING, FREE_ON_RESUME, Arguments, ModelArguments, model_flags
 from pix2seq.data import EvalDataset, StepSampler, TrainDataset, train_loader
 from pix2seq.decoding import DecodingOptions
 from pix2seq.errors import UserError
 from pix2seq.evaluation import predict, prediction_picture
 from pix2seq.metrics import Meter, describe
-from pix2seq.model import Pix2SeqForObjectDetection, build_detector
+from pix2seq.model import Pix2SeqForObjectDetection, adapt, build_detector, load_detector
 from pix2seq.optimizer import parameter_groups
 from pix2seq.preemption import StopRequest
+from pix2seq.processing import Pix2SeqImageProcessor
 from pix2seq.run_folder import RunFolder
 from pix2seq.scoring import coco_metrics, load_ground_truth, metrics_table
 from pix2seq.sequence import SequenceBuilder
@@ -43,7 +44,6 @@ from pix2seq.trainer_state import TrainerState
 from pix2seq.transforms import EvalTransform, TrainTransform
 from pix2seq.visualize import draw_examples
 
-FLAGS_FILE = "training.yaml"  # beside the weights: the flags they were trained with
 NUM_SAMPLES = 8  # images in every picture of examples and predictions
 
 
@@ -150,18 +150,19 @@ def build(args: Arguments, accelerator: Accelerator, folder: RunFolder) -> Train
     train_set, val_set = load_data(args)
     categories, num_images = train_set.annotations.categories, len(train_set.annotations)
     resumed = checkpoint.find(folder.checkpoints, args.resume, (trainer_state.FILE, FLAGS_FILE), folder.log)
-    if resumed is None:
-        values = {name: getattr(args, name) for name in ModelArguments.__dataclass_fields__}
-        decoding = {"top_p": args.top_p, "temperature": args.temperature}
-        model = build_detector(category_ids=categories.ids, class_names=categories.names, decoding=decoding, **values)
-    else:
-        if changed := changed_flags((resumed / FLAGS_FILE).read_text(), to_yaml(args), FREE_ON_RESUME):
+    if resumed is not None:
+        if changed := changed_flags(read_flags(resumed, "--resume"), args, FREE_ON_RESUME):
             raise UserError(f"--resume {resumed}: a resumed run keeps its flags; changed: {changed}")
-        model = Pix2SeqForObjectDetection.from_pretrained(resumed).train()
+        model = load_detector(resumed, "--resume").train()
         if Categories(tuple(model.config.category_ids), model.config.class_names) != categories:
             raise UserError(f"--resume {resumed}: its classes are not those of {train_set.annotations.split.json}")
+    else:
+        model = new_detector(args, categories, folder)
 
     world, rank = accelerator.num_processes, accelerator.process_index
+    model.backbone.prepare_for_training(args.freeze_backbone, args.batch_norm, world, accelerator.device)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     sampler = StepSampler(num_images, args.batch_size, args.gradient_accumulation_steps, rank, world, args.seed)
     max_steps = args.max_steps or math.ceil(args.num_epochs * num_images / sampler.samples_per_step)
     lr_backbone = args.lr if args.lr_backbone is None else args.lr_backbone
@@ -184,6 +185,31 @@ def build(args: Arguments, accelerator: Accelerator, folder: RunFolder) -> Train
     sampler.start_step = state.step
     truth = load_ground_truth(val_set.annotations.split.json, val_set.annotations.image_ids, categories)
     return Training(args, accelerator, folder, train_set, val_set, truth, sampler, max_steps, model, state)
+
+
+def new_detector(args: Arguments, categories: Categories, folder: RunFolder) -> Pix2SeqForObjectDetection:
+    """From scratch, or from the detector to fine-tune."""
+    values = {name: getattr(args, name) for name in ModelArguments.__dataclass_fields__} | {
+        "category_ids": categories.ids,
+        "class_names": categories.names,
+        "decoding": {"top_p": args.top_p, "temperature": args.temperature, "seed": args.seed},
+    }
+    if args.init_from is None:
+        return build_detector(**values)
+    source = load_detector(args.init_from, "--init_from")
+    shape = model_flags(args.init_from)
+    if not shape:
+        raise UserError(f"--init_from {args.init_from}: has no {FLAGS_FILE}, which says how it was made")
+    for name in ModelArguments.__dataclass_fields__.keys() - FREE_ON_FINE_TUNING:
+        if values[name] != shape.get(name):
+            raise UserError(
+                f"--{name} {values[name]}: the detector of --init_from has {shape.get(name)}; leave this flag out"
+            )
+    free = FREE_ON_FINE_TUNING | {"category_ids", "class_names", "decoding"}
+    model, report = adapt(source, **{name: values[name] for name in free})
+    for line in report:
+        folder.log(f"--init_from {args.init_from}: {line}")
+    return model
 
 
 def load_data(args: Arguments) -> tuple[TrainDataset, EvalDataset]:
@@ -385,7 +411,8 @@ def show_first_batch(training: Training, batch: dict) -> None:
 def write_detector(training: Training, path: Path) -> None:
     """A from_pretrained folder, and the flags it was trained with: evaluate.py takes its defaults from them."""
     training.detector.save_pretrained(path)
-    (path / FLAGS_FILE).write_text(to_yaml(training.args))
+    Pix2SeqImageProcessor.for_detector(training.detector.config).save_pretrained(path)
+    write_flags(training.args, path)
 
 
 def save(training: Training) -> None:

@@ -1,3 +1,18 @@
-"""Pix2Seq: object detection as language modelling (Chen et al., arXiv 2109.10852)."""
+"""Object detection as language modelling. Importing the package makes its detectors known to transformers."""
 
 __version__ = "0.1.0"
+
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForObjectDetection
+from transformers.models.auto.modeling_auto import MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES
+
+from pix2seq.model import Pix2SeqConfig, Pix2SeqForObjectDetection
+from pix2seq.processing import Pix2SeqImageProcessor
+
+__all__ = ["Pix2SeqConfig", "Pix2SeqForObjectDetection", "Pix2SeqImageProcessor"]
+
+AutoConfig.register("pix2seq", Pix2SeqConfig, exist_ok=True)
+AutoModelForObjectDetection.register(Pix2SeqConfig, Pix2SeqForObjectDetection, exist_ok=True)
+AutoImageProcessor.register(
+    Pix2SeqConfig, image_processor_classes={"torchvision": Pix2SeqImageProcessor}, exist_ok=True
+)
+MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES["pix2seq"] = "Pix2SeqForObjectDetection"  # what pipelines go by

@@ -13,6 +13,11 @@ from pathlib import Path
 
 import yaml
 from transformers import HfArgumentParser
+from transformers.utils import cached_file
+
+from pix2seq.errors import UserError
+
+FLAGS_FILE = "training.yaml"
 
 
 class _Parser(HfArgumentParser):
@@ -21,19 +26,27 @@ class _Parser(HfArgumentParser):
 
 
 def parse(kind: type, argv: list[str] | None = None):
-    """The dataclass `kind` from command-line words. A mistake ends the program with one line and exit code 2."""
+    """The dataclass `kind` from command-line words. A mistake ends the program with one line and exit code 2.
+
+    kind.PRESETS, if it has one, names flags whose value stands for other flags: {"size": value -> {flag: value}}.
+    What these say comes first, then the recipe, then the command line: the later wins.
+    """
     argv = sys.argv[1:] if argv is None else argv
     parser = _Parser(kind, allow_abbrev=False)
-    names = [name for action in parser._actions for name in action.option_strings]
     try:
+        words = _recipe_words(argv, parser) + argv
+        for name, flags_of in getattr(kind, "PRESETS", {}).items():
+            if (value := _last_value(name, words)) is not None:
+                words = _flag_words(flags_of(value)) + words
         arguments, unknown = parser.parse_args_into_dataclasses(
-            _recipe_words(argv, parser) + argv, return_remaining_strings=True, look_for_args_file=False
+            words, return_remaining_strings=True, look_for_args_file=False
         )
     except ValueError as error:
         parser.error(str(error))
     for name, value in vars(arguments).items():
         if isinstance(value, float) and not math.isfinite(value):
             parser.error(f"--{name} {value}: must be a finite number")
+    names = [name for action in parser._actions for name in action.option_strings]
     for word in unknown:
         if word.startswith("--"):
             parser.error(f"{word}: no such flag{_nearest(word.split('=')[0], names)}")
@@ -41,34 +54,43 @@ def parse(kind: type, argv: list[str] | None = None):
     return arguments
 
 
+def _last_value(name: str, words: list[str]) -> str | None:
+    """What a flag is set to by the last word that does, before any parsing."""
+    value = None
+    for index, word in enumerate(words):
+        if word == f"--{name}" and index + 1 < len(words):
+            value = words[index + 1]
+        elif word.startswith(f"--{name}="):
+            value = word.split("=", 1)[1]
+    return value
+
+
 def _recipe_words(argv: list[str], parser: _Parser) -> list[str]:
     """The YAML recipe named by --config as command-line words."""
-    path = None
-    for index, word in enumerate(argv):
-        if word == "--config" and index + 1 < len(argv):
-            path = argv[index + 1]
-        elif word.startswith("--config="):
-            path = word.removeprefix("--config=")
+    path = _last_value("config", argv)
     if path is None:
         return []
     try:
         recipe = yaml.safe_load(Path(path).read_text())
     except (OSError, UnicodeDecodeError) as error:
-        parser.error(f"--config {path}: cannot be read ({error})")
+        raise ValueError(f"--config {path}: cannot be read ({error})") from None
     except yaml.YAMLError as error:
-        parser.error(f"--config {path}: is not YAML ({' '.join(str(error).split())})")
+        raise ValueError(f"--config {path}: is not YAML ({' '.join(str(error).split())})") from None
     if not isinstance(recipe, dict):
-        parser.error(f"--config {path}: must be a list of 'flag: value' lines")
+        raise ValueError(f"--config {path}: must be a list of 'flag: value' lines")
     names = {action.dest for action in parser._actions} - {"help", "config"}
-    words = []
-    for name, value in recipe.items():
+    for name in recipe:
         if name not in names:
-            parser.error(f"--config {path}: {name!r} is not a flag{_nearest(str(name), names)}")
-        if value is None:
-            continue
+            raise ValueError(f"--config {path}: {name!r} is not a flag{_nearest(str(name), names)}")
+    return _flag_words(recipe)
+
+
+def _flag_words(flags: dict) -> list[str]:
+    words = []
+    for name, value in flags.items():
         if isinstance(value, list):
             words += [f"--{name}", *map(_word, value)]
-        else:
+        elif value is not None:
             words.append(f"--{name}={_word(value)}")
     return words
 
@@ -89,8 +111,33 @@ def to_yaml(arguments) -> str:
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
-def changed_flags(then: str, now: str, free: set[str]) -> str:
-    """What differs between two recipes, but for the flags that are `free` to: "--lr 0.5 (was 0.1)", or ""."""
-    before, after = yaml.safe_load(then), yaml.safe_load(now)
-    names = [name for name in before | after if name not in free and before.get(name) != after.get(name)]
-    return ", ".join(f"--{name} {after.get(name)} (was {before.get(name)})" for name in names)
+def changed_flags(then: dict, arguments, free: set[str]) -> str:
+    """What differs between the flags of a run and these, but for those `free` to: "--lr 0.5 (was 0.1)", or ""."""
+    now = yaml.safe_load(to_yaml(arguments))
+    names = [name for name in then | now if name not in free and then.get(name) != now.get(name)]
+    return ", ".join(f"--{name} {now.get(name)} (was {then.get(name)})" for name in names)
+
+
+def write_flags(arguments, folder: Path) -> None:
+    """The flags a detector was trained with, beside its weights."""
+    (folder / FLAGS_FILE).write_text(to_yaml(arguments))
+
+
+def read_flags(name: str | Path, flag: str) -> dict:
+    """The flags that the detector in a folder or on the hub was trained with; {} if they are not beside it.
+
+    Raises UserError naming the `flag`.
+    """
+    try:
+        path = cached_file(str(name), FLAGS_FILE, _raise_exceptions_for_missing_entries=False)
+    except OSError:  # neither a folder nor a name of the hub's
+        path = None
+    if path is None:
+        return {}
+    try:
+        flags = yaml.safe_load(Path(path).read_text())
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{flag} {name}: {FLAGS_FILE} cannot be read ({error})") from None
+    if not isinstance(flags, dict):
+        raise UserError(f"{flag} {name}: {FLAGS_FILE} holds no flags")
+    return flags

@@ -3,7 +3,10 @@
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
+
+from pix2seq.command_line import read_flags
+from pix2seq.sizes import SIZES
 
 # Flags that may differ from the checkpoint's when a run is resumed. A dataset may have moved. A run may be made
 # longer, which moves the end of its schedule. batch_size and gradient_accumulation_steps may be traded for each other
@@ -14,6 +17,9 @@ FREE_ON_RESUME = {
     *("num_epochs", "max_steps", "log_every", "eval_every", "sample_every", "ckpt_every", "eval_batch_size"),
 }
 
+# Flags of the model that may differ from those of the detector it starts from; the others are its shape.
+FREE_ON_FINE_TUNING = {"image_size", "num_bins", "max_objects", "noise_objects", "dropout", "drop_path"}
+
 
 def flag(default, help: str):
     if isinstance(default, list):
@@ -23,21 +29,38 @@ def flag(default, help: str):
 
 @dataclass
 class ModelArguments:
+    """The keywords of build_detector."""
+
     backbone: str = flag(
         "microsoft/resnet-50",
-        "Hugging Face vision model (ResNet, ViT): hub name or local folder (pretrained weights), or an inline config "
-        'like "{model_type: resnet}" (trained from scratch)',
+        "Hugging Face vision model (ResNet, ViT, DINOv2, DINOv3, ConvNeXt, Swin, timm): hub name or local folder "
+        '(pretrained weights), or an inline config like "{model_type: resnet}" (trained from scratch)',
     )
-    decoder: Literal["llama"] = flag("llama", "decoder that writes the sentence")
-    hidden_size: int = flag(256, "width of encoder and decoder")
+    backbone_stage: Literal["c3", "c4", "c5", "dc5"] = flag(
+        "c5", "where a pyramid is cut: stride 8, 16 or 32; dc5: ResNet at stride 16 with a dilated last stage"
+    )
+    decoder: Literal["llama", "transformer"] = flag(
+        "llama",
+        "decoder that writes the sentence. llama: the picture is its prefix; transformer: the authors', which looks "
+        "at the picture through cross-attention",
+    )
+    hidden_size: int = flag(256, "width of the encoder")
     encoder_layers: int = flag(6, "transformer layers between backbone and decoder")
     decoder_layers: int = flag(6, "layers of the decoder")
-    num_heads: int = flag(8, "attention heads of encoder and decoder")
-    mlp_size: int = flag(1024, "inner width of the MLPs of encoder and decoder")
-    dropout: float = flag(0.1, "dropout on visual features and in the encoder layers")
+    num_heads: int = flag(8, "attention heads of the encoder")
+    mlp_size: int = flag(1024, "inner width of the encoder's MLPs")
+    decoder_size: int | None = flag(None, "width of the decoder (default: that of the encoder)")
+    decoder_heads: int | None = flag(None, "attention heads of the decoder (default: as many as the encoder's)")
+    decoder_mlp_size: int | None = flag(None, "inner width of the decoder's MLPs (default: that of the encoder's)")
+    dropout: float = flag(0.1, "dropout on visual features, and inside MLPs")
+    drop_path: float = flag(0.1, "probability with which a residual branch of encoder and decoder is left out")
     position_code: Literal["original", "ruler"] = flag(
-        "original", "code of the visual tokens' places; ruler: finer, and shared with the coordinate tokens"
+        "original", "code of the visual tokens' places; ruler: waves short enough to tell neighbours apart"
     )
+    bin_init: Literal["random", "ruler"] = flag(
+        "random", "how the embeddings of the bins start; ruler: as the code of their coordinate"
+    )
+    causal_prefix: bool = flag(False, "llama: a visual token sees only those before it, as in a text")
     image_size: int = flag(640, "side of the square canvas in pixels")
     num_bins: int = flag(1000, "coordinate bins")
     max_objects: int = flag(100, "objects in a sentence, in training and in evaluation")
@@ -49,13 +72,22 @@ class ModelArguments:
         _check(self, "num_bins", self.num_bins >= 2, "at least 2")
         for name in ("hidden_size", "decoder_layers", "num_heads", "mlp_size", "image_size", "max_objects"):
             _check(self, name, getattr(self, name) >= 1, "at least 1")
+        for name in ("decoder_size", "decoder_heads", "decoder_mlp_size"):
+            _check(self, name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1")
         _check(self, "encoder_layers", self.encoder_layers >= 0, "at least 0")
-        _check(self, "dropout", 0 <= self.dropout < 1, "0 up to 1")
-        heads = self.num_heads
+        for name in ("dropout", "drop_path"):
+            _check(self, name, 0 <= getattr(self, name) < 1, "0 up to 1")
+        self._check_width("hidden_size", "num_heads", self.num_heads)
+        heads = self.decoder_heads or self.num_heads
+        name = "hidden_size" if self.decoder_size is None else "decoder_size"
+        self._check_width(name, "decoder_heads" if self.decoder_heads else "num_heads", heads)
+        _check(self, "causal_prefix", not self.causal_prefix or self.decoder == "llama", "off with this --decoder")
+
+    def _check_width(self, name: str, heads_name: str, heads: int) -> None:
         # 4: the 2-D position code has sines and cosines for each of two directions.
         multiple = math.lcm(2 * heads, 4)
         _check(
-            self, "hidden_size", self.hidden_size % multiple == 0, f"a multiple of {multiple} with --num_heads {heads}"
+            self, name, getattr(self, name) % multiple == 0, f"a multiple of {multiple} with --{heads_name} {heads}"
         )
 
 
@@ -99,6 +131,14 @@ class DataArguments:
 @dataclass
 class TrainArguments:
     config: str | None = flag(None, "YAML recipe of these flags; the command line wins over it")
+    size: Literal["r50", "r50-c4", "vit-b", "vit-l"] | None = flag(
+        None, "a size of the paper's, in place of the flags from --backbone to --mlp_size"
+    )
+    init_from: str | None = flag(
+        None,
+        "fine-tune this detector (folder or hub name): its shape and weights, classes matched by name; --image_size, "
+        "--num_bins and --max_objects may change",
+    )
     output_dir: str | None = flag(None, "run folder (default: runs/PROJECT_NAME)")
     project_name: str = flag("pix2seq", "project, for the trackers")
     report_to: list[str] = flag(["none"], "trackers: wandb, tensorboard, or any other name Accelerate knows; or none")
@@ -114,6 +154,12 @@ class TrainArguments:
     max_steps: int = flag(0, "length of the run in optimizer steps (0: use --num_epochs)")
     lr: float = flag(1e-4, "peak learning rate")
     lr_backbone: float | None = flag(None, "peak learning rate of the backbone (default: that of --lr)")
+    freeze_backbone: bool = flag(False, "the backbone does not learn")
+    batch_norm: Literal["sync", "local", "frozen"] = flag(
+        "sync",
+        "batch norms of the backbone. sync: statistics over all processes (on GPUs; else local); local: of each "
+        "process's own images; frozen: neither statistics nor weights change",
+    )
     lr_scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial"] = flag(
         "linear", "learning rate schedule"
     )
@@ -122,6 +168,7 @@ class TrainArguments:
     beta2: float = flag(0.95, "AdamW")
     weight_decay: float = flag(0.05, "AdamW, on kernels only")
     max_grad_norm: float = flag(0.0, "clip the gradient's norm (0: off)")
+    gradient_checkpointing: bool = flag(False, "compute activations again instead of keeping them: slower, smaller")
     mixed_precision: Literal["no", "fp16", "bf16"] | None = flag(None, "default: what accelerate launch was told")
     log_every: int = flag(50, "steps between rows of metrics.jsonl")
     eval_every: int = flag(5000, "steps between evaluations (0: only at the end)")
@@ -153,9 +200,17 @@ class TrainArguments:
 class Arguments(TrainArguments, DataArguments, ModelArguments):
     """All flags of train.py."""
 
+    PRESETS: ClassVar = {"size": lambda name: SIZES.get(name, {}), "init_from": lambda name: model_flags(name)}
+
     def __post_init__(self):
         for part in (ModelArguments, DataArguments, TrainArguments):
             part.__post_init__(self)
+
+
+def model_flags(detector: str) -> dict:
+    """The model flags a trained detector was made with."""
+    flags = read_flags(detector, "--init_from")
+    return {name: flags[name] for name in ModelArguments.__dataclass_fields__ if name in flags}
 
 
 @dataclass

@@ -1,9 +1,10 @@
 """Writing the sentence: a grammar, a sampling rule and a loop over single tokens with a key-value cache.
 
-The loop knows nothing of boxes, the grammar nothing of the model. A row's answer depends on its picture and its key
-alone, not on the rows it shares a batch with.
+The loop knows nothing of boxes, the grammar nothing of the model. A row's answer depends on its picture alone, not on
+the rows it shares a batch with.
 """
 
+import zlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -88,21 +89,19 @@ def sample_top_p(logits: torch.Tensor, top_p: float, temperature: float, uniform
 
 
 @torch.inference_mode()
-def generate(
-    model, pixel_values: torch.Tensor, tokenizer: Tokenizer, options: DecodingOptions, keys: list[int]
-) -> list[Detections]:
+def generate(model, pixel_values: torch.Tensor, tokenizer: Tokenizer, options: DecodingOptions) -> list[Detections]:
     """Pixels (B, 3, S, S) -> the objects the model writes for each.
 
     model   offers `start(pixels) -> cache`, `step(ids (B,), position, cache) -> logits (B, V)`, and
             `config.noise_objects`; it should be in eval mode
-    keys    (B,) whole numbers that identify the pictures; with options.seed they decide what is sampled
+
+    What is sampled depends on the picture and options.seed: not on its batch, its place in a dataset or the device.
     """
     batch, device = len(pixel_values), pixel_values.device
     length = TOKENS_PER_OBJECT * options.max_objects
     may_end = not model.config.noise_objects
     grammar = Grammar(tokenizer, allow_eos=may_end, device=device)
-    # Drawn on the CPU and keyed, so that neither the device nor the batch changes what a picture gets.
-    uniforms = np.stack([np.random.default_rng((options.seed, int(key) % 2**64)).random(length) for key in keys])
+    uniforms = np.stack([np.random.default_rng((options.seed, key)).random(length) for key in _keys(pixel_values)])
     uniforms = torch.from_numpy(uniforms).to(device, torch.float32)
     is_class = slice(tokenizer.first_class_id, tokenizer.first_bin_id)
 
@@ -125,6 +124,12 @@ def generate(
                 break
         sentence.append(token)
     return _detections(sentence, labels, scores, tokenizer, batch)
+
+
+def _keys(pixel_values: torch.Tensor) -> list[int]:
+    """A number for each picture that tells it from others."""
+    rows = pixel_values.detach().cpu().contiguous().view(torch.uint8)
+    return [zlib.crc32(row.numpy()) for row in rows]
 
 
 def _detections(sentence, labels, scores, tokenizer: Tokenizer, batch: int) -> list[Detections]:

@@ -7,7 +7,7 @@ from tqdm import tqdm
 
 from pix2seq.coco import Annotations
 from pix2seq.data import EvalDataset, eval_loader, load_image
-from pix2seq.decoding import DecodingOptions, Detections, generate
+from pix2seq.decoding import DecodingOptions, Detections
 from pix2seq.tokenizer import Tokenizer
 from pix2seq.transforms import to_original_pixels
 from pix2seq.visualize import CELL, color_of, draw_boxes, enlarge, side_by_side
@@ -18,7 +18,6 @@ def predict(model, dataset: EvalDataset, options: DecodingOptions, batch_size: i
 
     The model is put in eval mode and back. Every rank calls this, and every rank gets the whole list.
     """
-    tokenizer = Tokenizer(len(model.config.category_ids), model.config.num_bins)
     loader = eval_loader(dataset, batch_size, accelerator.process_index, accelerator.num_processes, num_workers)
     if accelerator.num_processes > 1:
         # While training, each rank's batch norms have counted a batch of their own since the last forward pass.
@@ -31,7 +30,7 @@ def predict(model, dataset: EvalDataset, options: DecodingOptions, batch_size: i
     for batch in tqdm(loader, desc="evaluating", disable=None if accelerator.is_main_process else True, leave=False):
         image_ids = batch["image_id"].tolist()
         with accelerator.autocast():
-            found = generate(model, batch["pixel_values"].to(accelerator.device), tokenizer, options, image_ids)
+            found = model.detect(batch["pixel_values"].to(accelerator.device), options)
         for row, detections in enumerate(found):
             size, original_size = batch["size"][row].tolist(), batch["original_size"][row].tolist()
             side = dataset.transform.image_size

@@ -24,7 +24,9 @@ def parameter_groups(model: nn.Module, lr: float, lr_backbone: float, weight_dec
             parameters = [
                 parameter
                 for name, parameter in model.named_parameters()
-                if name.startswith("backbone.") == prefix_is_backbone and (parameter in kernels) == decays
+                if parameter.requires_grad
+                and name.startswith("backbone.") == prefix_is_backbone
+                and (parameter in kernels) == decays
             ]
             groups.append({"params": parameters, "lr": group_lr, "weight_decay": weight_decay if decays else 0.0})
     return [group for group in groups if group["params"]]

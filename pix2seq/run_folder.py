@@ -30,6 +30,7 @@ class RunFolder:
     def __init__(self, path: str | Path, is_main: bool):
         self.path = Path(path)
         self.is_main = is_main
+        self._unwritten: list[str] = []  # said before the folder was made
         self.trackers: list = []  # Accelerate's, once they are started; they get the metrics and pictures too
 
     @property
@@ -67,9 +68,11 @@ class RunFolder:
         if not self.is_main:
             return
         tqdm.write(message)
+        self._unwritten.append(message)
         if self.path.is_dir():
             with (self.path / "train.log").open("a") as file:
-                file.write(message + "\n")
+                file.writelines(f"{line}\n" for line in self._unwritten)
+            self._unwritten.clear()
 
     def metrics(self, step: int, row: dict[str, float]) -> None:
         """A row of metrics.jsonl."""

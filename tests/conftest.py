@@ -54,6 +54,8 @@ def make_model():
             "encoder_heads": 2,
             "encoder_mlp_size": 32,
             "dropout": 0.0,
+            "drop_path": 0.0,
+            "decoding": {"top_p": 0.4, "temperature": 1.0, "seed": 0},
             "image_size": 64,
             "num_bins": 50,
             "max_objects": 4,

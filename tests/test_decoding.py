@@ -51,7 +51,7 @@ def certain(sentences: list[list[int]]) -> torch.Tensor:
 
 def decode(model, rows, **options):
     rows = list(rows)
-    return generate(model, pixels(rows), TOKENIZER, DecodingOptions(**options), keys=[int(row) for row in rows])
+    return generate(model, pixels(rows), TOKENIZER, DecodingOptions(**options))
 
 
 def assert_equal(a, b):
@@ -322,7 +322,7 @@ def test_forbidden_tokens_are_never_drawn(seed, top_p, extreme):
     assert not forbidden.gather(1, drawn[:, None]).any()
 
 
-def test_the_seed_and_the_key_decide_what_is_sampled():
+def test_the_seed_and_the_picture_decide_what_is_sampled():
     """A bug others shipped: unseeded sampling made AP change from run to run."""
     logits = random_logits(1, 6, 3, scale=0.5).expand(4, -1, -1)
     options = {"max_objects": 6, "top_p": 1.0}
@@ -331,16 +331,18 @@ def test_the_seed_and_the_key_decide_what_is_sampled():
     np.random.default_rng(1).random(5)
     for a, b in zip(first, decode(Scripted(logits), range(4), **options), strict=True):
         assert_equal(a, b)
+    for row, a in enumerate(first):  # alone, as in a batch
+        assert_equal(a, decode(Scripted(logits), [row], **options)[0])
     other = decode(Scripted(logits), range(4), **options, seed=1)
     assert all((a.boxes != b.boxes).any() for a, b in zip(first, other, strict=True))
-    # The same logits under other keys: each picture has its own stream.
+    # The same logits for other pictures: each has its own stream.
     assert (first[0].boxes != first[1].boxes).any()
 
 
-def test_large_and_numpy_keys():
-    model = Scripted(random_logits(1, 1))
-    found = generate(model, pixels([0]), TOKENIZER, DecodingOptions(max_objects=1), keys=[np.int64(2**40)])
-    assert len(found[0].boxes) == 1
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.bfloat16])
+def test_pictures_of_any_type_have_a_stream(dtype):
+    model = Scripted(random_logits(2, 1))
+    assert len(generate(model, pixels([0, 1]).to(dtype), TOKENIZER, DecodingOptions(max_objects=1))) == 2
 
 
 def test_the_result_is_numpy_of_the_promised_types():
@@ -371,8 +373,8 @@ def test_the_model_itself_can_be_decoded(make_model, noise_objects):
     tokenizer = Tokenizer(4, 50)
     images = torch.randint(0, 256, (3, 3, 64, 64), generator=torch.Generator().manual_seed(0)).byte()
     options = DecodingOptions(max_objects=3, top_p=0)
-    together = generate(model, images, tokenizer, options, keys=[1, 2, 3])
+    together = generate(model, images, tokenizer, options)
     for row in range(3):
-        alone = generate(model, images[row : row + 1], tokenizer, options, keys=[row + 1])[0]
+        alone = generate(model, images[row : row + 1], tokenizer, options)[0]
         np.testing.assert_array_equal(alone.boxes, together[row].boxes)
         assert alone.scores == pytest.approx(together[row].scores, abs=1e-5)

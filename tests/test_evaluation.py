@@ -11,7 +11,7 @@ from PIL import Image
 
 from pix2seq.coco import Categories, Split, coco_split, load_annotations
 from pix2seq.data import EvalDataset
-from pix2seq.decoding import DecodingOptions, Detections
+from pix2seq.decoding import DecodingOptions, Detections, generate
 from pix2seq.evaluation import coco_results, oracle_predictions, predict, prediction_picture
 from pix2seq.scoring import coco_metrics, load_ground_truth
 from pix2seq.tokenizer import Tokenizer
@@ -92,6 +92,9 @@ class Oracle(torch.nn.Module):
             filled = np.concatenate([boxes / side, np.zeros((max_objects - len(boxes), 4))])
             padded = np.concatenate([labels, np.full(max_objects - len(boxes), -1)])
             self.sentences[picture.numpy().tobytes()] = tokenizer.encode(filled, padded).reshape(-1)
+
+    def detect(self, pixels, options):
+        return generate(self, pixels, self.tokenizer, options)
 
     def start(self, pixels):
         assert not self.training

@@ -49,8 +49,20 @@ def test_the_ap_of_a_checkpoint_does_not_depend_on_the_number_of_processes(two, 
 def test_two_processes_take_the_steps_one_would(shapes_root, tmp_path):
     """Same samples, same loss and gradient: the loss is normalised by the weight of all tokens of all ranks. Rank 1
     has other numbers of objects than rank 0, so a mean of means would differ."""
-    common = [*TINY, "--root", str(shapes_root), "--backbone", VIT, "--dropout", "0", "--log_every", "1"]
-    common += ["--eval_every", "0", "--sample_every", "0", "--no_noise_objects"]
+    common = [
+        *TINY,
+        "--root",
+        str(shapes_root),
+        "--backbone",
+        VIT,
+        "--dropout",
+        "0",
+        "--drop_path",
+        "0",
+        "--log_every",
+        "1",
+    ]
+    common += ["--log_every", "1", "--eval_every", "0", "--sample_every", "0", "--no_noise_objects"]
     done = launch("train.py", *common, "--batch_size", "2", "--output_dir", str(tmp_path / "two"))
     assert done.returncode == 0, done.stderr
     assert train.main(parse(Arguments, [*common, "--batch_size", "4", "--output_dir", str(tmp_path / "one")])) == 0

@@ -27,6 +27,7 @@ TINY = [
         "{model_type: resnet, embedding_size: 8, hidden_sizes: [8, 16], depths: [1, 1], layer_type: basic}",
     ),
     *("--hidden_size", "16", "--encoder_layers", "1", "--decoder_layers", "1", "--num_heads", "2", "--mlp_size", "32"),
+    *("--drop_path", "0.05"),
     *("--image_size", "64", "--num_bins", "32", "--max_objects", "6", "--batch_size", "4", "--eval_batch_size", "4"),
     *("--num_workers", "0", "--lr", "1e-3", "--warmup_steps", "2", "--max_steps", "6"),
     *("--log_every", "2", "--eval_every", "3", "--sample_every", "4", "--ckpt_every", "3"),
@@ -226,7 +227,20 @@ def test_accumulation_changes_nothing_but_rounding(finished, shapes_root, tmp_pa
     """
     vit = "{model_type: vit, hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2, intermediate_size: 32, "
     vit += "patch_size: 16, image_size: 64}"
-    common = ["--backbone", vit, "--dropout", "0", "--eval_every", "0", "--sample_every", "0", "--log_every", "1"]
+    common = [
+        "--backbone",
+        vit,
+        "--dropout",
+        "0",
+        "--drop_path",
+        "0",
+        "--eval_every",
+        "0",
+        "--sample_every",
+        "0",
+        "--log_every",
+        "1",
+    ]
     for name, words in (("whole", []), ("split", ["--batch_size", "1", "--gradient_accumulation_steps", "4"])):
         assert train.main(arguments(shapes_root, tmp_path / name, *common, *words)) == 0
     for whole, split in zip(rows(tmp_path / "whole"), rows(tmp_path / "split"), strict=True):
@@ -440,6 +454,11 @@ def lose_a_weight(folder: Path) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def spoil_the_flags(folder: Path) -> None:
+    (folder / "MANIFEST.json").unlink()
+    (folder / "training.yaml").write_text("a: [")
+
+
 @pytest.mark.parametrize(
     ("damage", "part"),
     [
@@ -448,7 +467,8 @@ def lose_a_weight(folder: Path) -> None:
         (lambda folder: (folder / "config.json").write_text("{}"), "holds a model of type None"),
         (lambda folder: (folder / "config.json").write_text("{"), "config.json cannot be read"),
         (lambda folder: (folder / "config.json").unlink(), "no config.json"),
-        (lambda folder: (folder / "training.yaml").write_text("a: ["), "training.yaml cannot be read"),
+        (lambda folder: (folder / "training.yaml").write_text("a: ["), "training.yaml is not what was written"),
+        (spoil_the_flags, "training.yaml cannot be read"),
     ],
 )
 def test_evaluate_refuses_a_damaged_detector(finished, shapes_root, tmp_path, damage, part):

@@ -3,5 +3,7 @@
 from pix2seq.model.build import build_detector
 from pix2seq.model.configuration import Pix2SeqConfig
 from pix2seq.model.detector import Pix2SeqForObjectDetection, Pix2SeqOutput
+from pix2seq.model.load import load_detector
+from pix2seq.model.transfer import adapt
 
-__all__ = ["Pix2SeqConfig", "Pix2SeqForObjectDetection", "Pix2SeqOutput", "build_detector"]
+__all__ = ["Pix2SeqConfig", "Pix2SeqForObjectDetection", "Pix2SeqOutput", "adapt", "build_detector", "load_detector"]

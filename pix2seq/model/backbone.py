@@ -1,6 +1,8 @@
 """Hugging Face vision models as maps from pixels to a grid of features."""
 
+import copy
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import yaml
@@ -13,6 +15,10 @@ from pix2seq.errors import UserError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
+# Where a pyramid is cut: after the stage of stride 8, 16 or 32; dc5 is c5 at stride 16, its last stage dilated.
+Stage = Literal["c3", "c4", "c5", "dc5"]
+BatchNorm = Literal["sync", "local", "frozen"]
+
 
 @dataclass
 class BackboneChoice:
@@ -24,40 +30,82 @@ class BackboneChoice:
     pretrained: str | None = None
 
 
-def choose_backbone(name: str) -> BackboneChoice:
+def choose_backbone(name: str, stage: Stage = "c5") -> BackboneChoice:
     """A hub name or local folder, whose weights are used, or an inline config like "{model_type: resnet}".
 
-    Raises UserError if it is none of these.
+    Raises UserError if it is none of these, or cannot be cut at this stage.
     """
     try:
         if name.lstrip().startswith("{"):
-            return BackboneChoice(AutoConfig.for_model(**yaml.safe_load(name)))
+            return BackboneChoice(_cut(AutoConfig.for_model(**yaml.safe_load(name)), name, stage))
         config = AutoConfig.from_pretrained(name)
+    except UserError:
+        raise
     except Exception as error:  # a config's constructor may raise anything
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"--backbone {name}: no such hub model, local folder or inline config ({reason})") from None
+    choice = BackboneChoice(_cut(config, name, stage), pretrained=name)
     try:
         processor = AutoImageProcessor.from_pretrained(name)
-    except (OSError, ValueError):  # a folder with nothing but a model
-        return BackboneChoice(config, pretrained=name)
-    return BackboneChoice(config, tuple(processor.image_mean), tuple(processor.image_std), name)
+        choice.image_mean, choice.image_std = tuple(processor.image_mean), tuple(processor.image_std)
+    except (OSError, ValueError):  # a folder with nothing but a model; timm models know it themselves
+        pretrained_cfg = getattr(config, "pretrained_cfg", None) or {}
+        choice.image_mean = tuple(pretrained_cfg.get("mean", choice.image_mean))
+        choice.image_std = tuple(pretrained_cfg.get("std", choice.image_std))
+    return choice
+
+
+def _cut(config: PretrainedConfig, name: str, stage: Stage) -> PretrainedConfig:
+    """The config without the stages after `stage`: a stage that is built but not used would be a weight without
+    gradient."""
+    if stage == "c5":
+        return config
+    if stage == "dc5" and config.model_type != "resnet":
+        raise UserError(f"--backbone_stage dc5: only a ResNet can be dilated; --backbone {name} is none")
+    num_stages = {"c3": 2, "c4": 3, "dc5": 4}[stage]
+    values = config.to_dict()
+    if len(values.get("depths") or ()) < num_stages:
+        raise UserError(f"--backbone_stage {stage}: --backbone {name} is not made of that many stages; c5 takes any")
+    for key in ("depths", "hidden_sizes", "num_heads"):
+        if isinstance(values.get(key), list | tuple):
+            values[key] = list(values[key])[:num_stages]
+    if "num_stages" in values:
+        values["num_stages"] = num_stages
+    for key in ("model_type", "out_features", "out_indices", "stage_names"):
+        values.pop(key, None)
+    return AutoConfig.for_model(config.model_type, **values)
 
 
 class VisionBackbone(nn.Module):
     """(B, 3, S, S) pixels -> (B, C, h, w) features: the last stage of a pyramid, or a ViT's patch tokens.
 
-    ResNets and ViTs are tested; other models whose interface is the same work too.
+    dilated   the last stage of a ResNet keeps the stride of the one before (DC5)
     """
 
-    def __init__(self, config: PretrainedConfig):
+    def __init__(self, config: PretrainedConfig, dilated: bool = False):
         super().__init__()
         self.is_pyramid = config.model_type in MODEL_FOR_BACKBONE_MAPPING_NAMES
+        self.dilated = dilated
+        self.frozen = False
+        self.frozen_norms = False
         if self.is_pyramid:
-            self.model = AutoBackbone.from_config(config)
-            self.num_channels = self.model.channels[-1]
+            # A copy: AutoBackbone writes into what it is given.
+            self._adopt(AutoBackbone.from_config(copy.deepcopy(config)))
         else:
-            self.model = AutoModel.from_config(config, add_pooling_layer=False)
-            self.num_channels = config.hidden_size
+            self._adopt(AutoModel.from_config(config, add_pooling_layer=False))
+
+    def _adopt(self, model: nn.Module) -> None:
+        self.model = model
+        if self.is_pyramid:
+            self.num_channels = model.channels[-1]
+        else:
+            self.num_channels = model.config.hidden_size
+        if self.dilated:
+            for module in model.encoder.stages[-1].modules():
+                if isinstance(module, nn.Conv2d) and module.stride == (2, 2):
+                    module.stride = (1, 1)
+                elif isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3):
+                    module.dilation = module.padding = (2, 2)
 
     def load_pretrained(self, name: str) -> None:
         """Replaces the weights by those of a hub model or local folder. Raises UserError if there are none."""
@@ -65,16 +113,63 @@ class VisionBackbone(nn.Module):
         try:
             if self.is_pyramid:
                 # Not AutoBackbone.from_pretrained: it asks the hub whether `name` is a repository, even for a folder.
-                self.model = type(self.model).from_pretrained(name, config=config, dtype=dtype)
+                self._adopt(type(self.model).from_pretrained(name, config=config, dtype=dtype))
             else:
-                self.model = AutoModel.from_pretrained(name, config=config, dtype=dtype, add_pooling_layer=False)
+                self._adopt(AutoModel.from_pretrained(name, config=config, dtype=dtype, add_pooling_layer=False))
         except Exception as error:  # missing, damaged or foreign files fail in many ways
             raise UserError(f"--backbone {name}: its weights cannot be loaded ({error})") from None
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        if self.is_pyramid:
-            return self.model(pixels).feature_maps[-1]
-        # Patch tokens come last, after the class token (and registers, where a model has any).
-        tokens = self.model(pixels, interpolate_pos_encoding=True).last_hidden_state
-        height, width = (length // self.model.config.patch_size for length in pixels.shape[-2:])
-        return tokens[:, -height * width :].transpose(1, 2).unflatten(2, (height, width))
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            if self.is_pyramid:
+                return self.model(pixels).feature_maps[-1]
+            # Patch tokens come last, after the class token (and registers, where a model has any).
+            tokens = self.model(pixels, interpolate_pos_encoding=True).last_hidden_state
+            height, width = (length // self.model.config.patch_size for length in pixels.shape[-2:])
+            return tokens[:, -height * width :].transpose(1, 2).unflatten(2, (height, width))
+
+    def prepare_for_training(self, freeze: bool, batch_norm: BatchNorm, world_size: int, device: torch.device) -> None:
+        """Decides what learns. Not part of the config: a trained detector does not depend on it.
+
+        freeze       nothing in the backbone learns, and its norms and dropout are those of evaluation
+        batch_norm   sync    learns, statistics over all processes (as the authors do; on GPUs, else local)
+                     local   learns, statistics of each process's own images
+                     frozen  does not learn, keeps its statistics
+        """
+        self.frozen, self.frozen_norms = freeze, freeze or batch_norm == "frozen"
+        if freeze:
+            self.requires_grad_(False)
+        elif batch_norm == "frozen":
+            for norm in self._batch_norms():
+                norm.requires_grad_(False)
+        elif batch_norm == "sync" and world_size > 1 and device.type == "cuda":
+            self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
+        self._freeze_what_no_gradient_reaches()
+        self.train(self.training)
+
+    def _batch_norms(self) -> list[nn.Module]:
+        # By name too: some models bring a class of their own.
+        return [m for m in self.modules() if isinstance(m, nn.BatchNorm2d) or "BatchNorm" in type(m).__name__]
+
+    def _freeze_what_no_gradient_reaches(self) -> None:
+        """Mask tokens, classifiers' norms and the like. DDP refuses parameters without gradient, and weight decay
+        would eat them."""
+        learning = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        if not learning:
+            return
+        patch = getattr(self.model.config, "patch_size", None)
+        side = max(64, 2 * patch) if isinstance(patch, int) else 64
+        reference, was_training = next(self.parameters()), self.training
+        pixels = torch.rand(1, 3, side, side, device=reference.device, dtype=reference.dtype)
+        features = self.eval()(pixels)
+        gradients = torch.autograd.grad(features.sum(), learning, allow_unused=True)
+        self.train(was_training)
+        for parameter, gradient in zip(learning, gradients, strict=True):
+            parameter.requires_grad_(gradient is not None)
+
+    def train(self, mode: bool = True) -> "VisionBackbone":
+        super().train(mode and not self.frozen)
+        if self.frozen_norms:
+            for norm in self._batch_norms():
+                norm.eval()
+        return self

@@ -4,17 +4,22 @@ from transformers import AutoConfig, LlamaConfig
 from transformers.configuration_utils import PretrainedConfig
 
 from pix2seq.model.backbone import IMAGENET_MEAN, IMAGENET_STD
-from pix2seq.model.positions import PositionCode
+from pix2seq.model.positions import BinInit, PositionCode
 
 
 class Pix2SeqConfig(PretrainedConfig):
     """Everything needed to rebuild a trained detector from its folder.
 
     backbone_config   any Hugging Face vision model's config, with its model_type
-    decoder_config    a LlamaConfig; its vocab_size is the tokenizer's
+    backbone_dilated  the last stage of a ResNet is dilated instead of strided
+    decoder_config    a LlamaConfig, or a BlenderbotConfig for the classic decoder; its vocab_size is the tokenizer's
+    output_bias       the output layer, whose weights are the embeddings', has a bias
     encoder_layers    transformer layers between backbone and decoder, of width `hidden_size`
-    position_code     of visual tokens: see coordinate_code. With "ruler" the bins' embeddings start as the same code,
-                      so that a coordinate's token and the visual tokens at that coordinate are alike from the start
+    dropout           on visual features, and inside the MLPs of the encoder and of the classic decoder
+    drop_path         probability with which a residual branch of encoder and decoder is left out, the same in all
+    position_code     of visual tokens: see coordinate_code
+    bin_init          how the embeddings of the bins start: "random" like the others, or on the "ruler": as the code
+                      of their coordinate, so that a coordinate's token and the visual tokens there are alike at once
     image_size        side S of the square canvas, in pixels
     image_mean, image_std   of the pixels the backbone expects, for pixels in [0, 1]
     num_bins, max_objects, noise_objects   how sentences were built: see Tokenizer and SequenceBuilder
@@ -23,18 +28,22 @@ class Pix2SeqConfig(PretrainedConfig):
     """
 
     model_type = "pix2seq"
-    sub_configs = {"backbone_config": AutoConfig, "decoder_config": LlamaConfig}
+    sub_configs = {"backbone_config": AutoConfig, "decoder_config": AutoConfig}
 
     def __init__(
         self,
         backbone_config: dict | PretrainedConfig | None = None,
         decoder_config: dict | PretrainedConfig | None = None,
+        backbone_dilated: bool = False,
+        output_bias: bool = False,
         hidden_size: int = 256,
         encoder_layers: int = 6,
         encoder_heads: int = 8,
         encoder_mlp_size: int = 1024,
         dropout: float = 0.1,
+        drop_path: float = 0.1,
         position_code: PositionCode = "original",
+        bin_init: BinInit = "random",
         image_size: int = 640,
         image_mean: tuple[float, ...] = IMAGENET_MEAN,
         image_std: tuple[float, ...] = IMAGENET_STD,
@@ -51,15 +60,19 @@ class Pix2SeqConfig(PretrainedConfig):
         if isinstance(backbone_config, dict):
             backbone_config = AutoConfig.for_model(**backbone_config)
         if isinstance(decoder_config, dict):
-            decoder_config = LlamaConfig(**{k: v for k, v in decoder_config.items() if k != "model_type"})
+            decoder_config = AutoConfig.for_model(**{"model_type": "llama"} | decoder_config)
         self.backbone_config = backbone_config
         self.decoder_config = decoder_config or LlamaConfig(hidden_size=hidden_size)
+        self.backbone_dilated = backbone_dilated
+        self.output_bias = output_bias
         self.hidden_size = hidden_size
         self.encoder_layers = encoder_layers
         self.encoder_heads = encoder_heads
         self.encoder_mlp_size = encoder_mlp_size
         self.dropout = dropout
+        self.drop_path = drop_path
         self.position_code = position_code
+        self.bin_init = bin_init
         self.image_size = image_size
         self.image_mean = list(image_mean)
         self.image_std = list(image_std)

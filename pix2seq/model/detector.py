@@ -2,46 +2,97 @@
 
     pixels -> backbone -> projection + 2-D position code -> encoder layers -> bridge -> decoder
 
-Knows token ids and sizes only through its config: what they mean is the tokenizer's business.
+What the two decoders have in common: `read` a whole sentence, or `start` and then `step` token by token.
 """
 
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torchvision.ops import StochasticDepth, stochastic_depth
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
+from pix2seq.decoding import DecodingOptions, Detections, generate
 from pix2seq.model.backbone import VisionBackbone
 from pix2seq.model.configuration import Pix2SeqConfig
 from pix2seq.model.llama import LlamaDecoder
 from pix2seq.model.positions import coordinate_code, position_code_2d
+from pix2seq.model.transformer import TransformerDecoder
+from pix2seq.tokenizer import Tokenizer
+
+NORM_EPS = 1e-6  # the authors', in all layer norms of ours
+
+# By the decoder config's model_type: the class, and the layers that end its residual branches.
+DECODERS = {
+    "llama": (LlamaDecoder, ("self_attn.o_proj", "mlp.down_proj")),
+    "blenderbot": (TransformerDecoder, ("self_attn.out_proj", "encoder_attn.out_proj", "fc2")),
+}
 
 
 @dataclass
 class Pix2SeqOutput(ModelOutput):
-    """loss: scalar, or None without labels. logits and token_losses: only at the T positions whose weight is not 0,
-    in row-major order: (T, V) and (T,); logits without weights are (B, L, V)."""
+    """With labels: loss, a scalar, and logits (T, V) and token_losses (T,) at the T positions whose weight is not 0,
+    in row-major order. With input_ids alone: logits (B, L, V).
+
+    With pictures alone, the objects the detector writes, N for each picture, best score first: pred_boxes (B, N, 4)
+    float64 xyxy in [0, 1] of the canvas, pred_labels (B, N), -1 where a picture has fewer, and pred_scores (B, N).
+    """
 
     loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
     token_losses: torch.Tensor | None = None
+    pred_boxes: torch.Tensor | None = None
+    pred_labels: torch.Tensor | None = None
+    pred_scores: torch.Tensor | None = None
 
 
-def _encoder_layer(config: Pix2SeqConfig) -> nn.Module:
-    return nn.TransformerEncoderLayer(
-        config.hidden_size,
-        config.encoder_heads,
-        config.encoder_mlp_size,
-        dropout=config.dropout,
-        activation="gelu",
-        layer_norm_eps=1e-6,
-        batch_first=True,
-        norm_first=True,
-    )
+class EncoderLayer(GradientCheckpointingLayer, nn.TransformerEncoderLayer):
+    """The authors' block: norms come first, dropout only inside the MLP, and whole residual branches drop out."""
+
+    def __init__(self, config: Pix2SeqConfig):
+        nn.TransformerEncoderLayer.__init__(
+            self,
+            config.hidden_size,
+            config.encoder_heads,
+            config.encoder_mlp_size,
+            activation="gelu",
+            layer_norm_eps=NORM_EPS,
+            batch_first=True,
+            norm_first=True,
+            dropout=0.0,
+        )
+        self.dropout = nn.Dropout(config.dropout)
+        self.dropout1 = StochasticDepth(config.drop_path, "row")
+        self.dropout2 = StochasticDepth(config.drop_path, "row")
+
+
+class Bridge(nn.Module):
+    """From the encoder's width to the decoder's, and one more MLP (the authors' projection "mlp")."""
+
+    def __init__(self, config: Pix2SeqConfig):
+        super().__init__()
+        width = config.decoder_config.hidden_size
+        inner = width * config.encoder_mlp_size // config.hidden_size
+        self.projection = nn.Linear(config.hidden_size, width)
+        self.norm = nn.LayerNorm(width, eps=NORM_EPS)
+        self.mlp = nn.Sequential(
+            nn.LayerNorm(width, eps=NORM_EPS),
+            nn.Linear(width, inner),
+            nn.GELU(),
+            nn.Dropout(config.dropout),
+            nn.Linear(inner, width),
+            StochasticDepth(config.drop_path, "row"),
+        )
+
+    def forward(self, tokens: torch.Tensor, position_code: torch.Tensor) -> torch.Tensor:
+        # The code a second time: attention in the decoder should not have to recover it.
+        tokens = self.norm(self.projection(tokens)) + position_code
+        return tokens + self.mlp(tokens)
 
 
 class Pix2SeqPreTrainedModel(PreTrainedModel):
@@ -50,27 +101,33 @@ class Pix2SeqPreTrainedModel(PreTrainedModel):
     main_input_name = "pixel_values"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
-    _no_split_modules = ["LlamaDecoderLayer", "TransformerEncoderLayer", "ResNetStage", "ViTLayer"]
+    _supports_flash_attn = True
+    _no_split_modules = ["LlamaDecoderLayer", "BlenderbotDecoderLayer", "EncoderLayer", "ResNetStage", "ViTLayer"]
 
 
 class Pix2SeqForObjectDetection(Pix2SeqPreTrainedModel):
     def __init__(self, config: Pix2SeqConfig):
         super().__init__(config)
-        width, decoder_width = config.hidden_size, config.decoder_config.hidden_size
-        self.backbone = VisionBackbone(config.backbone_config)
+        width = config.hidden_size
+        self.backbone = VisionBackbone(config.backbone_config, config.backbone_dilated)
         self.projection = nn.Sequential(
             nn.Dropout(config.dropout),
             nn.Linear(self.backbone.num_channels, width),
-            nn.LayerNorm(width, eps=1e-6),
+            nn.LayerNorm(width, eps=NORM_EPS),
         )
-        self.encoder = nn.Sequential(*(_encoder_layer(config) for _ in range(config.encoder_layers)))
+        self.encoder = nn.Sequential(*(EncoderLayer(config) for _ in range(config.encoder_layers)))
         if config.encoder_layers:
-            self.encoder.append(nn.LayerNorm(width, eps=1e-6))
-        self.bridge = nn.Sequential(nn.Linear(width, decoder_width), nn.LayerNorm(decoder_width, eps=1e-6))
-        self.decoder = LlamaDecoder(config.decoder_config)
+            self.encoder.append(nn.LayerNorm(width, eps=NORM_EPS))
+        self.bridge = Bridge(config)
+        decoder_class, branch_ends = DECODERS[config.decoder_config.model_type]
+        self.decoder = decoder_class(config.decoder_config)
+        if config.output_bias:
+            head = self.decoder.lm_head
+            self.decoder.lm_head = nn.Linear(head.in_features, head.out_features, bias=True)
         self.post_init()
-        if config.position_code == "ruler":
+        if config.bin_init == "ruler":
             self._lay_ruler()
+        self._drop_branches(branch_ends)
 
     @torch.no_grad()
     def _lay_ruler(self) -> None:
@@ -80,6 +137,20 @@ class Pix2SeqForObjectDetection(Pix2SeqPreTrainedModel):
         code = coordinate_code(coordinates, embeddings.shape[1] // 2, "ruler")
         scale = math.sqrt(2) * self.config.initializer_range  # sines have a variance of a half
         embeddings[-self.config.num_bins :] = scale * torch.cat([code, code], dim=1)
+
+    def _drop_branches(self, branch_ends: tuple[str, ...]) -> None:
+        """Drop path in the decoder, whose layers are transformers' and know none."""
+
+        def drop(module, inputs, output):
+            return stochastic_depth(output, self.config.drop_path, "row", module.training)
+
+        for name, module in self.decoder.named_modules():
+            if name.endswith(branch_ends):
+                module.register_forward_hook(drop)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer(len(self.config.category_ids), self.config.num_bins)
 
     def encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Pixels (B, 3, S, S) -> visual tokens (B, N, D).
@@ -95,18 +166,17 @@ class Pix2SeqForObjectDetection(Pix2SeqPreTrainedModel):
         features = self.backbone(pixel_values)  # (B, C, h, w)
         height, width = features.shape[-2:]
         tokens = self.projection(features.flatten(2).transpose(1, 2))
-        tokens = self.encoder(tokens + self._position_code(height, width, tokens))
-        tokens = self.bridge(tokens)
-        # The code a second time, as in the authors' code: attention in the decoder should not have to recover it.
-        return tokens + self._position_code(height, width, tokens)
+        tokens = self.encoder(tokens + self._position_code(height, width, self.config.hidden_size, tokens))
+        decoder_width = self.config.decoder_config.hidden_size
+        return self.bridge(tokens, self._position_code(height, width, decoder_width, tokens))
 
-    def _position_code(self, height: int, width: int, like: torch.Tensor) -> torch.Tensor:
-        return position_code_2d(height, width, like.shape[-1], self.config.position_code, like.device).to(like.dtype)
+    def _position_code(self, height: int, width: int, channels: int, like: torch.Tensor) -> torch.Tensor:
+        return position_code_2d(height, width, channels, self.config.position_code, like.device).to(like.dtype)
 
     def forward(
         self,
         pixel_values: torch.Tensor,
-        input_ids: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         weights: torch.Tensor | None = None,
         normalizer: torch.Tensor | float | None = None,
@@ -118,10 +188,15 @@ class Pix2SeqForObjectDetection(Pix2SeqPreTrainedModel):
         normalizer       the loss is sum(weights * cross entropy) / normalizer. Default: the sum of these weights;
                          pass the sum over all ranks and micro-batches of a step for a loss that does not depend on
                          how the step was split.
+
+        Without `input_ids`: the objects in the pictures, see `detect`.
         """
+        if input_ids is None:
+            return self._as_output(self.detect(pixel_values))
         hidden = self.decoder.read(self.encode(pixel_values), input_ids)
         if labels is None:
             return Pix2SeqOutput(logits=self.decoder.lm_head(hidden))
+        weights = torch.ones_like(labels, dtype=torch.float32) if weights is None else weights
         counted = weights > 0
         weights = weights[counted]
         # Cross entropy in float32 whatever the model runs in: sums over thousands of tokens lose bits otherwise.
@@ -132,11 +207,31 @@ class Pix2SeqForObjectDetection(Pix2SeqPreTrainedModel):
             loss=(weights * token_losses).sum() / normalizer, logits=logits, token_losses=token_losses
         )
 
-    def start(self, pixel_values: torch.Tensor) -> Cache:
+    def detect(self, pixel_values: torch.Tensor, options: DecodingOptions | None = None) -> list[Detections]:
+        """Pixels (B, 3, S, S) -> the objects of each picture, in the order they were written, in [0, 1] of the canvas.
+
+        By default as the detector was evaluated while it was trained. Call it in eval mode.
+        """
+        options = options or DecodingOptions(max_objects=self.config.max_objects, **self.config.decoding)
+        return generate(self, pixel_values, self.tokenizer, options)
+
+    def _as_output(self, found: list[Detections]) -> Pix2SeqOutput:
+        count = max((len(detections.scores) for detections in found), default=0)
+        boxes, scores = np.zeros((len(found), count, 4)), np.zeros((len(found), count))
+        labels = np.full((len(found), count), -1)
+        for row, detections in enumerate(found):
+            order = np.argsort(-detections.scores, kind="stable")
+            boxes[row, : len(order)] = detections.boxes[order]
+            scores[row, : len(order)] = detections.scores[order]
+            labels[row, : len(order)] = detections.labels[order]
+        tensors = (torch.from_numpy(values).to(self.device) for values in (boxes, labels, scores))
+        return Pix2SeqOutput(**dict(zip(("pred_boxes", "pred_labels", "pred_scores"), tensors, strict=True)))
+
+    def start(self, pixel_values: torch.Tensor):
         """Reads the pictures (B, 3, S, S): the cache that `step` continues."""
         return self.decoder.start(self.encode(pixel_values))
 
-    def step(self, ids: torch.Tensor, position: int, cache: Cache) -> torch.Tensor:
+    def step(self, ids: torch.Tensor, position: int, cache) -> torch.Tensor:
         """Reads one more token per row, ids (B,), the `position`-th of the sentence (BOS is 0).
 
         Returns what may follow: logits (B, V), float32.

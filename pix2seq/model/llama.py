@@ -6,7 +6,10 @@ from transformers.cache_utils import DynamicCache
 
 
 class LlamaDecoder(LlamaForCausalLM):
-    """Self-attention over visual tokens and sentence together: the visual tokens are the prefix of the sequence."""
+    """Self-attention over visual tokens and sentence together: the visual tokens are the prefix of the sequence.
+
+    `causal_prefix` in its config lets a visual token see only those before it, as in a text; without it, all of them.
+    """
 
     config: LlamaConfig
 
@@ -16,7 +19,7 @@ class LlamaDecoder(LlamaForCausalLM):
         num_visual, length = visual.shape[1], said.shape[1]
         return self.model(
             inputs_embeds=torch.cat([visual, said], dim=1),
-            attention_mask=prefix_mask(num_visual, length, visual),
+            attention_mask=self._mask(num_visual, length, visual),
             position_ids=prefix_positions(num_visual, length, visual.device),
             use_cache=False,
         ).last_hidden_state[:, num_visual:]
@@ -27,7 +30,7 @@ class LlamaDecoder(LlamaForCausalLM):
         cache = DynamicCache(config=self.config)
         self.model(
             inputs_embeds=visual,
-            attention_mask=prefix_mask(num_visual, 0, visual),
+            attention_mask=self._mask(num_visual, 0, visual),
             position_ids=prefix_positions(num_visual, 0, visual.device),
             past_key_values=cache,
             use_cache=True,
@@ -43,13 +46,17 @@ class LlamaDecoder(LlamaForCausalLM):
             use_cache=True,
         ).last_hidden_state[:, -1]
 
+    def _mask(self, num_visual: int, length: int, like: torch.Tensor) -> torch.Tensor:
+        return prefix_mask(num_visual, length, like, getattr(self.config, "causal_prefix", False))
 
-def prefix_mask(num_visual: int, length: int, like: torch.Tensor) -> torch.Tensor:
-    """Additive mask (1, 1, T, T), T = num_visual + length: the picture sees itself whole, the sentence sees the
-    picture and what has been said."""
+
+def prefix_mask(num_visual: int, length: int, like: torch.Tensor, causal: bool = False) -> torch.Tensor:
+    """Additive mask (1, 1, T, T), T = num_visual + length: the picture sees itself whole (unless it is `causal`), the
+    sentence sees the picture and what has been said."""
     total = num_visual + length
     visible = torch.ones(total, total, dtype=torch.bool, device=like.device).tril()
-    visible[:num_visual, :num_visual] = True
+    if not causal:
+        visible[:num_visual, :num_visual] = True
     mask = torch.zeros(total, total, dtype=like.dtype, device=like.device)
     return mask.masked_fill(~visible, torch.finfo(like.dtype).min)[None, None]
 

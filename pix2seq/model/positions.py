@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 
 PositionCode = Literal["original", "ruler"]
+BinInit = Literal["random", "ruler"]
 
 
 def coordinate_code(coordinates: torch.Tensor, channels: int, kind: PositionCode) -> torch.Tensor:

@@ -1,0 +1,188 @@
+"""Fine-tuning: what is kept, what is new, and what is refused."""
+
+import shutil
+
+import pytest
+import torch
+
+import train
+from pix2seq.command_line import parse
+from pix2seq.config import Arguments
+from pix2seq.errors import UserError
+from pix2seq.model import Pix2SeqForObjectDetection, adapt, load_detector
+from tests.test_architectures import BACKBONES, build, pictures, sentences
+from tests.test_train import arguments, edited
+
+OLD = ("cat", "dog", "eel", "fox")
+NEW = ("ant", "eel", "bee", "cat", "fox", "gnu")  # three of the four, in another order, and three more
+both = pytest.mark.parametrize("decoder", ["llama", "transformer"])
+
+
+def old_detector(decoder: str = "llama", **kwargs) -> Pix2SeqForObjectDetection:
+    model = build(decoder, category_ids=(1, 2, 3, 4), class_names=OLD, **kwargs)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.01 * torch.randn(parameter.shape)
+    return model
+
+
+def adapted(source, **kwargs):
+    config = source.config
+    same = {name: getattr(config, name) for name in ("image_size", "num_bins", "max_objects", "noise_objects")}
+    same |= {"dropout": 0.0, "drop_path": 0.0, "decoding": config.decoding}
+    names = kwargs.pop("class_names", NEW)
+    ids = tuple(range(10, 10 + len(names)))
+    return adapt(source, category_ids=ids, class_names=names, **same | kwargs)
+
+
+@both
+def test_rows_of_classes_are_kept_by_name_exactly(decoder):
+    source = old_detector(decoder)
+    model, report = adapted(source)
+    old, new = source.decoder.lm_head.weight, model.decoder.lm_head.weight
+    first = source.tokenizer.first_class_id
+    for label, name in enumerate(NEW):
+        if name in OLD:
+            assert torch.equal(new[first + label], old[first + OLD.index(name)])
+        else:
+            assert not (new[first + label] == old[first : first + 4]).all(1).any()
+    assert torch.equal(new[:first], old[:first])
+    assert torch.equal(new[model.tokenizer.first_bin_id :], old[source.tokenizer.first_bin_id :])
+    if decoder == "transformer":
+        assert torch.equal(model.decoder.lm_head.bias[first + 3], source.decoder.lm_head.bias[first])
+    assert report[:3] == ["classes kept: eel, cat, fox", "new classes: ant, bee, gnu", "classes left out: dog"]
+    assert model.config.class_names == NEW
+    assert model.config.category_ids == list(range(10, 16))
+
+
+@both
+def test_the_same_classes_give_the_same_detector(decoder):
+    source = old_detector(decoder).eval()
+    model, report = adapted(source, class_names=OLD)
+    model.eval()
+    with torch.no_grad():
+        assert torch.equal(model(pictures(), sentences()).logits, source(pictures(), sentences()).logits)
+    assert report == ["classes kept: cat, dog, eel, fox", "new classes: none", "classes left out: none"]
+
+
+@both
+def test_everything_that_is_no_token_is_kept(decoder):
+    source = old_detector(decoder)
+    model, _ = adapted(source)
+    theirs = source.state_dict()
+    for name, value in model.state_dict().items():
+        if value.shape == theirs[name].shape:
+            assert torch.equal(value, theirs[name]), name
+        else:
+            assert name.endswith(("embed_tokens.weight", "lm_head.weight", "lm_head.bias")), name
+
+
+@both
+def test_another_number_of_bins_keeps_places(decoder):
+    """Twice as fine: every second bin is an old one, the others lie halfway."""
+    source = old_detector(decoder)
+    model, report = adapted(source, class_names=OLD, num_bins=39)
+    old = source.decoder.lm_head.weight[source.tokenizer.first_bin_id :]
+    new = model.decoder.lm_head.weight[model.tokenizer.first_bin_id :]
+    torch.testing.assert_close(new[::2], old)
+    torch.testing.assert_close(new[1::2], (old[1:] + old[:-1]) / 2)
+    assert "num_bins: 20 became 39" in report
+
+
+@both
+@pytest.mark.parametrize("max_objects", [2, 8])
+def test_longer_and_shorter_sentences(decoder, max_objects):
+    source = old_detector(decoder).eval()
+    model, report = adapted(source, class_names=OLD, max_objects=max_objects)
+    model.eval()
+    with torch.no_grad():
+        common = sentences(length=10)
+        torch.testing.assert_close(model(pictures(), common).logits, source(pictures(), common).logits)
+    assert len(model.detect(pictures())[0].labels) == max_objects
+    assert f"max_objects: 3 became {max_objects}" in report
+
+
+@both
+@pytest.mark.parametrize("backbone", ["resnet", "vit", "dinov2", "swin"])
+def test_another_canvas(decoder, backbone):
+    source = old_detector(decoder, backbone=BACKBONES[backbone])
+    model, report = adapted(source, image_size=96)
+    assert len(model.eval().detect(pictures(1, 96))[0].labels) == 3
+    assert "image_size: 64 became 96" in report
+
+
+@pytest.fixture(scope="module")
+def trained(shapes_root, tmp_path_factory):
+    output = tmp_path_factory.mktemp("source") / "out"
+    assert train.main(arguments(shapes_root, output, "--max_steps", "3", "--decoder", "transformer")) == 0
+    return output / "final"
+
+
+def rename_two(content):
+    content["categories"][0]["name"] = "blob"
+    content["categories"].append({"id": 77, "name": "star"})
+
+
+def flags(root, output, *words) -> Arguments:
+    common = ["--root", str(root), "--output_dir", str(output), "--max_steps", "2", "--batch_size", "4"]
+    return parse(Arguments, [*common, "--num_workers", "0", "--warmup_steps", "0", *words])
+
+
+def test_a_run_from_a_detector_of_other_classes(trained, shapes_root, tmp_path):
+    """Its shape comes with it: no flag has to be repeated, and it resumes like any other."""
+    root = edited(edited(shapes_root, tmp_path / "a", "train", rename_two), tmp_path / "b", "val", rename_two)
+    args = flags(root, tmp_path / "out", "--init_from", str(trained), "--num_bins", "16", "--lr", "1e-9")
+    assert (args.decoder, args.image_size, args.num_bins) == ("transformer", 64, 16)
+    assert train.main(args) == 0
+    log = (tmp_path / "out" / "train.log").read_text()
+    assert "classes kept: rectangle, triangle, cross" in log
+    assert "new classes: blob, star" in log
+    assert "num_bins: 32 became 16" in log
+    model = load_detector(tmp_path / "out" / "final", "")
+    source = load_detector(trained, "")
+    first = model.tokenizer.first_class_id
+    torch.testing.assert_close(
+        model.decoder.lm_head.weight[first + 1 : first + 4], source.decoder.lm_head.weight[first + 1 : first + 4]
+    )
+    words = ("--init_from", str(trained), "--num_bins", "16", "--lr", "1e-9", "--max_steps", "3", "--resume", "auto")
+    assert train.main(flags(root, tmp_path / "out", *words)) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--hidden_size", "32"], "--hidden_size 32: the detector of --init_from has 16"),
+        (["--decoder", "llama"], "--decoder llama: the detector of --init_from has transformer"),
+    ],
+)
+def test_another_shape_is_refused(trained, shapes_root, tmp_path, capsys, words, says):
+    assert train.main(flags(shapes_root, tmp_path / "out", "--init_from", str(trained), *words)) == 2
+    message = capsys.readouterr().err
+    assert says in message
+    assert message.count("\n") == 1
+
+
+def test_what_is_no_detector_is_refused_in_one_line(trained, shapes_root, tmp_path, capsys):
+    from transformers import ViTConfig, ViTModel
+
+    vit = ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    ViTModel(vit).save_pretrained(tmp_path / "vit")
+    shutil.copytree(trained, tmp_path / "no_flags")
+    (tmp_path / "no_flags" / "training.yaml").unlink()
+    (tmp_path / "no_flags" / "MANIFEST.json").unlink()
+    for name, says in (
+        ("vit", "holds a model of type 'vit', not 'pix2seq'"),
+        ("nowhere", "no such folder, nor a detector on the hub"),
+        ("no_flags", "has no training.yaml"),
+    ):
+        tiny = arguments(shapes_root, tmp_path / "out", "--init_from", str(tmp_path / name))
+        assert train.main(tiny) == 2
+        message = capsys.readouterr().err
+        assert says in message
+        assert message.startswith(f"train.py: error: --init_from {tmp_path / name}")
+        assert message.count("\n") == 1
+
+
+def test_load_detector_names_the_flag(tmp_path):
+    with pytest.raises(UserError, match="--init_from .*no config.json"):
+        load_detector(tmp_path, "--init_from")
