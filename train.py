@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ import yaml
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType, gather_object, set_seed
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.transforms.v2.functional import to_pil_image
 from tqdm import tqdm
 from transformers import get_scheduler
@@ -68,7 +70,13 @@ class Training:
 
     @property
     def detector(self) -> Pix2SeqForObjectDetection:
-        return self.accelerator.unwrap_model(self.model)
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+
+    @property
+    def detectors(self) -> dict[str, Pix2SeqForObjectDetection]:
+        """Those to evaluate, by name: the one that learns, and its average over the steps if there is one."""
+        average = self.state.average
+        return {"": self.detector} | ({"ema": average.module} if average is not None else {})
 
     @property
     def step(self) -> int:
@@ -170,11 +178,15 @@ def build(args: Arguments, accelerator: Accelerator, folder: RunFolder) -> Train
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(args.beta1, args.beta2))
     # The scheduler is not prepared: Accelerate would step it once per process.
     scheduler = get_scheduler(args.lr_scheduler, optimizer, args.warmup_steps, max_steps)
+    average = None
+    if args.ema_decay:
+        average = AveragedModel(model, accelerator.device, multi_avg_fn=get_ema_multi_avg_fn(args.ema_decay))
     model, optimizer = accelerator.prepare(model, optimizer)
     state = TrainerState(
         *(optimizer, scheduler, accelerator.scaler, Meter(accelerator.device)),
         samples_per_step=sampler.samples_per_step,
         num_images=num_images,
+        average=average,
     )
     if resumed is not None:
         state.load(resumed, accelerator.is_main_process)
@@ -292,7 +304,8 @@ def loop(training: Training, stop: StopRequest) -> int:
     bar.close()
 
     if accelerator.is_main_process:
-        checkpoint.commit(folder.path / "final", lambda path: write_detector(training, path))
+        detector = training.detectors.get("ema", training.detector)
+        checkpoint.commit(folder.path / "final", partial(write_detector, detector, args))
     accelerator.wait_for_everyone()
     folder.status("finished", training.step)
     folder.log(f"finished: {folder.path}; best AP {training.state.best_ap:.4f} in best/, the last weights in final/")
@@ -335,6 +348,8 @@ def train_step(training: Training, micro_batches: list[dict], total_weight: floa
     training.state.optimizer.step()
     training.state.optimizer.zero_grad()
     training.state.scheduler.step()
+    if training.state.average is not None:
+        training.state.average.update_parameters(training.detector)
     training.state.step += 1
     return norm
 
@@ -371,33 +386,34 @@ def report(training: Training) -> None:
 
 
 def evaluate(training: Training) -> None:
-    """COCO numbers of the validation images; the best model so far goes to best/."""
-    predictions = find_objects(training, training.val_set)
-    if not training.accelerator.is_main_process:
-        return
-    metrics = coco_metrics(training.truth, predictions)
-    picture = prediction_picture(training.val_set.annotations, predictions, NUM_SAMPLES)
-    training.folder.evaluation(training.step, metrics, predictions, picture)
-    if training.is_last_step:
-        training.folder.log(metrics_table(metrics))
-    if metrics["AP"] > training.state.best_ap:
-        training.state.best_ap = metrics["AP"]
-        checkpoint.commit(training.folder.path / "best", lambda path: write_detector(training, path))
+    """COCO numbers of the validation images; the best detector so far goes to best/."""
+    for name, detector in training.detectors.items():
+        predictions = find_objects(training, detector, training.val_set)
+        if not training.accelerator.is_main_process:
+            continue
+        metrics = coco_metrics(training.truth, predictions)
+        picture = prediction_picture(training.val_set.annotations, predictions, NUM_SAMPLES)
+        training.folder.evaluation(training.step, metrics, predictions, picture, name)
+        if training.is_last_step:
+            training.folder.log(metrics_table(metrics))
+        if metrics["AP"] > training.state.best_ap:
+            training.state.best_ap = metrics["AP"]
+            checkpoint.commit(training.folder.path / "best", partial(write_detector, detector, training.args))
 
 
 def sample(training: Training) -> None:
     """Ground truth beside predictions, always of the same images."""
     annotations = training.val_set.annotations
     some = annotations.subset(range(min(NUM_SAMPLES, len(annotations))))
-    predictions = find_objects(training, EvalDataset(some, training.val_set.transform))
+    predictions = find_objects(training, training.detector, EvalDataset(some, training.val_set.transform))
     if training.accelerator.is_main_process:
         training.folder.sample("predictions", training.step, prediction_picture(some, predictions, NUM_SAMPLES))
 
 
-def find_objects(training: Training, dataset: EvalDataset) -> list[dict]:
+def find_objects(training: Training, detector: Pix2SeqForObjectDetection, dataset: EvalDataset) -> list[dict]:
     args = training.args
     options = DecodingOptions(args.max_objects, args.top_p, args.temperature, args.seed)
-    return predict(training.detector, dataset, options, args.eval_batch_size, training.accelerator, args.num_workers)
+    return predict(detector, dataset, options, args.eval_batch_size, training.accelerator, args.num_workers)
 
 
 def show_first_batch(training: Training, batch: dict) -> None:
@@ -408,11 +424,11 @@ def show_first_batch(training: Training, batch: dict) -> None:
     training.folder.sample("first_batch", 0, draw_examples(images, decoded, names))
 
 
-def write_detector(training: Training, path: Path) -> None:
+def write_detector(detector: Pix2SeqForObjectDetection, args: Arguments, path: Path) -> None:
     """A from_pretrained folder, and the flags it was trained with: evaluate.py takes its defaults from them."""
-    training.detector.save_pretrained(path)
-    Pix2SeqImageProcessor.for_detector(training.detector.config).save_pretrained(path)
-    write_flags(training.args, path)
+    detector.save_pretrained(path)
+    Pix2SeqImageProcessor.for_detector(detector.config).save_pretrained(path)
+    write_flags(args, path)
 
 
 def save(training: Training) -> None:
@@ -421,7 +437,7 @@ def save(training: Training) -> None:
     statistics = accelerator.reduce(training.state.meter.statistics, "sum")
 
     def write(path: Path) -> None:
-        write_detector(training, path)
+        write_detector(training.detector, training.args, path)
         training.state.save(path, statistics)
 
     if accelerator.is_main_process:

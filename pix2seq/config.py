@@ -167,6 +167,9 @@ class TrainArguments:
     beta1: float = flag(0.9, "AdamW")
     beta2: float = flag(0.95, "AdamW")
     weight_decay: float = flag(0.05, "AdamW, on kernels only")
+    ema_decay: float = flag(
+        0.0, "average the weights over the steps with this decay (0: off); evaluated beside the others"
+    )
     max_grad_norm: float = flag(0.0, "clip the gradient's norm (0: off)")
     gradient_checkpointing: bool = flag(False, "compute activations again instead of keeping them: slower, smaller")
     mixed_precision: Literal["no", "fp16", "bf16"] | None = flag(None, "default: what accelerate launch was told")
@@ -191,7 +194,7 @@ class TrainArguments:
         _check(self, "lr", self.lr > 0, "above 0")
         _check(self, "lr_backbone", self.lr_backbone is None or self.lr_backbone >= 0, "at least 0")
         _check(self, "keep_last", self.keep_last >= 2, "at least 2: with one, a broken disk leaves nothing")
-        for name in ("beta1", "beta2"):
+        for name in ("beta1", "beta2", "ema_decay"):
             _check(self, name, 0 <= getattr(self, name) < 1, "0 up to 1")
         _check_decoding(self)
 

@@ -83,17 +83,22 @@ class RunFolder:
         for tracker in self.trackers:
             tracker.log(row, step=step)
 
-    def evaluation(self, step: int, metrics: dict[str, float], predictions: list[dict], picture: Image) -> None:
-        """What an evaluation found: eval/step_x, and a row of metrics.jsonl."""
+    def evaluation(
+        self, step: int, metrics: dict[str, float], predictions: list[dict], picture: Image, name: str = ""
+    ) -> None:
+        """What an evaluation found: eval/step_x, and a row of metrics.jsonl. `name` tells the model, if not the one
+        that learns: eval/step_x/name, and eval/name/AP and so on."""
         if not self.is_main:
             return
-        folder = self.path / "eval" / f"step_{step}"
+        folder = self.path / "eval" / f"step_{step}" / name
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "metrics.json").write_text(json.dumps(metrics, indent=1))
         (folder / "predictions.json").write_text(json.dumps(predictions))
         picture.save(folder / "predictions.png")
-        self.metrics(step, {f"eval/{name}": value for name, value in metrics.items()})
-        self.log(f"step {step}: " + ", ".join(f"{name} {metrics[name]:.4f}" for name in ("AP", "AP50", "AP75")))
+        prefix = f"eval/{name}/" if name else "eval/"
+        self.metrics(step, {prefix + key: value for key, value in metrics.items()})
+        numbers = ", ".join(f"{key} {metrics[key]:.4f}" for key in ("AP", "AP50", "AP75"))
+        self.log(f"step {step}{' ' + name if name else ''}: {numbers}")
 
     def sample(self, name: str, step: int, picture: Image) -> None:
         """A picture by its step: samples/name_x.png."""

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch.optim.swa_utils import AveragedModel
 
 from pix2seq.errors import UserError
 from pix2seq.metrics import Meter
@@ -19,6 +20,7 @@ class TrainerState:
     samples_per_step   images of an optimizer step, on all processes        num_images   in the training set
     step               optimizer steps taken
     reported           the last step whose evaluation and picture, if due, are done
+    average            the weights averaged over the steps, if they are
     """
 
     optimizer: torch.optim.Optimizer
@@ -30,6 +32,7 @@ class TrainerState:
     step: int = 0
     reported: int = 0
     best_ap: float = -math.inf
+    average: AveragedModel | None = None
 
     def save(self, folder: Path, statistics: torch.Tensor) -> None:
         """statistics: the meter's, summed over all ranks."""
@@ -42,6 +45,7 @@ class TrainerState:
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict() if self.scaler is not None else None,
+            "average": self.average.state_dict() if self.average is not None else None,
             "statistics": statistics.cpu(),
         }
         torch.save(content, folder / FILE)
@@ -63,5 +67,7 @@ class TrainerState:
         self.scheduler.load_state_dict(content["scheduler"])
         if self.scaler is not None and content["scaler"]:
             self.scaler.load_state_dict(content["scaler"])
+        if self.average is not None:
+            self.average.load_state_dict(content["average"])
         if is_main:  # the sum over all ranks, so one of them carries it on
             self.meter.statistics += content["statistics"].to(self.meter.statistics.device)

@@ -6,9 +6,11 @@ import shlex
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from pix2seq.command_line import parse
 from pix2seq.config import Arguments, EvaluateArguments
+from pix2seq.processing import Pix2SeqImageProcessor
 
 README = Path("README.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
@@ -30,6 +32,21 @@ def test_every_command_parses(command):
         parse(EvaluateArguments, words[words.index("evaluate.py") + 1 :])
     else:
         raise AssertionError(f"no test knows this command: {command}")
+
+
+def test_the_python_runs(tmp_path, monkeypatch, make_model, capsys):
+    """On a small detector, in the place of the demo's."""
+    model = make_model()
+    model.save_pretrained(tmp_path / "runs" / "demo" / "best")
+    Pix2SeqImageProcessor.for_detector(model.config).save_pretrained(tmp_path / "runs" / "demo" / "best")
+    Image.new("RGB", (60, 40)).save(tmp_path / "image.jpg")
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        exec(block.replace("threshold=0.5", "threshold=0"), {})
+    *lines, answers = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(eval(answers)) == 4
 
 
 def test_the_file_list_is_the_tree():

@@ -20,6 +20,7 @@ from pix2seq import checkpoint
 from pix2seq.command_line import parse
 from pix2seq.config import Arguments, EvaluateArguments
 from pix2seq.errors import UserError
+from pix2seq.model import load_detector
 
 TINY = [
     *(
@@ -266,6 +267,74 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_images(shapes_roo
     assert json.loads((output / "status.json").read_text())["state"] == "failed"
     weights = load_file(output / "checkpoints" / "step_00000003" / "model.safetensors")
     assert all(torch.isfinite(tensor).all() for tensor in weights.values())
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--decoder", "transformer", "--decoder_size", "24", "--decoder_heads", "3", "--decoder_mlp_size", "40"],
+        ["--gradient_accumulation_steps", "2", "--gradient_checkpointing"],
+        ["--freeze_backbone"],
+        ["--batch_norm", "frozen"],
+        ["--position_code", "ruler", "--bin_init", "ruler"],
+        ["--causal_prefix"],
+    ],
+    ids=lambda words: words[0].strip("-"),
+)
+def test_options_train_and_their_detectors_are_what_was_trained(shapes_root, tmp_path, words):
+    args = arguments(shapes_root, tmp_path / "out", *words, "--max_steps", "2", "--eval_every", "2")
+    assert train.main(args) == 0
+    words = ["--checkpoint", str(tmp_path / "out" / "final"), "--root", str(shapes_root)]
+    metrics = evaluate.main(parse(EvaluateArguments, words))
+    assert metrics == json.loads((tmp_path / "out" / "eval" / "step_2" / "metrics.json").read_text())
+
+
+def test_averaged_weights(shapes_root, tmp_path, monkeypatch):
+    """Evaluated beside the others, resumed exactly, and in the end the detector; a plain one."""
+    words = ["--ema_decay", "0.5", "--max_steps", "4", "--eval_every", "2", "--ckpt_every", "1"]
+    seen = []
+    original = train.train_step
+
+    def remembers(training, *rest):
+        norm = original(training, *rest)
+        seen.append(training.detector.bridge.projection.weight.detach().clone())
+        return norm
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_step", remembers)
+        assert train.main(arguments(shapes_root, tmp_path / "out", *words)) == 0
+    expected = seen[0]
+    for weights in seen[1:]:
+        expected = 0.5 * expected + 0.5 * weights
+    final = load_detector(tmp_path / "out" / "final", "")
+    torch.testing.assert_close(final.bridge.projection.weight.detach(), expected)
+    evaluations = [row for row in rows(tmp_path / "out") if "eval/ema/AP" in row]
+    assert [row["step"] for row in evaluations] == [2, 4]
+    metrics = evaluate.main(
+        parse(EvaluateArguments, ["--checkpoint", str(tmp_path / "out" / "final"), "--root", str(shapes_root)])
+    )
+    assert metrics == json.loads((tmp_path / "out" / "eval" / "step_4" / "ema" / "metrics.json").read_text())
+
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 3, signal.SIGTERM)
+        assert train.main(arguments(shapes_root, tmp_path / "cut", *words)) == 75
+    assert train.main(arguments(shapes_root, tmp_path / "cut", *words, "--resume", "auto")) == 0
+    assert rows(tmp_path / "cut") == rows(tmp_path / "out")
+    ours, theirs = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("cut", "out"))
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_a_compiled_run_leaves_a_plain_detector(shapes_root, tmp_path, monkeypatch):
+    """Compiled by the launcher's setting, as `accelerate launch --dynamo_backend` does."""
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "AOT_EAGER")
+    monkeypatch.setattr("accelerate.state.AcceleratorState._shared_state", {})
+    assert train.main(arguments(shapes_root, tmp_path / "out", "--max_steps", "2", "--eval_every", "2")) == 0
+    monkeypatch.delenv("ACCELERATE_DYNAMO_BACKEND")
+    monkeypatch.setattr("accelerate.state.AcceleratorState._shared_state", {})
+    assert not any("_orig_mod" in name for name in load_file(tmp_path / "out" / "final" / "model.safetensors"))
+    words = ["--checkpoint", str(tmp_path / "out" / "final"), "--root", str(shapes_root)]
+    metrics = evaluate.main(parse(EvaluateArguments, words))
+    assert metrics == json.loads((tmp_path / "out" / "eval" / "step_2" / "metrics.json").read_text())
 
 
 def test_sentences_without_noise_objects_train_too(shapes_root, tmp_path):

@@ -101,7 +101,7 @@ class Pix2SeqPreTrainedModel(PreTrainedModel):
     main_input_name = "pixel_values"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
-    _supports_flash_attn = True
+    _supports_flash_attn = False  # it takes no mask in which the picture sees itself whole; a backbone may use it
     _no_split_modules = ["LlamaDecoderLayer", "BlenderbotDecoderLayer", "EncoderLayer", "ResNetStage", "ViTLayer"]
 
 
