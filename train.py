@@ -19,6 +19,7 @@ import yaml
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType, gather_object, set_seed
+from safetensors import SafetensorError
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.transforms.v2.functional import to_pil_image
 from tqdm import tqdm
@@ -33,10 +34,10 @@ from pix2seq.data import EvalDataset, StepSampler, TrainDataset, train_loader
 from pix2seq.decoding import DecodingOptions
 from pix2seq.errors import UserError
 from pix2seq.evaluation import predict, prediction_picture
-from pix2seq.metrics import Meter, describe
+from pix2seq.metrics import Meter, describe, token_statistics
 from pix2seq.model import Pix2SeqForObjectDetection, adapt, build_detector, load_detector
 from pix2seq.optimizer import parameter_groups
-from pix2seq.preemption import StopRequest
+from pix2seq.preemption import Stopped, StopRequest
 from pix2seq.processing import Pix2SeqImageProcessor
 from pix2seq.run_folder import RunFolder
 from pix2seq.scoring import coco_metrics, load_ground_truth, metrics_table
@@ -49,8 +50,16 @@ from pix2seq.visualize import draw_examples
 NUM_SAMPLES = 8  # images in every picture of examples and predictions
 
 
+# What a full, read-only or failing disk raises from open(), safetensors and torch.save.
+DISK_ERRORS = (OSError, SafetensorError, RuntimeError)
+
+
+class NotSaved(RuntimeError):
+    """A run ends without the checkpoint it should leave behind."""
+
+
 class NonFiniteLoss(RuntimeError):
-    """The loss is NaN or infinite. Raised before the step it belongs to is taken."""
+    """Too many steps in a row whose loss or gradient is NaN or infinite. None of them was taken."""
 
 
 @dataclass
@@ -67,6 +76,7 @@ class Training:
     max_steps: int
     model: torch.nn.Module
     state: TrainerState
+    stop: StopRequest
 
     @property
     def detector(self) -> Pix2SeqForObjectDetection:
@@ -87,6 +97,9 @@ class Training:
     def is_last_step(self) -> bool:
         return self.step == self.max_steps
 
+    def sum_over_ranks(self, *values: float) -> list[float]:
+        return self.accelerator.reduce(torch.tensor(values, device=self.accelerator.device), "sum").tolist()
+
     def is_due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
 
@@ -97,20 +110,19 @@ def main(args: Arguments) -> int:
     stop = StopRequest()
     rank = int(os.environ.get("RANK", "0"))
     try:
-        training = start(args)
+        training = start(args, stop)
     except UserError as error:
         if rank == 0:  # all ranks read the same files and find the same fault
             print(f"train.py: error: {error}", file=sys.stderr)
         return 2
     try:
-        return loop(training, stop)
-    except (UserError, NonFiniteLoss) as error:
+        return run(training)
+    except (UserError, NonFiniteLoss, NotSaved) as error:
         training.folder.status("failed", training.step, str(error))
         print(f"train.py: error: {error}" + (f" (process {rank})" if rank else ""), file=sys.stderr)
-        if isinstance(error, NonFiniteLoss):
+        if not isinstance(error, UserError):
             return 1
-        if training.accelerator.num_processes == 1:  # with more, the others have gone on and cannot be asked
-            save(training)
+        if training.accelerator.num_processes == 1 and save(training):  # others have gone on and cannot be asked
             print(f"train.py: saved at step {training.step}; --resume auto continues from there", file=sys.stderr)
         return 2
     except BaseException as error:
@@ -118,14 +130,36 @@ def main(args: Arguments) -> int:
         raise
 
 
-def start(args: Arguments) -> Training:
+def run(training: Training) -> int:
+    """From the first step to what is left behind; returns the exit code."""
+    accelerator, folder, stop = training.accelerator, training.folder, training.stop
+    try:
+        loop(training)
+        saved = save(training)
+    except Stopped:
+        if not save(training):
+            raise NotSaved(f"{stop.name}: the checkpoint of step {training.step} could not be written") from None
+        folder.status("preempted", training.step, stop.name)
+        folder.log(f"{stop.name}: saved at step {training.step}; the same command with --resume auto continues")
+        accelerator.end_training()
+        return stop.exit_code
+    saved = saved and write_final(training)
+    if not saved:
+        raise NotSaved(f"{folder.path}: the last checkpoint or final/ could not be written")
+    folder.status("finished", training.step)
+    folder.log(f"finished: {folder.path}; best AP {training.state.best_ap:.4f} in best/, the last weights in final/")
+    accelerator.end_training()
+    return 0
+
+
+def start(args: Arguments, stop: StopRequest) -> Training:
     """Everything before the first step. Raises UserError for what the user has to mend."""
     accelerator = join_processes(args)
     # What the launcher chose is part of the run: evaluate.py and a resumed run go by it.
     args.mixed_precision = accelerator.mixed_precision
     transformers_logging.disable_progress_bar()
     set_seed(args.seed, deterministic=args.deterministic)
-    training = build(args, accelerator, RunFolder(args.output_dir, accelerator.is_main_process))
+    training = build(args, accelerator, RunFolder(args.output_dir, accelerator.is_main_process), stop)
     announce(training)
     return training
 
@@ -153,7 +187,7 @@ def join_processes(args: Arguments) -> Accelerator:
     return accelerator
 
 
-def build(args: Arguments, accelerator: Accelerator, folder: RunFolder) -> Training:
+def build(args: Arguments, accelerator: Accelerator, folder: RunFolder, stop: StopRequest) -> Training:
     """Reads the data and builds everything, from the checkpoint to resume from if there is one."""
     train_set, val_set = load_data(args)
     categories, num_images = train_set.annotations.categories, len(train_set.annotations)
@@ -196,7 +230,7 @@ def build(args: Arguments, accelerator: Accelerator, folder: RunFolder) -> Train
         folder.log(f"resumed from {resumed}")
     sampler.start_step = state.step
     truth = load_ground_truth(val_set.annotations.split.json, val_set.annotations.image_ids, categories)
-    return Training(args, accelerator, folder, train_set, val_set, truth, sampler, max_steps, model, state)
+    return Training(args, accelerator, folder, train_set, val_set, truth, sampler, max_steps, model, state, stop)
 
 
 def new_detector(args: Arguments, categories: Categories, folder: RunFolder) -> Pix2SeqForObjectDetection:
@@ -270,62 +304,50 @@ def announce(training: Training) -> None:
     )
 
 
-def loop(training: Training, stop: StopRequest) -> int:
-    """The run itself; returns the exit code."""
-    args, accelerator, folder, meter = training.args, training.accelerator, training.folder, training.state.meter
+def loop(training: Training) -> None:
+    """All steps that are left. Raises Stopped between two of them, or in an evaluation, when the run is told to."""
+    args, accelerator, meter = training.args, training.accelerator, training.state.meter
     pin_memory = accelerator.device.type == "cuda"
     batches: Iterator[dict] = iter(train_loader(training.train_set, training.sampler, args.num_workers, pin_memory))
     bar = tqdm(total=training.max_steps, initial=training.step, disable=None if accelerator.is_main_process else True)
     report(training)  # what a run that broke off while it evaluated still owes
     training.model.train()
     meter.restart_clock()
-    while training.step < training.max_steps:
+    while not training.is_last_step:
         # All micro-batches of a step come first: the loss of each is divided by the weight of all, on all ranks.
         with meter.waiting():
             micro_batches = [next(batches) for _ in range(args.gradient_accumulation_steps)]
         if training.step == 0:
             show_first_batch(training, micro_batches[0])
-        local = torch.tensor([sum(b["weights"].sum().item() for b in micro_batches), float(bool(stop))])
-        total_weight, stopping = accelerator.reduce(local.to(accelerator.device), "sum").tolist()
+        weight = sum(batch["weights"].sum().item() for batch in micro_batches)
+        total_weight, stopping = training.sum_over_ranks(weight, float(bool(training.stop)))
         if stopping:
-            save(training)
-            folder.status("preempted", training.step, stop.name)
-            folder.log(f"{stop.name}: saved at step {training.step}; the same command with --resume auto continues")
-            accelerator.end_training()
-            return stop.exit_code
+            raise Stopped
         grad_norm = train_step(training, micro_batches, max(total_weight, 1e-9))
         bar.update()
         if training.is_due(args.log_every) or training.is_last_step:
             log(training, grad_norm, bar)
         with meter.paused():
             report(training)
-            if training.is_due(args.ckpt_every) or training.is_last_step:
+            if training.is_due(args.ckpt_every) and not training.is_last_step:
                 save(training)
     bar.close()
 
-    if accelerator.is_main_process:
-        detector = training.detectors.get("ema", training.detector)
-        checkpoint.commit(folder.path / "final", partial(write_detector, detector, args))
-    accelerator.wait_for_everyone()
-    folder.status("finished", training.step)
-    folder.log(f"finished: {folder.path}; best AP {training.state.best_ap:.4f} in best/, the last weights in final/")
-    accelerator.end_training()
-    return 0
-
 
 def train_step(training: Training, micro_batches: list[dict], total_weight: float) -> torch.Tensor:
-    """One optimizer step; returns the norm of its gradient. Raises NonFiniteLoss and leaves the weights alone.
+    """One optimizer step; returns the norm of its gradient.
 
     The loss is the sum over all tokens of the step, of all micro-batches and ranks, divided by their `total_weight`:
-    how the step is split changes nothing.
+    how the step is split changes nothing. A step whose loss or gradient is not finite leaves the model as it was, on
+    all ranks; too many of them in a row raise NonFiniteLoss.
     """
-    args, accelerator = training.args, training.accelerator
+    args, accelerator, state = training.args, training.accelerator, training.state
     # Dropout is keyed like the data, not remembered.
     key = np.random.SeedSequence((args.seed, training.step, accelerator.process_index)).generate_state(1)
     torch.manual_seed(int(key[0]))
-    loss, suspects = torch.zeros((), device=accelerator.device), []
+    buffers = [buffer.clone() for buffer in training.detector.buffers()]
+    loss, suspects, statistics = torch.zeros((), device=accelerator.device), [], []
     for batch in micro_batches:
-        image_ids = batch["image_id"].tolist()
         pixel_values, input_ids, labels, weights = (
             batch[name].to(accelerator.device, non_blocking=True)
             for name in ("pixel_values", "input_ids", "labels", "weights")
@@ -336,22 +358,39 @@ def train_step(training: Training, micro_batches: list[dict], total_weight: floa
             accelerator.backward(output.loss * accelerator.num_processes * args.gradient_accumulation_steps)
         loss += output.loss.detach()
         if not torch.isfinite(output.loss):
-            suspects += image_ids
-        training.state.meter.count(output, labels, weights)
-    if not math.isfinite(accelerator.reduce(loss, "sum").item()):
-        raise NonFiniteLoss(
-            f"the loss of step {training.step + 1} is not finite; the step was not taken; "
-            f"image ids: {gather_object(suspects)}"
-        )
+            suspects += batch["image_id"].tolist()
+        statistics.append(token_statistics(output.logits, output.token_losses, labels, weights))
     # Clipping to infinity measures the norm and changes nothing.
     norm = accelerator.clip_grad_norm_(training.model.parameters(), args.max_grad_norm or math.inf)
-    training.state.optimizer.step()
-    training.state.optimizer.zero_grad()
-    training.state.scheduler.step()
-    if training.state.average is not None:
-        training.state.average.update_parameters(training.detector)
-    training.state.step += 1
+    # A gradient that overflowed in fp16 is the loss scaler's business.
+    bad_gradient = not torch.isfinite(norm) and accelerator.scaler is None
+    if sum(training.sum_over_ranks(float(not torch.isfinite(loss)), float(bad_gradient))):
+        skip_step(
+            training, buffers, gather_object(suspects or [i for b in micro_batches for i in b["image_id"].tolist()])
+        )
+    else:
+        state.skipped_in_a_row = 0
+        state.meter.add(sum(statistics), sum(len(batch["image_id"]) for batch in micro_batches))
+        state.optimizer.step()
+        if state.average is not None:
+            state.average.update_parameters(training.detector)
+    state.optimizer.zero_grad()
+    state.scheduler.step()
+    state.step += 1
     return norm
+
+
+def skip_step(training: Training, buffers: list[torch.Tensor], image_ids: list[int]) -> None:
+    """Puts back what the forward pass changed, and counts."""
+    state = training.state
+    for buffer, before in zip(training.detector.buffers(), buffers, strict=True):
+        buffer.copy_(before)
+    state.skipped += 1
+    state.skipped_in_a_row += 1
+    fault = f"loss or gradient of step {training.step + 1} is not finite; image ids: {image_ids}"
+    if state.skipped_in_a_row > training.args.max_skipped_steps:
+        raise NonFiniteLoss(f"{fault}; stopped after {state.skipped_in_a_row} such steps in a row")
+    training.folder.log(f"{fault}; the step was not taken")
 
 
 def log(training: Training, grad_norm: torch.Tensor, bar: tqdm) -> None:
@@ -360,6 +399,7 @@ def log(training: Training, grad_norm: torch.Tensor, bar: tqdm) -> None:
     row = describe(accelerator.reduce(meter.statistics, "sum")) | {
         "train/lr": training.state.scheduler.get_last_lr()[-1],
         "train/grad_norm": float(grad_norm),
+        "train/skipped_steps": training.state.skipped,
     }
     row |= meter.rates(accelerator.num_processes, training.train_set.build.length)
     meter.restart()
@@ -413,7 +453,10 @@ def sample(training: Training) -> None:
 def find_objects(training: Training, detector: Pix2SeqForObjectDetection, dataset: EvalDataset) -> list[dict]:
     args = training.args
     options = DecodingOptions(args.max_objects, args.top_p, args.temperature, args.seed)
-    return predict(detector, dataset, options, args.eval_batch_size, training.accelerator, args.num_workers)
+    return predict(
+        *(detector, dataset, options, args.eval_batch_size, training.accelerator, args.num_workers),
+        should_stop=lambda: training.sum_over_ranks(float(bool(training.stop)))[0] > 0,
+    )
 
 
 def show_first_batch(training: Training, batch: dict) -> None:
@@ -431,18 +474,37 @@ def write_detector(detector: Pix2SeqForObjectDetection, args: Arguments, path: P
     write_flags(args, path)
 
 
-def save(training: Training) -> None:
-    """A checkpoint to resume from. Every rank calls this; the main one writes."""
-    accelerator = training.accelerator
+def save(training: Training) -> bool:
+    """A checkpoint to resume from. Every rank calls this; the main one writes. A full disk ends no run: training goes
+    on with the last good checkpoint, and the next one is tried again. Returns whether it was written."""
+    accelerator, folder = training.accelerator, training.folder
     statistics = accelerator.reduce(training.state.meter.statistics, "sum")
 
     def write(path: Path) -> None:
         write_detector(training.detector, training.args, path)
         training.state.save(path, statistics)
 
+    written = True
     if accelerator.is_main_process:
-        checkpoint.save(training.folder.checkpoints, training.step, write, training.args.keep_last)
-    accelerator.wait_for_everyone()
+        try:
+            checkpoint.save(folder.checkpoints, training.step, write, training.args.keep_last)
+        except DISK_ERRORS as error:
+            folder.log(f"the checkpoint of step {training.step} could not be written ({error}); training goes on")
+            written = False
+    return training.sum_over_ranks(float(not written))[0] == 0
+
+
+def write_final(training: Training) -> bool:
+    """final/, on the main process. Returns whether it was written."""
+    written = True
+    if training.accelerator.is_main_process:
+        detector = training.detectors.get("ema", training.detector)
+        try:
+            checkpoint.commit(training.folder.path / "final", partial(write_detector, detector, training.args))
+        except DISK_ERRORS as error:
+            training.folder.log(f"final/ could not be written ({error})")
+            written = False
+    return training.sum_over_ranks(float(not written))[0] == 0
 
 
 if __name__ == "__main__":

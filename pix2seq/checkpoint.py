@@ -24,8 +24,7 @@ def save(checkpoints: Path, step: int, write: Callable[[Path], None], keep_last:
     Folders of later steps are left alone: a broken one that a run fell back from must not count as one kept.
     """
     final = checkpoints / f"step_{step:08d}"
-    if verify(final) is not None:
-        commit(final, write)
+    commit(final, write)
     for old in [path for number, path in _by_step(checkpoints) if number <= step][:-keep_last]:
         shutil.rmtree(old)
     return final
@@ -36,6 +35,21 @@ def commit(final: Path, write: Callable[[Path], None]) -> None:
     recover(final)
     temporary, replaced = final.with_name(f".tmp-{final.name}"), _replaced(final)
     shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        _write_whole(temporary, write)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)  # on a full disk, half a checkpoint is in the way of the next
+        raise
+    if final.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        final.rename(replaced)
+    temporary.rename(final)
+    _flush(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _write_whole(temporary: Path, write: Callable[[Path], None]) -> None:
+    """What `write(folder)` writes, its manifest last, all of it on the disk."""
     temporary.mkdir(parents=True)
     write(temporary)
     files = sorted(path for path in temporary.rglob("*") if path.is_file())
@@ -45,12 +59,6 @@ def commit(final: Path, write: Callable[[Path], None]) -> None:
     (temporary / MANIFEST).write_text(json.dumps({"files": manifest}, indent=1))
     for path in (*files, temporary / MANIFEST, temporary):
         _flush(path)
-    if final.exists():
-        shutil.rmtree(replaced, ignore_errors=True)
-        final.rename(replaced)
-    temporary.rename(final)
-    _flush(final.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def recover(final: Path) -> None:

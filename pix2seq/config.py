@@ -172,6 +172,9 @@ class TrainArguments:
     )
     max_grad_norm: float = flag(0.0, "clip the gradient's norm (0: off)")
     gradient_checkpointing: bool = flag(False, "compute activations again instead of keeping them: slower, smaller")
+    max_skipped_steps: int = flag(
+        10, "steps in a row that may be skipped because their loss or gradient is not finite, before the run stops"
+    )
     mixed_precision: Literal["no", "fp16", "bf16"] | None = flag(None, "default: what accelerate launch was told")
     log_every: int = flag(50, "steps between rows of metrics.jsonl")
     eval_every: int = flag(5000, "steps between evaluations (0: only at the end)")
@@ -187,7 +190,15 @@ class TrainArguments:
         for name in ("batch_size", "eval_batch_size", "gradient_accumulation_steps", "log_every"):
             _check(self, name, getattr(self, name) >= 1, "at least 1")
         _check(self, "seed", 0 <= self.seed < 2**32, "0 to 2^32 - 1")
-        for name in ("max_steps", "warmup_steps", "eval_every", "sample_every", "ckpt_every", "weight_decay"):
+        for name in (
+            "max_steps",
+            "warmup_steps",
+            "eval_every",
+            "sample_every",
+            "ckpt_every",
+            "weight_decay",
+            "max_skipped_steps",
+        ):
             _check(self, name, getattr(self, name) >= 0, "at least 0")
         _check(self, "max_grad_norm", self.max_grad_norm >= 0, "at least 0")
         _check(self, "num_epochs", self.num_epochs > 0, "above 0")

@@ -1,5 +1,8 @@
 """From a model and a dataset to predictions: every image once, on all ranks, in original pixels, unrounded."""
 
+import math
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from PIL import Image
@@ -8,18 +11,29 @@ from tqdm import tqdm
 from pix2seq.coco import Annotations
 from pix2seq.data import EvalDataset, eval_loader, load_image
 from pix2seq.decoding import DecodingOptions, Detections
+from pix2seq.preemption import Stopped
 from pix2seq.tokenizer import Tokenizer
 from pix2seq.transforms import to_original_pixels
 from pix2seq.visualize import CELL, color_of, draw_boxes, enlarge, side_by_side
 
 
-def predict(model, dataset: EvalDataset, options: DecodingOptions, batch_size: int, accelerator, num_workers: int = 0):
+def predict(
+    model,
+    dataset: EvalDataset,
+    options: DecodingOptions,
+    batch_size: int,
+    accelerator,
+    num_workers: int = 0,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> list[dict]:
     """COCO results of every image of the dataset, gathered from all ranks in the dataset's order.
 
-    The model is put in eval mode and back. Every rank calls this, and every rank gets the whole list.
+    The model is put in eval mode and back. Every rank calls this, and every rank gets the whole list. Before each
+    batch every rank asks `should_stop`, which gives all the same answer; at a yes, raises Stopped.
     """
-    loader = eval_loader(dataset, batch_size, accelerator.process_index, accelerator.num_processes, num_workers)
-    if accelerator.num_processes > 1:
+    rank, world_size = accelerator.process_index, accelerator.num_processes
+    batches = iter(eval_loader(dataset, batch_size, rank, world_size, num_workers))
+    if world_size > 1:
         # While training, each rank's batch norms have counted a batch of their own since the last forward pass.
         # Checkpoints hold the main process's, and so must every rank that evaluates.
         for buffer in model.buffers():
@@ -27,7 +41,13 @@ def predict(model, dataset: EvalDataset, options: DecodingOptions, batch_size: i
     was_training = model.training
     model.eval()
     results = []
-    for batch in tqdm(loader, desc="evaluating", disable=None if accelerator.is_main_process else True, leave=False):
+    rounds = range(math.ceil(len(dataset) / (batch_size * world_size)))
+    for _ in tqdm(rounds, desc="evaluating", disable=None if accelerator.is_main_process else True, leave=False):
+        if should_stop():
+            model.train(was_training)
+            raise Stopped
+        if (batch := next(batches, None)) is None:  # the last round may have no batch for this rank
+            continue
         image_ids = batch["image_id"].tolist()
         with accelerator.autocast():
             found = model.detect(batch["pixel_values"].to(accelerator.device), options)

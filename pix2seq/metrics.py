@@ -56,10 +56,10 @@ class Meter:
     def restart_clock(self) -> None:
         self.images, self.waited, self.started = 0, 0.0, time.perf_counter()
 
-    def count(self, output, labels: torch.Tensor, weights: torch.Tensor) -> None:
-        """Adds a micro-batch: a Pix2SeqOutput and what it was to say."""
-        self.statistics += token_statistics(output.logits, output.token_losses, labels, weights)
-        self.images += len(labels)
+    def add(self, statistics: torch.Tensor, images: int) -> None:
+        """token_statistics of this process's part of a step, and its images."""
+        self.statistics += statistics
+        self.images += images
 
     @contextmanager
     def waiting(self):

@@ -20,6 +20,7 @@ class TrainerState:
     samples_per_step   images of an optimizer step, on all processes        num_images   in the training set
     step               optimizer steps taken
     reported           the last step whose evaluation and picture, if due, are done
+    skipped            steps not taken because their loss or gradient was not finite; skipped_in_a_row, the latest ones
     average            the weights averaged over the steps, if they are
     """
 
@@ -32,6 +33,8 @@ class TrainerState:
     step: int = 0
     reported: int = 0
     best_ap: float = -math.inf
+    skipped: int = 0
+    skipped_in_a_row: int = 0
     average: AveragedModel | None = None
 
     def save(self, folder: Path, statistics: torch.Tensor) -> None:
@@ -40,6 +43,8 @@ class TrainerState:
             "step": self.step,
             "reported": self.reported,
             "best_ap": self.best_ap,
+            "skipped": self.skipped,
+            "skipped_in_a_row": self.skipped_in_a_row,
             "samples_per_step": self.samples_per_step,
             "num_images": self.num_images,
             "optimizer": self.optimizer.state_dict(),
@@ -63,6 +68,7 @@ class TrainerState:
                 f"--resume {folder}: the training set has {self.num_images} images and had {content['num_images']}"
             )
         self.step, self.reported, self.best_ap = content["step"], content["reported"], content["best_ap"]
+        self.skipped, self.skipped_in_a_row = content["skipped"], content["skipped_in_a_row"]
         self.optimizer.load_state_dict(content["optimizer"])
         self.scheduler.load_state_dict(content["scheduler"])
         if self.scaler is not None and content["scaler"]:

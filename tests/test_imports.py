@@ -48,7 +48,7 @@ ALLOWED = {
     "data": {"sequence", "transforms", "coco", "errors"},
     "processing": {"sequence", "tokenizer", "transforms"},
     # level 3
-    "evaluation": {"coco", "data", "decoding", "tokenizer", "transforms", "visualize"},
+    "evaluation": {"coco", "data", "decoding", "preemption", "tokenizer", "transforms", "visualize"},
 }
 LEVEL_0 = (
     "tokenizer",

@@ -1,7 +1,5 @@
 """Statistics by slot, on rows small enough to count by hand."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
@@ -95,12 +93,8 @@ def test_statistics_carry_no_gradient():
 
 def test_a_meter_adds_up_and_starts_again():
     meter = Meter(torch.device("cpu"))
-    labels, weights = torch.tensor(LABELS), torch.tensor(WEIGHTS)
-    counted = weights > 0
-    logits = torch.nn.functional.one_hot(torch.tensor(SAID), VOCABULARY).float()[counted]
-    output = SimpleNamespace(logits=logits, token_losses=torch.tensor(LOSSES).float()[counted])
     for _ in range(2):
-        meter.count(output, labels, weights)
+        meter.add(statistics(LABELS, WEIGHTS, SAID, LOSSES), images=2)
     assert torch.equal(meter.statistics, 2 * statistics(LABELS, WEIGHTS, SAID, LOSSES))
     assert meter.images == 4
     meter.restart()

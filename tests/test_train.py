@@ -162,6 +162,92 @@ def test_a_signal_to_the_whole_process_group_is_survived_by_the_workers(shapes_r
     assert checkpoint.latest(output / "checkpoints").name == f"step_{step:08d}"
 
 
+@pytest.mark.parametrize("when", ["evaluation", "last evaluation", "picture"])
+def test_a_run_told_to_stop_while_it_evaluates_saves_and_makes_up_for_it(
+    finished, shapes_root, tmp_path, monkeypatch, when
+):
+    output = tmp_path / "out"
+    step, batches = {"evaluation": (3, 2), "last evaluation": (6, 2), "picture": (4, 1)}[when]
+    original = train.predict
+    words = ("--eval_batch_size", "1") if when == "picture" else ()
+
+    def interrupted(detector, dataset, *rest, should_stop):
+        asked = []
+
+        def asks():
+            asked.append(0)
+            done = (len(list((output / "eval").glob("*"))), len(list((output / "samples").glob("predictions*"))))
+            if done == {3: (0, 0), 4: (1, 0), 6: (1, 1)}[step] and len(asked) == batches:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return should_stop()
+
+        return original(detector, dataset, *rest, should_stop=asks)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "predict", interrupted)
+        assert train.main(arguments(shapes_root, output, *words)) == 75
+    status = json.loads((output / "status.json").read_text())
+    assert (status["state"], status["step"]) == ("preempted", step)
+    assert train.main(arguments(shapes_root, output, "--resume", "auto", *words)) == 0
+    assert rows(output) == rows(finished)
+    assert (output / "samples" / "predictions_00000004.png").is_file()
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("PytorchStreamWriter failed")])
+def test_a_full_disk_ends_no_run(finished, shapes_root, tmp_path, monkeypatch, error):
+    output = tmp_path / "out"
+    original = torch.save
+    calls = []
+
+    def fails(*args, **kwargs):
+        calls.append(0)
+        if len(calls) == 2:
+            raise error
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", fails)
+    assert train.main(arguments(shapes_root, output, "--ckpt_every", "2", "--keep_last", "5")) == 0
+    assert "the checkpoint of step 4 could not be written" in (output / "train.log").read_text()
+    # Nothing half-written is left, and the others are whole.
+    assert sorted(p.name for p in (output / "checkpoints").iterdir()) == ["step_00000002", "step_00000006"]
+    assert all(checkpoint.verify(folder) is None for folder in (output / "checkpoints").iterdir())
+    assert rows(output) == rows(finished)
+
+
+def test_a_run_that_cannot_save_when_told_to_stop_says_so(shapes_root, tmp_path, monkeypatch, capsys):
+    def fails(*args, **kwargs):
+        raise OSError(30, "Read-only file system")
+
+    interrupt_at(monkeypatch, 2, signal.SIGTERM)
+    monkeypatch.setattr(torch, "save", fails)
+    assert train.main(arguments(shapes_root, tmp_path / "out")) == 1
+    assert "the checkpoint of step 2 could not be written" in capsys.readouterr().err
+    assert json.loads((tmp_path / "out" / "status.json").read_text())["state"] == "failed"
+
+
+def test_accelerate_launch_with_one_process_passes_sigterm_on(shapes_root, tmp_path):
+    """It dies of it without a word to its child; the kernel tells the child."""
+    output = tmp_path / "out"
+    words = [*TINY, "--root", str(shapes_root), "--output_dir", str(output)]
+    words += ["--max_steps", "100000", "--eval_every", "0", "--sample_every", "0", "--ckpt_every", "0"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
+    command += ["--mixed_precision", "no", "--dynamo_backend", "no", "train.py", *words]
+    launcher = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 120
+        while not (output / "metrics.jsonl").exists() and time.monotonic() < deadline:
+            time.sleep(0.2)
+        launcher.terminate()
+        launcher.wait(timeout=60)
+        while json.loads((output / "status.json").read_text())["state"] == "running" and time.monotonic() < deadline:
+            time.sleep(0.2)
+    finally:
+        launcher.kill()
+    status = json.loads((output / "status.json").read_text())
+    assert (status["state"], status["reason"]) == ("preempted", "SIGTERM")
+    assert checkpoint.latest(output / "checkpoints").name == f"step_{status['step']:08d}"
+
+
 def test_ctrl_c_saves_and_leaves_with_130(shapes_root, tmp_path, monkeypatch):
     interrupt_at(monkeypatch, 2, signal.SIGINT)
     assert train.main(arguments(shapes_root, tmp_path / "out")) == 130
@@ -249,24 +335,62 @@ def test_accumulation_changes_nothing_but_rounding(finished, shapes_root, tmp_pa
             assert split[key] == pytest.approx(whole[key], rel=1e-4)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_images(shapes_root, tmp_path, monkeypatch, capsys):
-    output = tmp_path / "out"
+def poison(monkeypatch, steps) -> None:
+    """Gives the first image of these steps (counted from 1) an infinite weight."""
     original = train.train_step
 
     def poisoned(training, micro_batches, total_weight):
-        if training.step == 3:
+        if training.step + 1 in steps:
             for batch in micro_batches:
                 batch["weights"][0] = math.inf
         return original(training, micro_batches, total_weight)
 
     monkeypatch.setattr(train, "train_step", poisoned)
-    assert train.main(arguments(shapes_root, output)) == 1
+
+
+def test_steps_that_are_not_finite_are_skipped_and_named(shapes_root, tmp_path, monkeypatch):
+    output = tmp_path / "out"
+    before = {}
+    poison(monkeypatch, {2, 4})
+    poisoned = train.train_step
+
+    def watched(training, *rest):
+        state = {name: value.clone() for name, value in training.detector.state_dict().items()}
+        norm = poisoned(training, *rest)
+        same = all(torch.equal(value, state[name]) for name, value in training.detector.state_dict().items())
+        before[training.step] = same
+        return norm
+
+    monkeypatch.setattr(train, "train_step", watched)
+    assert train.main(arguments(shapes_root, output)) == 0
+    assert before == {1: False, 2: True, 3: False, 4: True, 5: False, 6: False}  # batch norms' statistics included
+    assert [row["train/skipped_steps"] for row in rows(output) if "train/loss" in row] == [1, 2, 2]
+    assert all(math.isfinite(row["train/loss"]) for row in rows(output) if "train/loss" in row)
+    log = (output / "train.log").read_text()
+    assert "step 2 is not finite; image ids: [" in log
+    assert "step 4 is not finite" in log
+
+
+def test_too_many_steps_that_are_not_finite_end_the_run(shapes_root, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        poison(patch, {4, 5, 6})
+        assert train.main(arguments(shapes_root, output, "--max_skipped_steps", "1")) == 1
     message = capsys.readouterr().err
-    assert "step 4 is not finite" in message
-    assert "image ids: [" in message
+    assert "step 5 is not finite" in message
+    assert "stopped after 2 such steps in a row" in message
     assert json.loads((output / "status.json").read_text())["state"] == "failed"
     weights = load_file(output / "checkpoints" / "step_00000003" / "model.safetensors")
     assert all(torch.isfinite(tensor).all() for tensor in weights.values())
+    # The number in a row survives an interruption.
+    with monkeypatch.context() as patch:
+        poison(patch, {1, 2})
+        interrupt_at(patch, 1, signal.SIGTERM)
+        words = ("--max_skipped_steps", "1")
+        assert train.main(arguments(shapes_root, tmp_path / "cut", *words)) == 75
+    with monkeypatch.context() as patch:
+        poison(patch, {1, 2})
+        assert train.main(arguments(shapes_root, tmp_path / "cut", *words, "--resume", "auto")) == 1
 
 
 @pytest.mark.parametrize(
