@@ -3,24 +3,28 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 import evaluate
 import train
+from pix2seq import checkpoint
 from pix2seq.command_line import parse
 from pix2seq.config import Arguments, EvaluateArguments
-from tests.test_train import TINY, rows
+from tests.test_train import TINY, edited, rows
 
 VIT = "{model_type: vit, hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2, intermediate_size: 32, "
 VIT += "patch_size: 16, image_size: 64}"
 
 
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+LAUNCH += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+
+
 def launch(*words: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    return subprocess.run([*command, *words], capture_output=True, text=True, timeout=300)
+    return subprocess.run([*LAUNCH, *words], capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture(scope="module")
@@ -75,3 +79,58 @@ def test_a_mistake_is_told_once_by_two_processes(tmp_path):
     done = launch("train.py", "--root", str(tmp_path / "nowhere"))
     assert done.returncode != 0
     assert done.stderr.count("train.py: error:") == 1
+
+
+@pytest.mark.parametrize(("first", "then"), [(1, 2), (2, 1)])
+def test_a_run_goes_on_with_another_number_of_processes(shapes_root, tmp_path, first, then):
+    """Same global batch, so the same samples make up a step; only the order of sums differs."""
+    common = [*TINY, "--root", str(shapes_root), "--backbone", VIT, "--dropout", "0", "--drop_path", "0"]
+    common += ["--log_every", "1", "--eval_every", "0", "--sample_every", "0", "--lr_scheduler", "constant"]
+
+    def take(processes: int, output: Path, *words: str) -> None:
+        words = [*common, "--output_dir", str(output), "--batch_size", str(4 // processes), *words]
+        if processes == 1:
+            assert train.main(parse(Arguments, words)) == 0
+        else:
+            done = launch("train.py", *words)
+            assert done.returncode == 0, done.stderr
+
+    take(1, tmp_path / "whole", "--max_steps", "5")
+    take(first, tmp_path / "parts", "--max_steps", "3")
+    take(then, tmp_path / "parts", "--max_steps", "5", "--resume", "auto")
+    expected = {row["step"]: row for row in rows(tmp_path / "whole") if "train/loss" in row}
+    found = {row["step"]: row for row in rows(tmp_path / "parts") if "train/loss" in row}
+    assert found.keys() == expected.keys() == {1, 2, 3, 4, 5}
+    for step, row in expected.items():
+        for key in ("train/loss", "train/grad_norm", "train/lr"):
+            assert found[step][key] == pytest.approx(row[key], rel=1e-4)
+
+
+def test_a_rank_without_a_single_token_of_weight_hangs_nothing(shapes_root, tmp_path):
+    """Two pictures of twelve have objects, and an end that does not count: most ranks of most steps have nothing."""
+    root = edited(
+        shapes_root, tmp_path / "data", "train", lambda content: content["annotations"].__delitem__(slice(4, None))
+    )
+    words = ["--no_noise_objects", "--eos_weight", "0", "--batch_size", "1", "--output_dir", str(tmp_path / "out")]
+    done = launch("train.py", *TINY, "--root", str(root), *words)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "out" / "status.json").read_text())["state"] == "finished"
+
+
+def test_two_processes_told_to_stop_save_together(shapes_root, tmp_path):
+    """The launcher gets the signal, as from a scheduler, in the middle of a long evaluation."""
+    output = tmp_path / "out"
+    words = [*TINY, "--root", str(shapes_root), "--output_dir", str(output), "--batch_size", "2"]
+    words += ["--eval_batch_size", "1", "--max_objects", "60", "--eval_every", "1", "--max_steps", "100000"]
+    launcher = subprocess.Popen([*LAUNCH, "train.py", *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 120
+        while not (output / "eval").exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        launcher.terminate()
+        launcher.wait(timeout=60)
+    finally:
+        launcher.kill()
+    status = json.loads((output / "status.json").read_text())
+    assert status["state"] == "preempted"
+    assert checkpoint.latest(output / "checkpoints").name == f"step_{status['step']:08d}"

@@ -271,6 +271,22 @@ def test_a_broken_newest_checkpoint_is_passed_over(finished, shapes_root, tmp_pa
     assert "step_00000006 is passed over: model.safetensors" in (output / "train.log").read_text()
 
 
+def test_any_flipped_byte_in_any_file_is_found_and_the_checkpoint_before_it_used(finished, tmp_path):
+    shutil.copytree(finished / "checkpoints", tmp_path / "checkpoints")
+    newest = tmp_path / "checkpoints" / "step_00000006"
+    files = sorted(path for path in newest.iterdir())
+    assert {"model.safetensors", "trainer.pt", "config.json", "MANIFEST.json"} <= {path.name for path in files}
+    for path in files:
+        whole = path.read_bytes()
+        for position in (0, len(whole) // 2, len(whole) - 1):
+            path.write_bytes(whole[:position] + bytes([whole[position] ^ 0x41]) + whole[position + 1 :])
+            said = []
+            assert checkpoint.latest(tmp_path / "checkpoints", said.append).name == "step_00000003"
+            assert path.name in said[0]
+        path.write_bytes(whole)
+    assert checkpoint.latest(tmp_path / "checkpoints").name == "step_00000006"
+
+
 def test_resuming_with_other_flags_is_refused_and_says_which(finished, shapes_root, tmp_path, capsys):
     output = tmp_path / "out"
     shutil.copytree(finished, output)
