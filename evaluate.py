@@ -8,7 +8,9 @@ Under `accelerate launch` the images are shared between the processes and each i
 """
 
 import json
+import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,7 +21,6 @@ from pix2seq.coco import Categories, find_split, load_annotations
 from pix2seq.command_line import parse, read_flags
 from pix2seq.config import EvaluateArguments
 from pix2seq.data import EvalDataset
-from pix2seq.decoding import DecodingOptions
 from pix2seq.errors import UserError
 from pix2seq.evaluation import oracle_predictions, predict, prediction_picture
 from pix2seq.model import load_detector
@@ -50,20 +51,16 @@ def detect(args: EvaluateArguments) -> tuple[dict, list[dict], EvalDataset, bool
         cpu=not torch.accelerator.is_available(),  # without it, processes on a CPU do not find each other
         mixed_precision=args.mixed_precision or training.get("mixed_precision"),
     )
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise UserError("--mixed_precision fp16: needs a GPU; use bf16 or no")
     config = model.to(accelerator.device).config
     categories = Categories(tuple(config.category_ids), config.class_names)
     data = dataset(args, training, categories, config.image_size)
-
-    def choose(flag, fallback):
-        return fallback if flag is None else flag
-
-    options = DecodingOptions(
-        max_objects=choose(args.max_objects, config.max_objects),
-        top_p=choose(args.top_p, config.decoding["top_p"]),
-        temperature=choose(args.temperature, config.decoding["temperature"]),
-        seed=choose(args.seed, config.decoding["seed"]),
-    )
-    batch_size = choose(args.eval_batch_size, training.get("eval_batch_size", 32))
+    if args.max_objects is not None and args.max_objects > model.most_objects:
+        raise UserError(f"--max_objects {args.max_objects}: this detector can write {model.most_objects}")
+    given = {name: getattr(args, name) for name in ("max_objects", "top_p", "temperature", "seed")}
+    options = replace(model.decoding_options, **{name: v for name, v in given.items() if v is not None})
+    batch_size = args.eval_batch_size or training.get("eval_batch_size", 32)
     predictions = predict(model, data, options, batch_size, accelerator, args.num_workers)
     truth = load_ground_truth(data.annotations.split.json, data.annotations.image_ids, categories)
     return truth, predictions, data, accelerator.is_main_process
@@ -95,9 +92,10 @@ def main(args: EvaluateArguments) -> dict:
     if output is not None:
         (output / "metrics.json").write_text(json.dumps(metrics, indent=1))
         (output / "predictions.json").write_text(json.dumps(predictions))
-        if data is not None and args.num_pictures:
+        drawn = data is not None and args.num_pictures > 0
+        if drawn:
             prediction_picture(data.annotations, predictions, args.num_pictures).save(output / "predictions.png")
-        print(f"written to {output}: metrics.json, predictions.json" + (", predictions.png" if data else ""))
+        print(f"written to {output}: metrics.json, predictions.json" + (", predictions.png" if drawn else ""))
     return metrics
 
 
@@ -106,7 +104,8 @@ def run(args: EvaluateArguments) -> int:
     try:
         main(args)
     except UserError as error:
-        print(f"evaluate.py: error: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # all ranks find the same fault
+            print(f"evaluate.py: error: {error}", file=sys.stderr)
         return 2
     return 0
 

@@ -182,6 +182,8 @@ def join_processes(args: Arguments) -> Accelerator:
         )
     except ValueError as error:  # fp16 where there is no GPU, say
         raise UserError(f"--mixed_precision {args.mixed_precision}: {error}") from None
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise UserError("--mixed_precision fp16: needs a GPU; use bf16 or no")
     if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", "1")):
         raise RuntimeError(f"launched as {os.environ['WORLD_SIZE']} processes, of which Accelerate joined 1")
     return accelerator
@@ -189,11 +191,15 @@ def join_processes(args: Arguments) -> Accelerator:
 
 def build(args: Arguments, accelerator: Accelerator, folder: RunFolder, stop: StopRequest) -> Training:
     """Reads the data and builds everything, from the checkpoint to resume from if there is one."""
+    resumed = checkpoint.find(folder.checkpoints, args.resume, (trainer_state.FILE, FLAGS_FILE), folder.log)
+    then = read_flags(resumed, "--resume") if resumed is not None else {}
+    if resumed is not None and args.init_from is not None and not model_flags(args.init_from):
+        for name in ModelArguments.__dataclass_fields__:  # what it started from has gone, and is not needed any more
+            setattr(args, name, then.get(name))
     train_set, val_set = load_data(args)
     categories, num_images = train_set.annotations.categories, len(train_set.annotations)
-    resumed = checkpoint.find(folder.checkpoints, args.resume, (trainer_state.FILE, FLAGS_FILE), folder.log)
     if resumed is not None:
-        if changed := changed_flags(read_flags(resumed, "--resume"), args, FREE_ON_RESUME):
+        if changed := changed_flags(then, args, FREE_ON_RESUME):
             raise UserError(f"--resume {resumed}: a resumed run keeps its flags; changed: {changed}")
         model = load_detector(resumed, "--resume").train()
         if Categories(tuple(model.config.category_ids), model.config.class_names) != categories:
@@ -211,7 +217,8 @@ def build(args: Arguments, accelerator: Accelerator, folder: RunFolder, stop: St
     groups = parameter_groups(model, args.lr, lr_backbone, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(args.beta1, args.beta2))
     # The scheduler is not prepared: Accelerate would step it once per process.
-    scheduler = get_scheduler(args.lr_scheduler, optimizer, args.warmup_steps, max_steps)
+    specific = {"lr_end": 0.0} if args.lr_scheduler == "polynomial" else None
+    scheduler = get_scheduler(args.lr_scheduler, optimizer, args.warmup_steps, max_steps, specific)
     average = None
     if args.ema_decay:
         average = AveragedModel(model, accelerator.device, multi_avg_fn=get_ema_multi_avg_fn(args.ema_decay))
@@ -226,7 +233,6 @@ def build(args: Arguments, accelerator: Accelerator, folder: RunFolder, stop: St
         state.load(resumed, accelerator.is_main_process)
         if state.step > max_steps:
             raise UserError(f"--resume {resumed}: it is past --max_steps {max_steps}")
-        folder.rewind_metrics(state.step)
         folder.log(f"resumed from {resumed}")
     sampler.start_step = state.step
     truth = load_ground_truth(val_set.annotations.split.json, val_set.annotations.image_ids, categories)
@@ -247,10 +253,9 @@ def new_detector(args: Arguments, categories: Categories, folder: RunFolder) -> 
     if not shape:
         raise UserError(f"--init_from {args.init_from}: has no {FLAGS_FILE}, which says how it was made")
     for name in ModelArguments.__dataclass_fields__.keys() - FREE_ON_FINE_TUNING:
-        if values[name] != shape.get(name):
-            raise UserError(
-                f"--{name} {values[name]}: the detector of --init_from has {shape.get(name)}; leave this flag out"
-            )
+        had = shape.get(name, ModelArguments.__dataclass_fields__[name].default)
+        if values[name] != had:
+            raise UserError(f"--{name} {values[name]}: the detector of --init_from has {had}; leave this flag out")
     free = FREE_ON_FINE_TUNING | {"category_ids", "class_names", "decoding"}
     model, report = adapt(source, **{name: values[name] for name in free})
     for line in report:
@@ -287,13 +292,16 @@ def announce(training: Training) -> None:
         folder.describe(to_yaml(args), accelerator.device, accelerator.num_processes)
     except OSError as error:
         raise UserError(f"--output_dir {args.output_dir}: cannot be written to ({error.strerror})") from None
+    folder.rewind_metrics(training.step)
     folder.status("running", training.step)
     # As text where a value is not a plain one: TensorBoard takes nothing else.
     flags = {k: v if isinstance(v, int | float) else str(v) for k, v in yaml.safe_load(to_yaml(args)).items()}
     try:
         accelerator.init_trackers(args.project_name, flags)
     except Exception as error:  # each tracker has errors of its own
-        raise UserError(f"--report_to {' '.join(args.report_to)}: cannot be started ({error})") from None
+        fault = UserError(f"--report_to {' '.join(args.report_to)}: cannot be started ({error})")
+        folder.status("failed", training.step, str(fault))
+        raise fault from None
     folder.trackers = accelerator.trackers
     folder.log(f"train: {training.train_set.annotations.summary(args.max_objects)}")
     folder.log(f"val:   {training.val_set.annotations.summary(args.max_objects)}")

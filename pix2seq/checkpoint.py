@@ -24,19 +24,19 @@ def save(checkpoints: Path, step: int, write: Callable[[Path], None], keep_last:
     Folders of later steps are left alone: a broken one that a run fell back from must not count as one kept.
     """
     final = checkpoints / f"step_{step:08d}"
-    commit(final, write)
+    commit(final, write, step)
     for old in [path for number, path in _by_step(checkpoints) if number <= step][:-keep_last]:
         shutil.rmtree(old)
     return final
 
 
-def commit(final: Path, write: Callable[[Path], None]) -> None:
+def commit(final: Path, write: Callable[[Path], None], step: int | None = None) -> None:
     """Puts what `write(folder)` writes at `final`, replacing what is there only once the new folder is complete."""
     recover(final)
     temporary, replaced = final.with_name(f".tmp-{final.name}"), _replaced(final)
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        _write_whole(temporary, write)
+        _write_whole(temporary, write, step)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)  # on a full disk, half a checkpoint is in the way of the next
         raise
@@ -48,7 +48,7 @@ def commit(final: Path, write: Callable[[Path], None]) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _write_whole(temporary: Path, write: Callable[[Path], None]) -> None:
+def _write_whole(temporary: Path, write: Callable[[Path], None], step: int | None) -> None:
     """What `write(folder)` writes, its manifest last, all of it on the disk."""
     temporary.mkdir(parents=True)
     write(temporary)
@@ -56,7 +56,7 @@ def _write_whole(temporary: Path, write: Callable[[Path], None]) -> None:
     manifest = {
         str(path.relative_to(temporary)): {"size": path.stat().st_size, "sha256": _hash(path)} for path in files
     }
-    (temporary / MANIFEST).write_text(json.dumps({"files": manifest}, indent=1))
+    (temporary / MANIFEST).write_text(json.dumps({"step": step, "files": manifest}, indent=1))
     for path in (*files, temporary / MANIFEST, temporary):
         _flush(path)
 
@@ -119,12 +119,16 @@ def find(checkpoints: Path, resume: str | None, required: tuple[str, ...], log: 
     for name in required:
         if not (found / name).is_file():
             raise UserError(f"--resume {found}: has no {name}; name a folder under checkpoints/")
-    if newest is not None and newest.name > found.name:
+    if newest is not None and _step(newest) > _step(found):
         raise UserError(
             f"--resume {found}: --output_dir {run} has {newest.name}, which this would abandon; "
             "use --resume auto or name another folder"
         )
     return found
+
+
+def _step(folder: Path) -> int:
+    return json.loads((folder / MANIFEST).read_text()).get("step") or 0
 
 
 def _by_step(checkpoints: Path) -> list[tuple[int, Path]]:

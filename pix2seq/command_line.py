@@ -29,15 +29,13 @@ def parse(kind: type, argv: list[str] | None = None):
     """The dataclass `kind` from command-line words. A mistake ends the program with one line and exit code 2.
 
     kind.PRESETS, if it has one, names flags whose value stands for other flags: {"size": value -> {flag: value}}.
-    What these say comes first, then the recipe, then the command line: the later wins.
+    The command line wins over the recipe, and either over what its own presets stand for.
     """
     argv = sys.argv[1:] if argv is None else argv
     parser = _Parser(kind, allow_abbrev=False)
     try:
-        words = _recipe_words(argv, parser) + argv
-        for name, flags_of in getattr(kind, "PRESETS", {}).items():
-            if (value := _last_value(name, words)) is not None:
-                words = _flag_words(flags_of(value)) + words
+        recipe, presets = _recipe_words(argv, parser), getattr(kind, "PRESETS", {})
+        words = _expanded(recipe, presets) + _expanded(argv, presets)
         arguments, unknown = parser.parse_args_into_dataclasses(
             words, return_remaining_strings=True, look_for_args_file=False
         )
@@ -52,6 +50,14 @@ def parse(kind: type, argv: list[str] | None = None):
             parser.error(f"{word}: no such flag{_nearest(word.split('=')[0], names)}")
         parser.error(f"{word!r}: does not belong to any flag")
     return arguments
+
+
+def _expanded(words: list[str], presets: dict) -> list[str]:
+    """The words, and in front of them what the presets among them stand for."""
+    for name, flags_of in presets.items():
+        if (value := _last_value(name, words)) is not None:
+            words = _flag_words(flags_of(value)) + words
+    return words
 
 
 def _last_value(name: str, words: list[str]) -> str | None:
@@ -96,7 +102,7 @@ def _flag_words(flags: dict) -> list[str]:
 
 
 def _word(value) -> str:
-    return json.dumps(value) if isinstance(value, dict | bool) else str(value)
+    return json.dumps(value, default=str) if isinstance(value, dict | bool) else str(value)
 
 
 def _nearest(word: str, names) -> str:

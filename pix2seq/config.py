@@ -10,7 +10,7 @@ from pix2seq.sizes import SIZES
 
 # Flags that may differ from the checkpoint's when a run is resumed. A dataset may have moved. A run may be made
 # longer, which moves the end of its schedule. batch_size and gradient_accumulation_steps may be traded for each other
-# and for processes, see `load_state` in train.py. The others change nothing that a step computes.
+# and for processes, see TrainerState.load. The others change nothing that a step computes.
 FREE_ON_RESUME = {
     *("config", "output_dir", "project_name", "report_to", "resume", "num_workers", "keep_last"),
     *("root", "train_images", "train_json", "val_images", "val_json", "batch_size", "gradient_accumulation_steps"),
@@ -52,7 +52,9 @@ class ModelArguments:
     decoder_size: int | None = flag(None, "width of the decoder (default: that of the encoder)")
     decoder_heads: int | None = flag(None, "attention heads of the decoder (default: as many as the encoder's)")
     decoder_mlp_size: int | None = flag(None, "inner width of the decoder's MLPs (default: that of the encoder's)")
-    dropout: float = flag(0.1, "dropout on visual features, and inside MLPs")
+    dropout: float = flag(
+        0.1, "dropout on visual features, inside the encoder's MLPs and those of --decoder transformer"
+    )
     drop_path: float = flag(0.1, "probability with which a residual branch of encoder and decoder is left out")
     position_code: Literal["original", "ruler"] = flag(
         "original", "code of the visual tokens' places; ruler: waves short enough to tell neighbours apart"
@@ -136,7 +138,8 @@ class TrainArguments:
     )
     init_from: str | None = flag(
         None,
-        "fine-tune this detector (folder or hub name): its shape and weights, classes matched by name; --image_size, "
+        "fine-tune this detector (folder or hub name, with its training.yaml): its shape and weights, classes matched "
+        "by name; --image_size, "
         "--num_bins and --max_objects may change",
     )
     output_dir: str | None = flag(None, "run folder (default: runs/PROJECT_NAME)")
@@ -171,7 +174,9 @@ class TrainArguments:
         0.0, "average the weights over the steps with this decay (0: off); evaluated beside the others"
     )
     max_grad_norm: float = flag(0.0, "clip the gradient's norm (0: off)")
-    gradient_checkpointing: bool = flag(False, "compute activations again instead of keeping them: slower, smaller")
+    gradient_checkpointing: bool = flag(
+        False, "compute the activations of transformer layers again instead of keeping them: slower, smaller"
+    )
     max_skipped_steps: int = flag(
         10, "steps in a row that may be skipped because their loss or gradient is not finite, before the run stops"
     )

@@ -89,7 +89,11 @@ def coco_metrics(truth: dict, predictions: list[dict], name: str = "predictions"
     the predictions are called `name`.
     """
     check_predictions(predictions, truth, name)
-    class_names = {category["id"]: category["name"] for category in truth["categories"]}
+    names = [category["name"] for category in truth["categories"]]
+    class_names = {
+        category["id"]: category["name"] + (f" ({category['id']})" if names.count(category["name"]) > 1 else "")
+        for category in truth["categories"]
+    }
     with contextlib.redirect_stdout(io.StringIO()):
         ground_truth = COCO()
         ground_truth.dataset = truth

@@ -1,11 +1,13 @@
 """Every backbone with either decoder: builds, learns, decodes, saves, loads."""
 
 import copy
+import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoConfig, ResNetConfig, ResNetForImageClassification
+from transformers import AutoConfig, ResNetConfig, ResNetForImageClassification, ViTImageProcessor
 
 from pix2seq.decoding import DecodingOptions
 from pix2seq.errors import UserError
@@ -321,16 +323,18 @@ def test_frozen_batch_norms_keep_their_statistics_while_the_rest_learns():
     assert convolution.weight.grad.any()
 
 
-def test_batch_norms_are_converted_for_many_gpus_only(monkeypatch):
-    model = build()
+@pytest.mark.parametrize("name", ["resnet", "timm", "timm_with_activations"])
+def test_batch_norms_are_converted_for_many_gpus_only_and_compute_the_same(name):
+    backbone = BACKBONES["timm"].replace("test_resnet", "test_efficientnet") if "act" in name else BACKBONES[name]
+    model, plain, local = (build(backbone=backbone).eval() for _ in range(3))
+    pixels = torch.rand(1, 3, 64, 64)
+    before = model.backbone(pixels)
     model.backbone.prepare_for_training(False, "sync", 8, torch.device("cpu"))
     assert not any(isinstance(m, nn.SyncBatchNorm) for m in model.modules())
-    monkeypatch.setattr(VisionBackbone, "_freeze_what_no_gradient_reaches", lambda self: None)  # needs the GPU
     model.backbone.prepare_for_training(False, "sync", 8, torch.device("cuda"))
     assert any(isinstance(m, nn.SyncBatchNorm) for m in model.modules())
-    plain = build()
+    assert torch.equal(model.backbone(pixels), before)
     assert model.state_dict().keys() == plain.state_dict().keys()
-    local = build()
     local.backbone.prepare_for_training(False, "local", 8, torch.device("cuda"))
     assert not any(isinstance(m, nn.SyncBatchNorm) for m in local.modules())
 
@@ -351,3 +355,65 @@ def test_any_size_that_is_a_multiple_of_the_stride(name, side):
 def test_a_text_model_is_no_backbone():
     with pytest.raises(UserError, match="--backbone"):
         build(backbone="{model_type: bert, hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2}")
+
+
+@pytest.mark.parametrize("name", ["vit", "dinov2", "dinov3_vit"])
+def test_a_canvas_that_a_vit_would_not_see_whole_is_refused(name):
+    with pytest.raises(UserError, match="--image_size 70: must be a multiple of 16"):
+        build(backbone=BACKBONES[name], image_size=70)
+
+
+def test_a_decoder_with_a_table_of_positions_writes_no_more_than_it_has():
+    assert len(build("llama").eval().detect(pictures(1), DecodingOptions(max_objects=9))[0].labels) == 9
+    with pytest.raises(ValueError, match="max_objects is 9: this decoder has positions for 3"):
+        build("transformer").eval().detect(pictures(1), DecodingOptions(max_objects=9))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["resnet", "vit"])
+def test_a_pretrained_backbone_saved_in_half_precision_is_trained_in_full(name, dtype, tmp_path):
+    source = build(backbone=BACKBONES[name]).backbone.model.to(dtype)
+    source.save_pretrained(tmp_path)
+    model = build(backbone=str(tmp_path))
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    expected = source.state_dict()
+    for key, value in model.backbone.model.state_dict().items():
+        assert torch.equal(value, expected[key].to(value.dtype))
+
+
+@pytest.mark.parametrize("name", ["resnet", "vit"])
+def test_weights_missing_from_a_pretrained_folder_are_named(name, tmp_path):
+    build(backbone=BACKBONES[name]).backbone.model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file({f"xx.{key}": value for key, value in tensors.items()}, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=f"--backbone {tmp_path}: lacks the weights"):
+        build(backbone=str(tmp_path))
+
+
+def test_a_timm_model_as_the_hub_has_it(tmp_path):
+    """A folder with timm's own config.json and weights, as under the hub's timm/ names."""
+    import timm
+
+    source = timm.create_model("test_resnet", num_classes=10)
+    known = source.pretrained_cfg | {"mean": [0.4, 0.5, 0.6], "std": [0.1, 0.2, 0.3]}
+    timm.models.save_for_hf(source, tmp_path, model_config={"pretrained_cfg": known}, safe_serialization=True)
+    model = build(backbone=str(tmp_path))
+    assert model.config.image_mean == [0.4, 0.5, 0.6]
+    assert model.config.image_std == [0.1, 0.2, 0.3]
+    state, expected = model.backbone.model._backbone.state_dict(), source.state_dict()
+    assert state
+    assert all(torch.equal(value, expected[key]) for key, value in state.items())
+    model.save_pretrained(tmp_path / "detector")
+    restored = Pix2SeqForObjectDetection.from_pretrained(tmp_path / "detector").eval()
+    with torch.no_grad():
+        assert torch.equal(restored.encode(pictures()), model.eval().encode(pictures()))
+
+
+@pytest.mark.parametrize("mean", [None, 0.5, [0.5]])
+def test_a_processor_with_odd_pixels_is_refused(mean, tmp_path):
+    build(backbone=BACKBONES["vit"]).backbone.model.save_pretrained(tmp_path)
+    ViTImageProcessor().save_pretrained(tmp_path)
+    path = tmp_path / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"image_mean": mean}))
+    with pytest.raises(UserError, match="three each are needed"):
+        choose_backbone(str(tmp_path))

@@ -8,6 +8,7 @@ import yaml
 
 from pix2seq.command_line import parse, to_yaml
 from pix2seq.config import Arguments, EvaluateArguments
+from pix2seq.sizes import SIZES
 
 CONFIGS = sorted(Path("configs").glob("*.yaml"))
 
@@ -136,3 +137,34 @@ def test_help_lists_every_flag_with_a_text(capsys):
         for field in dataclasses.fields(kind):
             assert f"--{field.name}" in text
             assert field.metadata["help"]
+
+
+def test_a_size_wins_over_the_recipe_when_it_stands_on_the_command_line(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("hidden_size: 64\nnum_heads: 4\nroot: x\n")
+    assert parse(Arguments, ["--config", str(recipe), "--size", "r50-c4"]).hidden_size == 512
+    assert parse(Arguments, ["--config", str(recipe), "--size", "r50-c4", "--hidden_size", "256"]).hidden_size == 256
+    recipe.write_text("size: r50-c4\nhidden_size: 64\nnum_heads: 4\nroot: x\n")
+    arguments = parse(Arguments, ["--config", str(recipe)])
+    assert (arguments.hidden_size, arguments.decoder_layers, arguments.backbone_stage) == (64, 8, "c4")
+
+
+@pytest.mark.parametrize("size", ["r50", "r50-c4", "vit-b", "vit-l"])
+def test_a_size_stands_for_its_flags_and_is_written_down_with_them(size, tmp_path):
+    arguments = parse(Arguments, ["--root", "x", "--size", size])
+    for name, value in SIZES[size].items():
+        assert getattr(arguments, name) == value
+    (tmp_path / "config.yaml").write_text(to_yaml(arguments))
+    assert parse(Arguments, ["--config", str(tmp_path / "config.yaml")]) == dataclasses.replace(
+        arguments, config=str(tmp_path / "config.yaml")
+    )
+
+
+def test_an_unknown_size_is_one_line(capsys):
+    assert "invalid choice: 'r5'" in error_of(capsys, ["--root", "x", "--size", "r5"])
+
+
+def test_a_date_in_an_inline_config_is_text(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("root: x\nbackbone: {model_type: resnet, when: 2020-01-01}\n")
+    assert "2020-01-01" in parse(Arguments, ["--config", str(recipe)]).backbone

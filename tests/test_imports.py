@@ -43,8 +43,8 @@ ALLOWED = {
         "model.transformer",
     },
     "model.build": {"errors", "tokenizer", "model.backbone", "model.configuration", "model.detector"},
-    "model.load": {"checkpoint", "errors", "model.configuration", "model.detector"},
-    "model.transfer": {"tokenizer", "model.detector"},
+    "model.load": {"checkpoint", "decoding", "errors", "model.configuration", "model.detector"},
+    "model.transfer": {"tokenizer", "model.build", "model.detector"},
     "data": {"sequence", "transforms", "coco", "errors"},
     "processing": {"sequence", "tokenizer", "transforms"},
     # level 3

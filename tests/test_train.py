@@ -20,7 +20,7 @@ from pix2seq import checkpoint
 from pix2seq.command_line import parse
 from pix2seq.config import Arguments, EvaluateArguments
 from pix2seq.errors import UserError
-from pix2seq.model import load_detector
+from pix2seq.model import Pix2SeqForObjectDetection, load_detector
 
 TINY = [
     *(
@@ -223,6 +223,87 @@ def test_a_run_that_cannot_save_when_told_to_stop_says_so(shapes_root, tmp_path,
     assert train.main(arguments(shapes_root, tmp_path / "out")) == 1
     assert "the checkpoint of step 2 could not be written" in capsys.readouterr().err
     assert json.loads((tmp_path / "out" / "status.json").read_text())["state"] == "failed"
+
+
+@pytest.mark.parametrize("program", ["train.py", "evaluate.py"])
+def test_fp16_on_a_cpu_is_refused(finished, shapes_root, tmp_path, program):
+    """Accelerate takes it, does nothing and says nothing. In a process of its own: its state is one per process."""
+    words = (
+        [*TINY, "--output_dir", str(tmp_path / "out")]
+        if program == "train.py"
+        else ["--checkpoint", finished / "final"]
+    )
+    command = [sys.executable, program, *words, "--root", shapes_root, "--mixed_precision", "fp16"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (
+        2,
+        f"{program}: error: --mixed_precision fp16: needs a GPU; use bf16 or no\n",
+    )
+
+
+def test_a_run_that_died_before_its_first_checkpoint_begins_its_metrics_anew(
+    finished, shapes_root, tmp_path, monkeypatch
+):
+    output = tmp_path / "out"
+    words = ("--ckpt_every", "0", "--resume", "auto")
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "save", lambda training: 1 / 0)
+        interrupt_at(patch, 4, signal.SIGTERM)
+        with pytest.raises(ZeroDivisionError):
+            train.main(arguments(shapes_root, output, *words))
+    assert train.main(arguments(shapes_root, output, *words)) == 0
+    assert rows(output) == rows(finished)
+
+
+def test_a_tracker_that_cannot_start_is_a_failed_run(shapes_root, tmp_path, monkeypatch, capsys):
+    def fails(*args, **kwargs):
+        raise RuntimeError("no account")
+
+    monkeypatch.setattr("accelerate.Accelerator.init_trackers", fails)
+    assert train.main(arguments(shapes_root, tmp_path / "out", "--report_to", "wandb")) == 2
+    assert "--report_to wandb: cannot be started (no account)" in capsys.readouterr().err
+    assert json.loads((tmp_path / "out" / "status.json").read_text())["state"] == "failed"
+
+
+def test_polynomial_schedules_of_tiny_learning_rates(shapes_root, tmp_path):
+    words = ("--lr_scheduler", "polynomial", "--lr", "1e-8", "--max_steps", "1")
+    assert train.main(arguments(shapes_root, tmp_path / "out", *words)) == 0
+
+
+def test_a_gradient_that_is_not_finite_is_not_applied(shapes_root, tmp_path, monkeypatch):
+    """Though the loss is."""
+    original = Pix2SeqForObjectDetection.forward
+    calls = []
+
+    def spoiled(self, *args, **kwargs):
+        output = original(self, *args, **kwargs)
+        if output.loss is not None and output.loss.requires_grad:
+            calls.append(0)
+            if len(calls) == 3:
+                output.loss.register_hook(lambda gradient: gradient * math.nan)
+        return output
+
+    monkeypatch.setattr(Pix2SeqForObjectDetection, "forward", spoiled)
+    assert train.main(arguments(shapes_root, tmp_path / "out")) == 0
+    assert "step 3 is not finite" in (tmp_path / "out" / "train.log").read_text()
+    weights = load_file(tmp_path / "out" / "final" / "model.safetensors")
+    assert all(torch.isfinite(tensor).all() for tensor in weights.values())
+
+
+def test_an_older_checkpoint_is_told_by_its_step_not_its_name(finished, shapes_root, tmp_path, capsys):
+    output = tmp_path / "out"
+    shutil.copytree(finished, output)
+    for step, name, code in ((6, "a_backup", 0), (3, "zzz", 2)):
+        shutil.copytree(finished / "checkpoints" / f"step_0000000{step}", tmp_path / name)
+        assert train.main(arguments(shapes_root, output, "--resume", str(tmp_path / name))) == code
+    assert "which this would abandon" in capsys.readouterr().err
+
+
+def test_evaluate_refuses_more_objects_than_a_decoder_has_positions_for(shapes_root, tmp_path):
+    assert train.main(arguments(shapes_root, tmp_path / "out", "--decoder", "transformer", "--max_steps", "1")) == 0
+    words = ["--checkpoint", str(tmp_path / "out" / "final"), "--root", str(shapes_root), "--max_objects", "50"]
+    with pytest.raises(UserError, match="--max_objects 50: this detector can write 6"):
+        evaluate.main(parse(EvaluateArguments, words))
 
 
 def test_accelerate_launch_with_one_process_passes_sigterm_on(shapes_root, tmp_path):
@@ -524,7 +605,6 @@ def test_trackers_work_without_network_or_account(shapes_root, tmp_path, monkeyp
         (["--backbone", "{model_type: resnetto}"], ["--backbone", "resnetto"]),
         (["--resume", "nowhere"], ["--resume nowhere", "MANIFEST.json"]),
         (["--report_to", "wandbb"], ["--report_to wandbb", "tensorboard"]),
-        (["--mixed_precision", "fp16"], ["--mixed_precision fp16"]),
         (["--report_to", "dvclive"], ["--report_to dvclive", "not installed"]),
     ],
 )

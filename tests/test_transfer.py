@@ -1,5 +1,6 @@
 """Fine-tuning: what is kept, what is new, and what is refused."""
 
+import json
 import shutil
 
 import pytest
@@ -186,3 +187,38 @@ def test_what_is_no_detector_is_refused_in_one_line(trained, shapes_root, tmp_pa
 def test_load_detector_names_the_flag(tmp_path):
     with pytest.raises(UserError, match="--init_from .*no config.json"):
         load_detector(tmp_path, "--init_from")
+
+
+def test_a_detector_saved_in_half_precision_is_trained_in_full():
+    source = old_detector().to(torch.bfloat16)
+    source.config.dtype = source.config.backbone_config.dtype = torch.bfloat16
+    model, _ = adapted(source)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_a_canvas_the_backbone_cannot_take_is_refused():
+    with pytest.raises(UserError, match="--image_size 24: must be a multiple of 16"):
+        adapted(old_detector(backbone=BACKBONES["vit"]), image_size=24)
+
+
+def test_a_fine_tuned_run_resumes_without_what_it_started_from(trained, shapes_root, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(trained, source)
+    assert train.main(flags(shapes_root, tmp_path / "out", "--init_from", str(source))) == 0
+    shutil.rmtree(source)
+    words = ("--init_from", str(source), "--max_steps", "3", "--resume", "auto")
+    assert train.main(flags(shapes_root, tmp_path / "out", *words)) == 0
+
+
+def spoil(config: dict, change: dict) -> dict:
+    return {key: value for key, value in (config | change).items() if value is not None}
+
+
+@pytest.mark.parametrize("change", [{"id2label": None}, {"num_bins": 99}, {"decoding": {"top_p": 7}}])
+def test_a_config_that_does_not_fit_its_weights_is_refused(trained, tmp_path, change):
+    shutil.copytree(trained, tmp_path / "spoilt")
+    (tmp_path / "spoilt" / "MANIFEST.json").unlink()
+    path = tmp_path / "spoilt" / "config.json"
+    path.write_text(json.dumps(spoil(json.loads(path.read_text()), change)))
+    with pytest.raises(UserError, match="config.json"):
+        load_detector(tmp_path / "spoilt", "--checkpoint")

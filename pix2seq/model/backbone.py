@@ -1,15 +1,17 @@
 """Hugging Face vision models as maps from pixels to a grid of features."""
 
 import copy
+import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 import yaml
 from torch import nn
-from transformers import AutoBackbone, AutoConfig, AutoImageProcessor, AutoModel
+from transformers import AutoBackbone, AutoConfig, AutoImageProcessor, AutoModel, TimmBackboneConfig
 from transformers.configuration_utils import PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING_NAMES
+from transformers.utils import cached_file
 
 from pix2seq.errors import UserError
 
@@ -44,15 +46,35 @@ def choose_backbone(name: str, stage: Stage = "c5") -> BackboneChoice:
     except Exception as error:  # a config's constructor may raise anything
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"--backbone {name}: no such hub model, local folder or inline config ({reason})") from None
-    choice = BackboneChoice(_cut(config, name, stage), pretrained=name)
-    try:
-        processor = AutoImageProcessor.from_pretrained(name)
-        choice.image_mean, choice.image_std = tuple(processor.image_mean), tuple(processor.image_std)
-    except (OSError, ValueError):  # a folder with nothing but a model; timm models know it themselves
-        pretrained_cfg = getattr(config, "pretrained_cfg", None) or {}
-        choice.image_mean = tuple(pretrained_cfg.get("mean", choice.image_mean))
-        choice.image_std = tuple(pretrained_cfg.get("std", choice.image_std))
-    return choice
+    choice = BackboneChoice(_cut(_usable(config), name, stage), pretrained=name)
+    mean, std = _pixels(name, config)
+    return dataclasses.replace(choice, image_mean=mean, image_std=std)
+
+
+def _pixels(name: str, config: PretrainedConfig) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation of the pixels a pretrained model expects. Raises UserError if its processor has odd ones."""
+    if config.model_type == "timm_wrapper":
+        known = config.pretrained_cfg or {}
+        mean, std = known.get("mean", IMAGENET_MEAN), known.get("std", IMAGENET_STD)
+    else:
+        try:
+            processor = AutoImageProcessor.from_pretrained(name)
+        except (OSError, ValueError):  # a folder with nothing but a model
+            return IMAGENET_MEAN, IMAGENET_STD
+        mean, std = getattr(processor, "image_mean", None), getattr(processor, "image_std", None)
+    for values in (mean, std):
+        if not isinstance(values, list | tuple) or len(values) != 3:
+            raise UserError(
+                f"--backbone {name}: its image processor has mean {mean} and std {std}: three each are needed"
+            )
+    return tuple(mean), tuple(std)
+
+
+def _usable(config: PretrainedConfig) -> PretrainedConfig:
+    """timm's models on the hub are made for classification: the same model as a backbone."""
+    if config.model_type != "timm_wrapper":
+        return config
+    return TimmBackboneConfig(backbone=config.architecture, use_pretrained_backbone=False, out_indices=(-1,))
 
 
 def _cut(config: PretrainedConfig, name: str, stage: Stage) -> PretrainedConfig:
@@ -88,9 +110,10 @@ class VisionBackbone(nn.Module):
         self.dilated = dilated
         self.frozen = False
         self.frozen_norms = False
+        config = copy.deepcopy(config)  # AutoBackbone writes into what it is given
+        config.dtype = None  # that of the whole detector, not the one the backbone was saved in
         if self.is_pyramid:
-            # A copy: AutoBackbone writes into what it is given.
-            self._adopt(AutoBackbone.from_config(copy.deepcopy(config)))
+            self._adopt(AutoBackbone.from_config(config))
         else:
             self._adopt(AutoModel.from_config(config, add_pooling_layer=False))
 
@@ -108,16 +131,36 @@ class VisionBackbone(nn.Module):
                     module.dilation = module.padding = (2, 2)
 
     def load_pretrained(self, name: str) -> None:
-        """Replaces the weights by those of a hub model or local folder. Raises UserError if there are none."""
-        config, dtype = self.model.config, self.model.dtype
+        """Replaces the weights by those of a hub model or local folder. Raises UserError if some are missing."""
+        options = {"config": self.model.config, "dtype": self.model.dtype, "output_loading_info": True}
         try:
+            if self.model.config.model_type == "timm_backbone":
+                self._load_timm(name)
+                return
             if self.is_pyramid:
                 # Not AutoBackbone.from_pretrained: it asks the hub whether `name` is a repository, even for a folder.
-                self._adopt(type(self.model).from_pretrained(name, config=config, dtype=dtype))
+                model, loading = type(self.model).from_pretrained(name, **options)
             else:
-                self._adopt(AutoModel.from_pretrained(name, config=config, dtype=dtype, add_pooling_layer=False))
+                model, loading = AutoModel.from_pretrained(name, add_pooling_layer=False, **options)
         except Exception as error:  # missing, damaged or foreign files fail in many ways
             raise UserError(f"--backbone {name}: its weights cannot be loaded ({error})") from None
+        # Backbones norm their features, which classifiers do not.
+        if missing := [key for key in loading["missing_keys"] if "hidden_states_norms" not in key]:
+            raise UserError(f"--backbone {name}: lacks the weights {', '.join(sorted(missing)[:3])}")
+        self._adopt(model)
+
+    def _load_timm(self, name: str) -> None:
+        import timm  # an extra: only those who name such a backbone need it
+
+        config = self.model.config
+        file = cached_file(name, "model.safetensors")
+        self.model._backbone = timm.create_model(
+            config.backbone,
+            pretrained=True,
+            pretrained_cfg_overlay={"file": file},
+            features_only=True,
+            out_indices=config.out_indices,
+        )
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
@@ -143,7 +186,7 @@ class VisionBackbone(nn.Module):
             for norm in self._batch_norms():
                 norm.requires_grad_(False)
         elif batch_norm == "sync" and world_size > 1 and device.type == "cuda":
-            self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
+            self.model = _synchronised(self.model)
         self._freeze_what_no_gradient_reaches()
         self.train(self.training)
 
@@ -173,3 +216,11 @@ class VisionBackbone(nn.Module):
             for norm in self._batch_norms():
                 norm.eval()
         return self
+
+
+def _synchronised(model: nn.Module) -> nn.Module:
+    if model.config.model_type == "timm_backbone":
+        from timm.layers import convert_sync_batchnorm  # knows timm's norms, which hold an activation as well
+
+        return convert_sync_batchnorm(model)
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model)

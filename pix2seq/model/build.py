@@ -86,14 +86,22 @@ def build_detector(
         raise UserError(f"--backbone {backbone}: cannot be built ({error})") from None
     if choice.pretrained is not None and load_pretrained:
         model.backbone.load_pretrained(choice.pretrained)
+    check_canvas(model)
+    return model.train()
+
+
+def check_canvas(model: Pix2SeqForObjectDetection) -> None:
+    """Raises UserError if the backbone does not see the whole canvas, or nothing comes out of it."""
+    side, patch = model.config.image_size, getattr(model.config.backbone_config, "patch_size", None)
+    if isinstance(patch, int) and side % patch:
+        raise UserError(f"--image_size {side}: must be a multiple of {patch}, the patch size of the backbone")
     try:
         with torch.no_grad():
-            model.eval().encode(torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8, device=model.device))
-    except Exception as error:  # or one of another size
+            model.eval().encode(torch.zeros(1, 3, side, side, dtype=torch.uint8, device=model.device))
+    except Exception as error:  # whatever a model that is no vision model, or of another size, raises
         raise UserError(
-            f"--backbone {backbone}: does not turn pictures of {image_size} pixels into features ({error})"
+            f"--backbone, --image_size {side}: pictures of this size do not become features ({error})"
         ) from None
-    return model.train()
 
 
 def _decoder_config(

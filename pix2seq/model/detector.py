@@ -23,7 +23,7 @@ from pix2seq.model.configuration import Pix2SeqConfig
 from pix2seq.model.llama import LlamaDecoder
 from pix2seq.model.positions import coordinate_code, position_code_2d
 from pix2seq.model.transformer import TransformerDecoder
-from pix2seq.tokenizer import Tokenizer
+from pix2seq.tokenizer import TOKENS_PER_OBJECT, Tokenizer
 
 NORM_EPS = 1e-6  # the authors', in all layer norms of ours
 
@@ -149,6 +149,18 @@ class Pix2SeqForObjectDetection(Pix2SeqPreTrainedModel):
                 module.register_forward_hook(drop)
 
     @property
+    def decoding_options(self) -> DecodingOptions:
+        """How the detector was evaluated while it was trained."""
+        return DecodingOptions(**{"max_objects": self.config.max_objects} | self.config.decoding)
+
+    @property
+    def most_objects(self) -> float:
+        """How many objects it can write: as many as its learned positions, if it has such."""
+        if isinstance(self.decoder, LlamaDecoder):
+            return math.inf
+        return self.config.decoder_config.max_position_embeddings // TOKENS_PER_OBJECT
+
+    @property
     def tokenizer(self) -> Tokenizer:
         return Tokenizer(len(self.config.category_ids), self.config.num_bins)
 
@@ -212,7 +224,11 @@ class Pix2SeqForObjectDetection(Pix2SeqPreTrainedModel):
 
         By default as the detector was evaluated while it was trained. Call it in eval mode.
         """
-        options = options or DecodingOptions(max_objects=self.config.max_objects, **self.config.decoding)
+        options = options or self.decoding_options
+        if options.max_objects > self.most_objects:
+            raise ValueError(
+                f"max_objects is {options.max_objects}: this decoder has positions for {self.most_objects}"
+            )
         return generate(self, pixel_values, self.tokenizer, options)
 
     def _as_output(self, found: list[Detections]) -> Pix2SeqOutput:

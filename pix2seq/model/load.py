@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from pix2seq import checkpoint
+from pix2seq.decoding import DecodingOptions
 from pix2seq.errors import UserError
 from pix2seq.model.configuration import Pix2SeqConfig
 from pix2seq.model.detector import Pix2SeqForObjectDetection
@@ -29,6 +30,14 @@ def load_detector(name: str | Path, flag: str) -> Pix2SeqForObjectDetection:
         raise UserError(f"{where}: cannot be loaded ({' '.join(str(error).split())[:200]})") from None
     if loading["missing_keys"]:
         raise UserError(f"{where}: lacks the weights {', '.join(sorted(loading['missing_keys'])[:3])}")
+    config = model.config
+    try:
+        DecodingOptions(**config.decoding)
+        fits = config.decoder_config.vocab_size == model.tokenizer.vocab_size and bool(config.class_names)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{where}: config.json does not describe a detector ({error!r})") from None
+    if not fits:
+        raise UserError(f"{where}: config.json has classes and bins for another vocabulary than its weights")
     # Loaded tensors lie in memory as they lie in the file. Only aligned as torch allocates them do they give what the
     # trained ones gave, to the last digit.
     for tensor in (*model.parameters(), *model.buffers()):

@@ -4,6 +4,7 @@ import copy
 
 import torch
 
+from pix2seq.model.build import check_canvas
 from pix2seq.model.detector import Pix2SeqForObjectDetection
 from pix2seq.tokenizer import TOKENS_PER_OBJECT, Tokenizer
 
@@ -29,7 +30,8 @@ def adapt(
 
     Rows of classes with the same name are kept exactly. Another number of bins gets embeddings interpolated between
     those of the old bins' places. The 2-D position code depends on the place on the canvas alone and position tables
-    of backbones are interpolated, so the canvas may have any size. In training mode.
+    of backbones are interpolated, so the canvas may have any size the backbone can take; another raises UserError. In
+    training mode.
     """
     old = source.config
     config = copy.deepcopy(old)
@@ -68,6 +70,7 @@ def adapt(
     for name in ("image_size", "num_bins", "max_objects", "noise_objects"):
         if getattr(old, name) != getattr(config, name):
             report.append(f"{name}: {getattr(old, name)} became {getattr(config, name)}")
+    check_canvas(model)
     return model.train(), report
 
 
