@@ -10,6 +10,8 @@ from pathlib import Path
 
 import yaml
 
+PLACES = {"root", "train_images", "train_json", "val_images", "val_json", "output_dir", "config"}
+
 
 def record(run: Path) -> dict:
     status = json.loads((run / "status.json").read_text())
@@ -17,10 +19,14 @@ def record(run: Path) -> dict:
         raise SystemExit(f"error: {run}: its state is {status['state']}, not finished")
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     evaluations = [row for row in rows if "eval/AP" in row]
+    environment = json.loads((run / "env.json").read_text())
+    # Where things lie on one machine says nothing on another.
+    environment["command"] = [Path(word).name if word.startswith("/") else word for word in environment["command"]]
+    flags = yaml.safe_load((run / "config.yaml").read_text())
     best = max(evaluations, key=lambda row: row["eval/AP"])
     return {
-        "environment": json.loads((run / "env.json").read_text()) | {"processor": _processor()},
-        "flags": yaml.safe_load((run / "config.yaml").read_text()),
+        "environment": environment | {"processor": _processor()},
+        "flags": {name: value for name, value in flags.items() if name not in PLACES},
         "best": {name.removeprefix("eval/"): value for name, value in best.items()},
         "ap_by_step": {row["step"]: row["eval/AP"] for row in evaluations},
         "images_per_s": rows[-2 if "eval/AP" in rows[-1] else -1]["perf/images_per_s"],

@@ -62,13 +62,32 @@ def test_links_and_pictures_exist():
         assert target.startswith("https://") or Path(target).exists(), target
 
 
-def test_results_come_from_records():
-    rows = re.findall(r"^\| `(\S+)\.yaml` \|(.*)\|$", README, flags=re.MULTILINE)
+PAGES = ["README.md", "docs/experiments.md"]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_results_come_from_records(page):
+    """AP, AP50 and AP75 stand in this order before the link to the record; a row without one says "not run"."""
+    rows = [line for line in Path(page).read_text().splitlines() if re.match(r"^\| `", line)]
     assert rows
-    for recipe, row in rows:
-        cells = [cell.strip() for cell in row.split("|")]
-        if cells[1] == "not run":
-            assert not Path(f"docs/results/{recipe}.json").exists()
+    for row in rows:
+        cells = [cell.strip() for cell in row.strip("|").split("|")]
+        link = re.search(r"\]\((\S+\.json)\)", cells[-1])
+        if link is None:
+            assert "not run" in cells, row
             continue
-        best = json.loads(Path(f"docs/results/{recipe}.json").read_text())["best"]
-        assert cells[1:4] == [f"{best[name]:.3f}" for name in ("AP", "AP50", "AP75")]
+        record = json.loads((Path(page).parent / link[1]).read_text())
+        assert record["environment"]["commit"]
+        first = next(index for index, cell in enumerate(cells) if re.fullmatch(r"\d\.\d{3}", cell))
+        assert cells[first : first + 3] == [f"{record['best'][name]:.3f}" for name in ("AP", "AP50", "AP75")], row
+
+
+def test_every_record_is_shown():
+    shown = {
+        (Path(page).parent / link).resolve()
+        for page in PAGES
+        for link in re.findall(r"\]\((\S+\.json)\)", Path(page).read_text())
+    }
+    assert {path.resolve() for path in Path("docs/results").rglob("*.json")} - shown == {
+        Path("docs/results/models.json").resolve()
+    }

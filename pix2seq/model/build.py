@@ -60,6 +60,8 @@ def build_detector(
             dropout=dropout,
             causal_prefix=causal_prefix,
         ),
+        # As the authors have. Llama does without: its own layers work on the visual tokens.
+        bridge_mlp=decoder == "transformer",
         output_bias=decoder == "transformer",
         hidden_size=hidden_size,
         encoder_layers=encoder_layers,

@@ -13,6 +13,7 @@ class Pix2SeqConfig(PretrainedConfig):
     backbone_config   any Hugging Face vision model's config, with its model_type
     backbone_dilated  the last stage of a ResNet is dilated instead of strided
     decoder_config    a LlamaConfig, or a BlenderbotConfig for the classic decoder; its vocab_size is the tokenizer's
+    bridge_mlp        one more MLP between encoder and decoder, as the authors have
     output_bias       the output layer, whose weights are the embeddings', has a bias
     encoder_layers    transformer layers between backbone and decoder, of width `hidden_size`
     dropout           on visual features, and inside the MLPs of the encoder and of the classic decoder
@@ -35,6 +36,7 @@ class Pix2SeqConfig(PretrainedConfig):
         backbone_config: dict | PretrainedConfig | None = None,
         decoder_config: dict | PretrainedConfig | None = None,
         backbone_dilated: bool = False,
+        bridge_mlp: bool = False,
         output_bias: bool = False,
         hidden_size: int = 256,
         encoder_layers: int = 6,
@@ -64,6 +66,7 @@ class Pix2SeqConfig(PretrainedConfig):
         self.backbone_config = backbone_config
         self.decoder_config = decoder_config or LlamaConfig(hidden_size=hidden_size)
         self.backbone_dilated = backbone_dilated
+        self.bridge_mlp = bridge_mlp
         self.output_bias = output_bias
         self.hidden_size = hidden_size
         self.encoder_layers = encoder_layers

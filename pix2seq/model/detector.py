@@ -72,7 +72,7 @@ class EncoderLayer(GradientCheckpointingLayer, nn.TransformerEncoderLayer):
 
 
 class Bridge(nn.Module):
-    """From the encoder's width to the decoder's, and one more MLP (the authors' projection "mlp")."""
+    """From the encoder's width to the decoder's and, if the config says so, one more MLP."""
 
     def __init__(self, config: Pix2SeqConfig):
         super().__init__()
@@ -80,19 +80,21 @@ class Bridge(nn.Module):
         inner = width * config.encoder_mlp_size // config.hidden_size
         self.projection = nn.Linear(config.hidden_size, width)
         self.norm = nn.LayerNorm(width, eps=NORM_EPS)
-        self.mlp = nn.Sequential(
-            nn.LayerNorm(width, eps=NORM_EPS),
-            nn.Linear(width, inner),
-            nn.GELU(),
-            nn.Dropout(config.dropout),
-            nn.Linear(inner, width),
-            StochasticDepth(config.drop_path, "row"),
-        )
+        self.mlp = None
+        if config.bridge_mlp:
+            self.mlp = nn.Sequential(
+                nn.LayerNorm(width, eps=NORM_EPS),
+                nn.Linear(width, inner),
+                nn.GELU(),
+                nn.Dropout(config.dropout),
+                nn.Linear(inner, width),
+                StochasticDepth(config.drop_path, "row"),
+            )
 
     def forward(self, tokens: torch.Tensor, position_code: torch.Tensor) -> torch.Tensor:
         # The code a second time: attention in the decoder should not have to recover it.
         tokens = self.norm(self.projection(tokens)) + position_code
-        return tokens + self.mlp(tokens)
+        return tokens if self.mlp is None else tokens + self.mlp(tokens)
 
 
 class Pix2SeqPreTrainedModel(PreTrainedModel):
