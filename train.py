@@ -21,7 +21,6 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType, gather_object, set_seed
 from safetensors import SafetensorError
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torchvision.transforms.v2.functional import to_pil_image
 from tqdm import tqdm
 from transformers import get_scheduler
 from transformers.utils import logging as transformers_logging
@@ -33,22 +32,18 @@ from pix2seq.config import FREE_ON_FINE_TUNING, FREE_ON_RESUME, Arguments, Model
 from pix2seq.data import EvalDataset, StepSampler, TrainDataset, train_loader
 from pix2seq.decoding import DecodingOptions
 from pix2seq.errors import UserError
-from pix2seq.evaluation import predict, prediction_picture
 from pix2seq.metrics import Meter, describe, token_statistics
 from pix2seq.model import Pix2SeqForObjectDetection, adapt, build_detector, load_detector
 from pix2seq.optimizer import parameter_groups
 from pix2seq.preemption import Stopped, StopRequest
 from pix2seq.processing import Pix2SeqImageProcessor
+from pix2seq.reporting import Reporter
 from pix2seq.run_folder import RunFolder
-from pix2seq.scoring import coco_metrics, load_ground_truth, metrics_table
+from pix2seq.scoring import load_ground_truth, metrics_table
 from pix2seq.sequence import SequenceBuilder
 from pix2seq.tokenizer import Tokenizer
 from pix2seq.trainer_state import TrainerState
 from pix2seq.transforms import EvalTransform, TrainTransform
-from pix2seq.visualize import draw_examples
-
-NUM_SAMPLES = 8  # images in every picture of examples and predictions
-
 
 # What a full, read-only or failing disk raises from open(), safetensors and torch.save.
 DISK_ERRORS = (OSError, SafetensorError, RuntimeError)
@@ -70,8 +65,7 @@ class Training:
     accelerator: Accelerator
     folder: RunFolder
     train_set: TrainDataset
-    val_set: EvalDataset
-    truth: dict
+    reporter: Reporter
     sampler: StepSampler
     max_steps: int
     model: torch.nn.Module
@@ -96,9 +90,6 @@ class Training:
     @property
     def is_last_step(self) -> bool:
         return self.step == self.max_steps
-
-    def sum_over_ranks(self, *values: float) -> list[float]:
-        return self.accelerator.reduce(torch.tensor(values, device=self.accelerator.device), "sum").tolist()
 
     def is_due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
@@ -143,7 +134,10 @@ def run(training: Training) -> int:
         folder.log(f"{stop.name}: saved at step {training.step}; the same command with --resume auto continues")
         accelerator.end_training()
         return stop.exit_code
-    saved = saved and write_final(training)
+    if accelerator.is_main_process:
+        detector = training.detectors.get("ema", training.detector)
+        saved = keep_detector(training, "final", detector) and saved
+    accelerator.wait_for_everyone()
     if not saved:
         raise NotSaved(f"{folder.path}: the last checkpoint or final/ could not be written")
     folder.status("finished", training.step)
@@ -236,7 +230,15 @@ def build(args: Arguments, accelerator: Accelerator, folder: RunFolder, stop: St
         folder.log(f"resumed from {resumed}")
     sampler.start_step = state.step
     truth = load_ground_truth(val_set.annotations.split.json, val_set.annotations.image_ids, categories)
-    return Training(args, accelerator, folder, train_set, val_set, truth, sampler, max_steps, model, state, stop)
+    options = DecodingOptions(args.max_objects, args.top_p, args.temperature, args.seed)
+
+    def should_stop() -> bool:
+        return sum_over_ranks(accelerator, float(bool(stop)))[0] > 0
+
+    reporter = Reporter(
+        folder, accelerator, val_set, truth, options, args.eval_batch_size, args.num_workers, should_stop
+    )
+    return Training(args, accelerator, folder, train_set, reporter, sampler, max_steps, model, state, stop)
 
 
 def new_detector(args: Arguments, categories: Categories, folder: RunFolder) -> Pix2SeqForObjectDetection:
@@ -304,7 +306,7 @@ def announce(training: Training) -> None:
         raise fault from None
     folder.trackers = accelerator.trackers
     folder.log(f"train: {training.train_set.annotations.summary(args.max_objects)}")
-    folder.log(f"val:   {training.val_set.annotations.summary(args.max_objects)}")
+    folder.log(f"val:   {training.reporter.val_set.annotations.summary(args.max_objects)}")
     folder.log(
         f"{sum(p.numel() for p in training.model.parameters()) / 1e6:.1f} M parameters on {accelerator.device}; "
         f"steps {training.step} to {training.max_steps} of {training.sampler.samples_per_step} images "
@@ -326,9 +328,9 @@ def loop(training: Training) -> None:
         with meter.waiting():
             micro_batches = [next(batches) for _ in range(args.gradient_accumulation_steps)]
         if training.step == 0:
-            show_first_batch(training, micro_batches[0])
+            training.reporter.show_batch(micro_batches[0], training.train_set.build.tokenizer)
         weight = sum(batch["weights"].sum().item() for batch in micro_batches)
-        total_weight, stopping = training.sum_over_ranks(weight, float(bool(training.stop)))
+        total_weight, stopping = sum_over_ranks(accelerator, weight, float(bool(training.stop)))
         if stopping:
             raise Stopped
         grad_norm = train_step(training, micro_batches, max(total_weight, 1e-9))
@@ -372,7 +374,7 @@ def train_step(training: Training, micro_batches: list[dict], total_weight: floa
     norm = accelerator.clip_grad_norm_(training.model.parameters(), args.max_grad_norm or math.inf)
     # A gradient that overflowed in fp16 is the loss scaler's business.
     bad_gradient = not torch.isfinite(norm) and accelerator.scaler is None
-    if sum(training.sum_over_ranks(float(not torch.isfinite(loss)), float(bad_gradient))):
+    if sum(sum_over_ranks(accelerator, float(not torch.isfinite(loss)), float(bad_gradient))):
         skip_step(
             training, buffers, gather_object(suspects or [i for b in micro_batches for i in b["image_id"].tolist()])
         )
@@ -401,6 +403,10 @@ def skip_step(training: Training, buffers: list[torch.Tensor], image_ids: list[i
     training.folder.log(f"{fault}; the step was not taken")
 
 
+def sum_over_ranks(accelerator: Accelerator, *values: float) -> list[float]:
+    return accelerator.reduce(torch.tensor(values, device=accelerator.device), "sum").tolist()
+
+
 def log(training: Training, grad_norm: torch.Tensor, bar: tqdm) -> None:
     """A row of metrics.jsonl, and a line where there is no terminal for the progress bar."""
     accelerator, meter = training.accelerator, training.state.meter
@@ -423,56 +429,23 @@ def log(training: Training, grad_norm: torch.Tensor, bar: tqdm) -> None:
 
 
 def report(training: Training) -> None:
-    """The evaluation and the picture due at this step, unless they are done."""
-    if training.state.reported == training.step:
+    """The evaluation and the picture due at this step, unless they are done. The best detector goes to best/."""
+    state, reporter = training.state, training.reporter
+    if state.reported == training.step:
         return
     if training.is_due(training.args.sample_every):
-        sample(training)
+        reporter.sample(training.detector, training.step)
     if training.is_due(training.args.eval_every) or training.is_last_step:
-        evaluate(training)
-    training.state.reported = training.step
-
-
-def evaluate(training: Training) -> None:
-    """COCO numbers of the validation images; the best detector so far goes to best/."""
-    for name, detector in training.detectors.items():
-        predictions = find_objects(training, detector, training.val_set)
-        if not training.accelerator.is_main_process:
-            continue
-        metrics = coco_metrics(training.truth, predictions)
-        picture = prediction_picture(training.val_set.annotations, predictions, NUM_SAMPLES)
-        training.folder.evaluation(training.step, metrics, predictions, picture, name)
-        if training.is_last_step:
-            training.folder.log(metrics_table(metrics))
-        if metrics["AP"] > training.state.best_ap:
-            training.state.best_ap = metrics["AP"]
-            checkpoint.commit(training.folder.path / "best", partial(write_detector, detector, training.args))
-
-
-def sample(training: Training) -> None:
-    """Ground truth beside predictions, always of the same images."""
-    annotations = training.val_set.annotations
-    some = annotations.subset(range(min(NUM_SAMPLES, len(annotations))))
-    predictions = find_objects(training, training.detector, EvalDataset(some, training.val_set.transform))
-    if training.accelerator.is_main_process:
-        training.folder.sample("predictions", training.step, prediction_picture(some, predictions, NUM_SAMPLES))
-
-
-def find_objects(training: Training, detector: Pix2SeqForObjectDetection, dataset: EvalDataset) -> list[dict]:
-    args = training.args
-    options = DecodingOptions(args.max_objects, args.top_p, args.temperature, args.seed)
-    return predict(
-        *(detector, dataset, options, args.eval_batch_size, training.accelerator, args.num_workers),
-        should_stop=lambda: training.sum_over_ranks(float(bool(training.stop)))[0] > 0,
-    )
-
-
-def show_first_batch(training: Training, batch: dict) -> None:
-    """What the model is about to learn, decoded back from its tokens: the cheapest detector of data bugs."""
-    tokenizer, names = training.train_set.build.tokenizer, training.train_set.annotations.categories.names
-    decoded = [tokenizer.decode(labels.numpy()) for labels in batch["labels"][:NUM_SAMPLES]]
-    images = [to_pil_image(pixels) for pixels in batch["pixel_values"][:NUM_SAMPLES]]
-    training.folder.sample("first_batch", 0, draw_examples(images, decoded, names))
+        for name, detector in training.detectors.items():
+            metrics = reporter.evaluate(detector, training.step, name)
+            if metrics is None:  # not the main process
+                continue
+            if training.is_last_step:
+                training.folder.log(metrics_table(metrics))
+            if metrics["AP"] > state.best_ap:
+                state.best_ap = metrics["AP"]
+                keep_detector(training, "best", detector)
+    state.reported = training.step
 
 
 def write_detector(detector: Pix2SeqForObjectDetection, args: Arguments, path: Path) -> None:
@@ -499,20 +472,17 @@ def save(training: Training) -> bool:
         except DISK_ERRORS as error:
             folder.log(f"the checkpoint of step {training.step} could not be written ({error}); training goes on")
             written = False
-    return training.sum_over_ranks(float(not written))[0] == 0
+    return sum_over_ranks(training.accelerator, float(not written))[0] == 0
 
 
-def write_final(training: Training) -> bool:
-    """final/, on the main process. Returns whether it was written."""
-    written = True
-    if training.accelerator.is_main_process:
-        detector = training.detectors.get("ema", training.detector)
-        try:
-            checkpoint.commit(training.folder.path / "final", partial(write_detector, detector, training.args))
-        except DISK_ERRORS as error:
-            training.folder.log(f"final/ could not be written ({error})")
-            written = False
-    return training.sum_over_ranks(float(not written))[0] == 0
+def keep_detector(training: Training, name: str, detector: Pix2SeqForObjectDetection) -> bool:
+    """best/ or final/, by the main process. Returns whether it was written."""
+    try:
+        checkpoint.commit(training.folder.path / name, partial(write_detector, detector, training.args))
+    except DISK_ERRORS as error:
+        training.folder.log(f"{name}/ could not be written ({error}); training goes on")
+        return False
+    return True
 
 
 if __name__ == "__main__":

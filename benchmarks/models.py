@@ -1,6 +1,6 @@
 """Parameters, tokens and FLOPs of the named sizes, counted on meta tensors: no weights, no network, a few seconds.
 
-python benchmarks/models.py --output docs/results/models.json    (also writes docs/models.md)
+python -m benchmarks.models --output docs/results/models.json    (also writes docs/models.md)
 """
 
 import argparse
@@ -70,7 +70,7 @@ def page(rows: list[dict]) -> str:
         "The paper's models have a vocabulary of 3000 tokens, ours as many as classes and bins need. The `vit` sizes "
         "also have Hugging Face ViT's class token and learned positions.",
         "",
-        "Made by `python benchmarks/models.py --output docs/results/models.json`.",
+        "Made by `python -m benchmarks.models --output docs/results/models.json`.",
         "",
     ]
     return "\n".join(lines)

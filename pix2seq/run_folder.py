@@ -1,5 +1,6 @@
 """What a run writes about itself: config, environment, status, metrics and log. See `RunFolder`."""
 
+import functools
 import json
 import os
 import platform
@@ -15,6 +16,19 @@ from PIL.Image import Image
 from tqdm import tqdm
 
 import pix2seq
+
+
+def _survives_a_full_disk(method):
+    """A run goes on without what cannot be written, and says so."""
+
+    @functools.wraps(method)
+    def write(self, *args, **kwargs):
+        try:
+            method(self, *args, **kwargs)
+        except OSError as error:
+            tqdm.write(f"{self.path}: {method.__name__} could not be written ({error}); the run goes on")
+
+    return write
 
 
 class RunFolder:
@@ -56,6 +70,7 @@ class RunFolder:
         }
         (self.path / "env.json").write_text(json.dumps(environment, indent=1))
 
+    @_survives_a_full_disk
     def status(self, state: str, step: int, reason: str = "") -> None:
         """state: running, finished, preempted or failed. Replaced in one go, so readers never see half of it."""
         if not self.is_main:
@@ -64,6 +79,7 @@ class RunFolder:
         temporary.write_text(json.dumps({"state": state, "step": step, "reason": reason, "time": time.time()}))
         temporary.replace(self.path / "status.json")
 
+    @_survives_a_full_disk
     def log(self, message: str) -> None:
         if not self.is_main:
             return
@@ -74,6 +90,7 @@ class RunFolder:
                 file.writelines(f"{line}\n" for line in self._unwritten)
             self._unwritten.clear()
 
+    @_survives_a_full_disk
     def metrics(self, step: int, row: dict[str, float]) -> None:
         """A row of metrics.jsonl."""
         if not self.is_main:
@@ -83,6 +100,7 @@ class RunFolder:
         for tracker in self.trackers:
             tracker.log(row, step=step)
 
+    @_survives_a_full_disk
     def evaluation(
         self, step: int, metrics: dict[str, float], predictions: list[dict], picture: Image, name: str = ""
     ) -> None:
@@ -90,16 +108,17 @@ class RunFolder:
         that learns: eval/step_x/name, and eval/name/AP and so on."""
         if not self.is_main:
             return
+        prefix = f"eval/{name}/" if name else "eval/"
+        self.metrics(step, {prefix + key: value for key, value in metrics.items()})
+        numbers = ", ".join(f"{key} {metrics[key]:.4f}" for key in ("AP", "AP50", "AP75"))
+        self.log(f"step {step}{' ' + name if name else ''}: {numbers}")
         folder = self.path / "eval" / f"step_{step}" / name
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "metrics.json").write_text(json.dumps(metrics, indent=1))
         (folder / "predictions.json").write_text(json.dumps(predictions))
         picture.save(folder / "predictions.png")
-        prefix = f"eval/{name}/" if name else "eval/"
-        self.metrics(step, {prefix + key: value for key, value in metrics.items()})
-        numbers = ", ".join(f"{key} {metrics[key]:.4f}" for key in ("AP", "AP50", "AP75"))
-        self.log(f"step {step}{' ' + name if name else ''}: {numbers}")
 
+    @_survives_a_full_disk
     def sample(self, name: str, step: int, picture: Image) -> None:
         """A picture by its step: samples/name_x.png."""
         if not self.is_main:

@@ -48,6 +48,10 @@ ALLOWED = {
     "data": {"sequence", "transforms", "coco", "errors"},
     "processing": {"sequence", "tokenizer", "transforms"},
     # level 3
+    # level 4: what a run shows
+    "reporting": {
+        *("data", "decoding", "evaluation", "run_folder", "scoring", "tokenizer", "visualize"),
+    },
     "evaluation": {"coco", "data", "decoding", "preemption", "tokenizer", "transforms", "visualize"},
 }
 LEVEL_0 = (

@@ -82,6 +82,13 @@ def test_results_come_from_records(page):
         assert cells[first : first + 3] == [f"{record['best'][name]:.3f}" for name in ("AP", "AP50", "AP75")], row
 
 
+def test_every_promise_names_tests_that_exist():
+    named = re.findall(r"`(test_\w+\.py)(?:::(test_\w+))?`", Path("docs/reliability.md").read_text())
+    assert len(named) >= 12
+    for file, test in named:
+        assert f"def {test}(" in (Path("tests") / file).read_text() if test else (Path("tests") / file).exists()
+
+
 def test_every_record_is_shown():
     shown = {
         (Path(page).parent / link).resolve()

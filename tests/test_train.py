@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import evaluate
 import train
-from pix2seq import checkpoint
+from pix2seq import checkpoint, reporting
 from pix2seq.command_line import parse
 from pix2seq.config import Arguments, EvaluateArguments
 from pix2seq.errors import UserError
@@ -168,7 +168,7 @@ def test_a_run_told_to_stop_while_it_evaluates_saves_and_makes_up_for_it(
 ):
     output = tmp_path / "out"
     step, batches = {"evaluation": (3, 2), "last evaluation": (6, 2), "picture": (4, 1)}[when]
-    original = train.predict
+    original = reporting.predict
     words = ("--eval_batch_size", "1") if when == "picture" else ()
 
     def interrupted(detector, dataset, *rest, should_stop):
@@ -184,7 +184,7 @@ def test_a_run_told_to_stop_while_it_evaluates_saves_and_makes_up_for_it(
         return original(detector, dataset, *rest, should_stop=asks)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "predict", interrupted)
+        patch.setattr(reporting, "predict", interrupted)
         assert train.main(arguments(shapes_root, output, *words)) == 75
     status = json.loads((output / "status.json").read_text())
     assert (status["state"], status["step"]) == ("preempted", step)
@@ -212,6 +212,34 @@ def test_a_full_disk_ends_no_run(finished, shapes_root, tmp_path, monkeypatch, e
     assert sorted(p.name for p in (output / "checkpoints").iterdir()) == ["step_00000002", "step_00000006"]
     assert all(checkpoint.verify(folder) is None for folder in (output / "checkpoints").iterdir())
     assert rows(output) == rows(finished)
+
+
+def test_a_disk_too_full_for_anything_but_checkpoints_ends_no_run(
+    finished, shapes_root, tmp_path, monkeypatch, capsys
+):
+    """Rows, pictures, the best detector: all lost but the run."""
+    output = tmp_path / "out"
+    original = checkpoint.commit
+
+    def commit(final, *args):
+        if final.name == "best":
+            raise OSError(28, "No space left on device")
+        original(final, *args)
+
+    def fails(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "commit", commit)
+    monkeypatch.setattr("PIL.Image.Image.save", fails)
+    assert train.main(arguments(shapes_root, output)) == 0
+    said = capsys.readouterr().out
+    assert "evaluation could not be written" in said
+    assert "sample could not be written" in said
+    assert "best/ could not be written" in (output / "train.log").read_text()
+    assert not (output / "best").exists()
+    assert rows(output) == rows(finished)
+    ours, theirs = (load_file(folder / "final" / "model.safetensors") for folder in (output, finished))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def test_a_run_that_cannot_save_when_told_to_stop_says_so(shapes_root, tmp_path, monkeypatch, capsys):
