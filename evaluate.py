@@ -48,7 +48,8 @@ def detect(args: EvaluateArguments) -> tuple[dict, list[dict], EvalDataset, bool
     transformers_logging.disable_progress_bar()
     model, training = load_detector(args.checkpoint, "--checkpoint"), read_flags(args.checkpoint, "--checkpoint")
     accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),  # without it, processes on a CPU do not find each other
+        # Without it, processes on a CPU do not find each other. Apple's GPUs have no float64.
+        cpu=not torch.cuda.is_available(),
         mixed_precision=args.mixed_precision or training.get("mixed_precision"),
     )
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":

@@ -141,7 +141,7 @@ def run(training: Training) -> int:
     if not saved:
         raise NotSaved(f"{folder.path}: the last checkpoint or final/ could not be written")
     folder.status("finished", training.step)
-    folder.log(f"finished: {folder.path}; best AP {training.state.best_ap:.4f} in best/, the last weights in final/")
+    folder.log(f"finished: {folder.path}; best AP {training.state.best_ap:.4f} in best/, the last in final/")
     accelerator.end_training()
     return 0
 
@@ -168,7 +168,8 @@ def join_processes(args: Arguments) -> Accelerator:
             raise UserError(f"--report_to {name}: is not installed (pip install {name})")
     try:
         accelerator = Accelerator(
-            cpu=not torch.accelerator.is_available(),  # without it, processes on a CPU do not find each other
+            # Without it, processes on a CPU do not find each other. Apple's GPUs have no float64.
+            cpu=not torch.cuda.is_available(),
             mixed_precision=args.mixed_precision,
             gradient_accumulation_steps=args.gradient_accumulation_steps,
             log_with=args.report_to or None,
@@ -202,7 +203,9 @@ def build(args: Arguments, accelerator: Accelerator, folder: RunFolder, stop: St
         model = new_detector(args, categories, folder)
 
     world, rank = accelerator.num_processes, accelerator.process_index
-    model.backbone.prepare_for_training(args.freeze_backbone, args.batch_norm, world, accelerator.device)
+    model.backbone.prepare_for_training(
+        args.freeze_backbone, args.batch_norm, world, accelerator.device, model.config.image_size
+    )
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     sampler = StepSampler(num_images, args.batch_size, args.gradient_accumulation_steps, rank, world, args.seed)
@@ -227,6 +230,8 @@ def build(args: Arguments, accelerator: Accelerator, folder: RunFolder, stop: St
         state.load(resumed, accelerator.is_main_process)
         if state.step > max_steps:
             raise UserError(f"--resume {resumed}: it is past --max_steps {max_steps}")
+        if not (folder.path / "best").exists():  # this folder is not the one the checkpoint comes from
+            state.best_ap = -math.inf
         folder.log(f"resumed from {resumed}")
     sampler.start_step = state.step
     truth = load_ground_truth(val_set.annotations.split.json, val_set.annotations.image_ids, categories)
@@ -294,7 +299,7 @@ def announce(training: Training) -> None:
         folder.describe(to_yaml(args), accelerator.device, accelerator.num_processes)
     except OSError as error:
         raise UserError(f"--output_dir {args.output_dir}: cannot be written to ({error.strerror})") from None
-    folder.rewind_metrics(training.step)
+    folder.rewind_metrics(training.step, keep_evaluation=training.state.reported == training.step)
     folder.status("running", training.step)
     # As text where a value is not a plain one: TensorBoard takes nothing else.
     flags = {k: v if isinstance(v, int | float) else str(v) for k, v in yaml.safe_load(to_yaml(args)).items()}
@@ -375,9 +380,8 @@ def train_step(training: Training, micro_batches: list[dict], total_weight: floa
     # A gradient that overflowed in fp16 is the loss scaler's business.
     bad_gradient = not torch.isfinite(norm) and accelerator.scaler is None
     if sum(sum_over_ranks(accelerator, float(not torch.isfinite(loss)), float(bad_gradient))):
-        skip_step(
-            training, buffers, gather_object(suspects or [i for b in micro_batches for i in b["image_id"].tolist()])
-        )
+        everything = [image_id for batch in micro_batches for image_id in batch["image_id"].tolist()]
+        skip_step(training, buffers, gather_object(suspects) or gather_object(everything))
     else:
         state.skipped_in_a_row = 0
         state.meter.add(sum(statistics), sum(len(batch["image_id"]) for batch in micro_batches))
@@ -395,6 +399,8 @@ def skip_step(training: Training, buffers: list[torch.Tensor], image_ids: list[i
     state = training.state
     for buffer, before in zip(training.detector.buffers(), buffers, strict=True):
         buffer.copy_(before)
+    if training.accelerator.scaler is not None:
+        training.accelerator.scaler.update()  # the gradients were unscaled: it would not do so again
     state.skipped += 1
     state.skipped_in_a_row += 1
     fault = f"loss or gradient of step {training.step + 1} is not finite; image ids: {image_ids}"
@@ -442,9 +448,8 @@ def report(training: Training) -> None:
                 continue
             if training.is_last_step:
                 training.folder.log(metrics_table(metrics))
-            if metrics["AP"] > state.best_ap:
+            if metrics["AP"] > state.best_ap and keep_detector(training, "best", detector):
                 state.best_ap = metrics["AP"]
-                keep_detector(training, "best", detector)
     state.reported = training.step
 
 

@@ -4,6 +4,7 @@ A checkpoint is written under a name that nobody reads, flushed to the disk, lis
 MANIFEST.json, and only then renamed. Older ones are removed after that. What lies in it is the caller's business.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -64,7 +65,8 @@ def _write_whole(temporary: Path, write: Callable[[Path], None], step: int | Non
 def recover(final: Path) -> None:
     """Puts back what a replacement was about to replace, if it was cut off between its two renames."""
     if _replaced(final).exists() and not final.exists():
-        _replaced(final).rename(final)
+        with contextlib.suppress(FileNotFoundError):  # another process was faster
+            _replaced(final).rename(final)
 
 
 def _replaced(final: Path) -> Path:
@@ -74,7 +76,10 @@ def _replaced(final: Path) -> Path:
 def verify(folder: Path) -> str | None:
     """None if the checkpoint is complete and unchanged, else what is wrong with it."""
     try:
-        files = json.loads((folder / MANIFEST).read_text())["files"]
+        manifest = json.loads((folder / MANIFEST).read_text())
+        if (match := _NAME.fullmatch(folder.name)) and manifest["step"] != int(match[1]):
+            return f"{MANIFEST} is of step {manifest['step']}"
+        files = manifest["files"]
         expected = {folder / name: (entry["size"], entry["sha256"]) for name, entry in files.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{MANIFEST} cannot be read ({error})"

@@ -29,13 +29,17 @@ def parse(kind: type, argv: list[str] | None = None):
     """The dataclass `kind` from command-line words. A mistake ends the program with one line and exit code 2.
 
     kind.PRESETS, if it has one, names flags whose value stands for other flags: {"size": value -> {flag: value}}.
-    The command line wins over the recipe, and either over what its own presets stand for.
+    The command line wins over the recipe, and either over what its own presets stand for. kind.DEFAULTS is the same,
+    but for that anything wins over it.
     """
     argv = sys.argv[1:] if argv is None else argv
     parser = _Parser(kind, allow_abbrev=False)
     try:
         recipe, presets = _recipe_words(argv, parser), getattr(kind, "PRESETS", {})
         words = _expanded(recipe, presets) + _expanded(argv, presets)
+        for name, flags_of in getattr(kind, "DEFAULTS", {}).items():
+            if (value := _last_value(name, recipe + argv)) is not None:
+                words = _flag_words(flags_of(value)) + words
         arguments, unknown = parser.parse_args_into_dataclasses(
             words, return_remaining_strings=True, look_for_args_file=False
         )

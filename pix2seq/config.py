@@ -15,6 +15,7 @@ FREE_ON_RESUME = {
     *("config", "output_dir", "project_name", "report_to", "resume", "num_workers", "keep_last"),
     *("root", "train_images", "train_json", "val_images", "val_json", "batch_size", "gradient_accumulation_steps"),
     *("num_epochs", "max_steps", "log_every", "eval_every", "sample_every", "ckpt_every", "eval_batch_size"),
+    "max_skipped_steps",
 }
 
 # Flags of the model that may differ from those of the detector it starts from; the others are its shape.
@@ -171,7 +172,8 @@ class TrainArguments:
     beta2: float = flag(0.95, "AdamW")
     weight_decay: float = flag(0.05, "AdamW, on kernels only")
     ema_decay: float = flag(
-        0.0, "average the weights over the steps with this decay (0: off); evaluated beside the others"
+        0.0,
+        "average the weights over the steps with this decay (0: off), evaluate the average too, leave it in final/",
     )
     max_grad_norm: float = flag(0.0, "clip the gradient's norm (0: off)")
     gradient_checkpointing: bool = flag(
@@ -219,7 +221,8 @@ class TrainArguments:
 class Arguments(TrainArguments, DataArguments, ModelArguments):
     """All flags of train.py."""
 
-    PRESETS: ClassVar = {"size": lambda name: SIZES.get(name, {}), "init_from": lambda name: model_flags(name)}
+    PRESETS: ClassVar = {"size": lambda name: SIZES.get(name, {}), "init_from": lambda name: shape_flags(name)}
+    DEFAULTS: ClassVar = {"init_from": lambda name: model_flags(name)}
 
     def __post_init__(self):
         for part in (ModelArguments, DataArguments, TrainArguments):
@@ -230,6 +233,11 @@ def model_flags(detector: str) -> dict:
     """The model flags a trained detector was made with."""
     flags = read_flags(detector, "--init_from")
     return {name: flags[name] for name in ModelArguments.__dataclass_fields__ if name in flags}
+
+
+def shape_flags(detector: str) -> dict:
+    """Those of them that a fine-tuned detector cannot change."""
+    return {name: value for name, value in model_flags(detector).items() if name not in FREE_ON_FINE_TUNING}
 
 
 @dataclass

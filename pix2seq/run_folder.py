@@ -1,7 +1,9 @@
 """What a run writes about itself: config, environment, status, metrics and log. See `RunFolder`."""
 
+import contextlib
 import functools
 import json
+import math
 import os
 import platform
 import subprocess
@@ -26,7 +28,8 @@ def _survives_a_full_disk(method):
         try:
             method(self, *args, **kwargs)
         except OSError as error:
-            tqdm.write(f"{self.path}: {method.__name__} could not be written ({error}); the run goes on")
+            with contextlib.suppress(OSError):  # what is printed may go to the same disk
+                tqdm.write(f"{self.path}: {method.__name__} could not be written ({error}); the run goes on")
 
     return write
 
@@ -83,20 +86,22 @@ class RunFolder:
     def log(self, message: str) -> None:
         if not self.is_main:
             return
-        tqdm.write(message)
         self._unwritten.append(message)
         if self.path.is_dir():
             with (self.path / "train.log").open("a") as file:
                 file.writelines(f"{line}\n" for line in self._unwritten)
             self._unwritten.clear()
+        tqdm.write(message)
 
     @_survives_a_full_disk
     def metrics(self, step: int, row: dict[str, float]) -> None:
         """A row of metrics.jsonl."""
         if not self.is_main:
             return
+        # JSON knows no NaN: the gradient of a step that was skipped has no norm.
+        plain = {key: value if math.isfinite(value) else None for key, value in row.items()}
         with (self.path / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps({"step": step} | row) + "\n")
+            file.write(json.dumps({"step": step} | plain) + "\n")
         for tracker in self.trackers:
             tracker.log(row, step=step)
 
@@ -131,8 +136,9 @@ class RunFolder:
                 layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                 tracker.log_images({f"samples/{name}": np.asarray(picture)[None]}, step=step, **layout)
 
-    def rewind_metrics(self, step: int) -> None:
-        """Drops the rows after `step`: a run resumed there writes them again."""
+    def rewind_metrics(self, step: int, keep_evaluation: bool = True) -> None:
+        """Drops the rows after `step`, and of its own evaluation if that has to be done again: a run resumed there
+        writes them again."""
         path = self.path / "metrics.jsonl"
         if not self.is_main or not path.exists():
             return
@@ -142,8 +148,11 @@ class RunFolder:
                 rows.append(json.loads(line))
             except ValueError:
                 continue  # the line a killed process was writing
+        rows = [row for row in rows if row["step"] <= step]
+        if not keep_evaluation:
+            rows = [row for row in rows if row["step"] < step or not any(key.startswith("eval/") for key in row)]
         temporary = self.path / ".metrics.jsonl"
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
         temporary.replace(path)
 
 

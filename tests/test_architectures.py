@@ -45,7 +45,7 @@ def build(decoder: str = "llama", backbone: str = BACKBONES["resnet"], **kwargs)
 
 
 def ready(model, freeze: bool = False, batch_norm: str = "sync"):
-    model.backbone.prepare_for_training(freeze, batch_norm, 1, torch.device("cpu"))
+    model.backbone.prepare_for_training(freeze, batch_norm, 1, torch.device("cpu"), model.config.image_size)
     return model
 
 
@@ -329,13 +329,13 @@ def test_batch_norms_are_converted_for_many_gpus_only_and_compute_the_same(name)
     model, plain, local = (build(backbone=backbone).eval() for _ in range(3))
     pixels = torch.rand(1, 3, 64, 64)
     before = model.backbone(pixels)
-    model.backbone.prepare_for_training(False, "sync", 8, torch.device("cpu"))
+    model.backbone.prepare_for_training(False, "sync", 8, torch.device("cpu"), 64)
     assert not any(isinstance(m, nn.SyncBatchNorm) for m in model.modules())
-    model.backbone.prepare_for_training(False, "sync", 8, torch.device("cuda"))
+    model.backbone.prepare_for_training(False, "sync", 8, torch.device("cuda"), 64)
     assert any(isinstance(m, nn.SyncBatchNorm) for m in model.modules())
     assert torch.equal(model.backbone(pixels), before)
     assert model.state_dict().keys() == plain.state_dict().keys()
-    local.backbone.prepare_for_training(False, "local", 8, torch.device("cuda"))
+    local.backbone.prepare_for_training(False, "local", 8, torch.device("cuda"), 64)
     assert not any(isinstance(m, nn.SyncBatchNorm) for m in local.modules())
 
 
@@ -417,3 +417,10 @@ def test_a_processor_with_odd_pixels_is_refused(mean, tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"image_mean": mean}))
     with pytest.raises(UserError, match="three each are needed"):
         choose_backbone(str(tmp_path))
+
+
+def test_a_timm_model_of_one_size_only():
+    backbone = "{model_type: timm_backbone, backbone: test_vit, use_pretrained_backbone: false, out_indices: [-1]}"
+    model = ready(build(backbone=backbone, image_size=160))
+    model(pictures(side=160), sentences(), sentences()).loss.backward()
+    assert [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None] == []

@@ -144,6 +144,10 @@ def test_a_size_wins_over_the_recipe_when_it_stands_on_the_command_line(tmp_path
     recipe.write_text("hidden_size: 64\nnum_heads: 4\nroot: x\n")
     assert parse(Arguments, ["--config", str(recipe), "--size", "r50-c4"]).hidden_size == 512
     assert parse(Arguments, ["--config", str(recipe), "--size", "r50-c4", "--hidden_size", "256"]).hidden_size == 256
+    written = tmp_path / "config.yaml"
+    written.write_text(to_yaml(parse(Arguments, ["--root", "x", "--size", "r50-c4"])))
+    other = parse(Arguments, ["--config", str(written), "--size", "r50"])
+    assert {name: getattr(other, name) for name in SIZES["r50"]} == SIZES["r50"]
     recipe.write_text("size: r50-c4\nhidden_size: 64\nnum_heads: 4\nroot: x\n")
     arguments = parse(Arguments, ["--config", str(recipe)])
     assert (arguments.hidden_size, arguments.decoder_layers, arguments.backbone_stage) == (64, 8, "c4")

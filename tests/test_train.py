@@ -21,6 +21,7 @@ from pix2seq.command_line import parse
 from pix2seq.config import Arguments, EvaluateArguments
 from pix2seq.errors import UserError
 from pix2seq.model import Pix2SeqForObjectDetection, load_detector
+from pix2seq.run_folder import RunFolder
 
 TINY = [
     *(
@@ -426,7 +427,7 @@ def test_a_pickle_in_a_checkpoint_is_never_run(finished, shapes_root, tmp_path):
 
     torch.save({"step": Malicious()}, folder / "trainer.pt")
     content = {p.name: p.read_bytes() for p in folder.iterdir() if p.name != "MANIFEST.json"}
-    checkpoint.commit(folder, lambda new: [(new / name).write_bytes(data) for name, data in content.items()])
+    checkpoint.commit(folder, lambda new: [(new / name).write_bytes(data) for name, data in content.items()], step=6)
     with pytest.raises(Exception, match="(?i)weights_only|unsupported"):
         train.main(arguments(shapes_root, output, "--resume", "auto"))
     assert not (tmp_path / "pwned").exists()
@@ -502,7 +503,7 @@ def test_too_many_steps_that_are_not_finite_end_the_run(shapes_root, tmp_path, m
         poison(patch, {4, 5, 6})
         assert train.main(arguments(shapes_root, output, "--max_skipped_steps", "1")) == 1
     message = capsys.readouterr().err
-    assert "step 5 is not finite" in message
+    assert "step 5 is not finite; image ids: [" in message
     assert "stopped after 2 such steps in a row" in message
     assert json.loads((output / "status.json").read_text())["state"] == "failed"
     weights = load_file(output / "checkpoints" / "step_00000003" / "model.safetensors")
@@ -571,6 +572,57 @@ def test_averaged_weights(shapes_root, tmp_path, monkeypatch):
     assert rows(tmp_path / "cut") == rows(tmp_path / "out")
     ours, theirs = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("cut", "out"))
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_an_evaluation_broken_off_between_two_detectors_is_written_once(shapes_root, tmp_path, monkeypatch):
+    output, words = tmp_path / "out", ("--ema_decay", "0.5", "--max_steps", "2", "--eval_every", "2")
+    original = reporting.predict
+
+    def interrupted(*args, should_stop):
+        if (output / "eval" / "step_2").exists():
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args, should_stop=should_stop)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reporting, "predict", interrupted)
+        assert train.main(arguments(shapes_root, output, *words)) == 75
+    assert [key for row in rows(output) for key in row if key.endswith("/AP")] == ["eval/AP"]
+    assert train.main(arguments(shapes_root, output, *words, "--resume", "auto")) == 0
+    assert [key for row in rows(output) for key in row if key.endswith("/AP")] == ["eval/AP", "eval/ema/AP"]
+    assert sum("train/loss" in row for row in rows(output)) == 1
+
+
+def test_a_best_detector_that_could_not_be_written_is_tried_again(shapes_root, tmp_path, monkeypatch):
+    original = checkpoint.commit
+    tried = []
+
+    def commit(final, *args):
+        if final.name == "best":
+            tried.append(final)
+            if len(tried) == 1:
+                raise OSError(28, "No space left on device")
+        original(final, *args)
+
+    monkeypatch.setattr(checkpoint, "commit", commit)
+    monkeypatch.setattr(reporting, "coco_metrics", lambda *args: {"AP": 0.5, "AP50": 0.5, "AP75": 0.5})
+    monkeypatch.setattr(train, "metrics_table", str)
+    assert train.main(arguments(shapes_root, tmp_path / "out")) == 0
+    assert len(tried) == 2
+    assert checkpoint.verify(tmp_path / "out" / "best") is None
+    # Another folder has no best detector yet, whatever the checkpoint's was worth.
+    newest = str(tmp_path / "out" / "checkpoints" / "step_00000003")
+    assert train.main(arguments(shapes_root, tmp_path / "other", "--resume", newest)) == 0
+    assert checkpoint.verify(tmp_path / "other" / "best") is None
+
+
+def test_what_is_printed_may_go_to_the_full_disk_too(tmp_path, monkeypatch):
+    def fails(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pix2seq.run_folder.tqdm.write", fails)
+    folder = RunFolder(tmp_path, is_main=True)
+    folder.log("all is well")
+    assert (tmp_path / "train.log").read_text() == "all is well\n"
 
 
 def test_a_compiled_run_leaves_a_plain_detector(shapes_root, tmp_path, monkeypatch):

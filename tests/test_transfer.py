@@ -149,6 +149,13 @@ def test_a_run_from_a_detector_of_other_classes(trained, shapes_root, tmp_path):
     assert train.main(flags(root, tmp_path / "out", *words)) == 0
 
 
+def test_a_recipe_may_say_what_fine_tuning_may_change(trained, shapes_root, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("image_size: 96\nhidden_size: 512\nlr: 1e-5\n")
+    args = flags(shapes_root, tmp_path / "out", "--config", str(recipe), "--init_from", str(trained))
+    assert (args.image_size, args.hidden_size, args.num_bins, args.lr) == (96, 16, 32, 1e-5)
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [

@@ -171,7 +171,9 @@ class VisionBackbone(nn.Module):
             height, width = (length // self.model.config.patch_size for length in pixels.shape[-2:])
             return tokens[:, -height * width :].transpose(1, 2).unflatten(2, (height, width))
 
-    def prepare_for_training(self, freeze: bool, batch_norm: BatchNorm, world_size: int, device: torch.device) -> None:
+    def prepare_for_training(
+        self, freeze: bool, batch_norm: BatchNorm, world_size: int, device: torch.device, image_size: int
+    ) -> None:
         """Decides what learns. Not part of the config: a trained detector does not depend on it.
 
         freeze       nothing in the backbone learns, and its norms and dropout are those of evaluation
@@ -187,14 +189,14 @@ class VisionBackbone(nn.Module):
                 norm.requires_grad_(False)
         elif batch_norm == "sync" and world_size > 1 and device.type == "cuda":
             self.model = _synchronised(self.model)
-        self._freeze_what_no_gradient_reaches()
+        self._freeze_what_no_gradient_reaches(image_size)
         self.train(self.training)
 
     def _batch_norms(self) -> list[nn.Module]:
         # By name too: some models bring a class of their own.
         return [m for m in self.modules() if isinstance(m, nn.BatchNorm2d) or "BatchNorm" in type(m).__name__]
 
-    def _freeze_what_no_gradient_reaches(self) -> None:
+    def _freeze_what_no_gradient_reaches(self, image_size: int) -> None:
         """Mask tokens, classifiers' norms and the like. DDP refuses parameters without gradient, and weight decay
         would eat them."""
         learning = [parameter for parameter in self.parameters() if parameter.requires_grad]
@@ -202,6 +204,8 @@ class VisionBackbone(nn.Module):
             return
         patch = getattr(self.model.config, "patch_size", None)
         side = max(64, 2 * patch) if isinstance(patch, int) else 64
+        if self.model.config.model_type == "timm_backbone":  # which may take no other size than its own
+            side = image_size
         reference, was_training = next(self.parameters()), self.training
         pixels = torch.rand(1, 3, side, side, device=reference.device, dtype=reference.dtype)
         features = self.eval()(pixels)
