@@ -96,8 +96,8 @@ class Training:
 
 
 def main(args: Arguments) -> int:
-    """One training run; returns the exit code. The user's mistakes are told in one line, and every end of a run that
-    has begun is noted in its status.json."""
+    """One training run; returns the exit code. The user's mistakes are told in one line, and how a run that has begun
+    ended is noted in its status.json, unless the fault was on another process than the main one."""
     stop = StopRequest()
     rank = int(os.environ.get("RANK", "0"))
     try:
@@ -189,8 +189,8 @@ def build(args: Arguments, accelerator: Accelerator, folder: RunFolder, stop: St
     resumed = checkpoint.find(folder.checkpoints, args.resume, (trainer_state.FILE, FLAGS_FILE), folder.log)
     then = read_flags(resumed, "--resume") if resumed is not None else {}
     if resumed is not None and args.init_from is not None and not model_flags(args.init_from):
-        for name in ModelArguments.__dataclass_fields__:  # what it started from has gone, and is not needed any more
-            setattr(args, name, then.get(name))
+        for name, field in ModelArguments.__dataclass_fields__.items():  # what it started from has gone, and may
+            setattr(args, name, then.get(name, field.default))
     train_set, val_set = load_data(args)
     categories, num_images = train_set.annotations.categories, len(train_set.annotations)
     if resumed is not None:
@@ -475,7 +475,7 @@ def save(training: Training) -> bool:
         try:
             checkpoint.save(folder.checkpoints, training.step, write, training.args.keep_last)
         except DISK_ERRORS as error:
-            folder.log(f"the checkpoint of step {training.step} could not be written ({error}); training goes on")
+            folder.log(f"the checkpoint of step {training.step} could not be written ({error})")
             written = False
     return sum_over_ranks(training.accelerator, float(not written))[0] == 0
 
@@ -485,7 +485,7 @@ def keep_detector(training: Training, name: str, detector: Pix2SeqForObjectDetec
     try:
         checkpoint.commit(training.folder.path / name, partial(write_detector, detector, training.args))
     except DISK_ERRORS as error:
-        training.folder.log(f"{name}/ could not be written ({error}); training goes on")
+        training.folder.log(f"{name}/ could not be written ({error})")
         return False
     return True
 
