@@ -9,7 +9,6 @@ import math
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -18,32 +17,23 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import LoggerType, gather_object, set_seed
+from accelerate.utils import DistributedType, LoggerType, broadcast_object_list, gather_object, set_seed
 from safetensors import SafetensorError
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
-from transformers import get_scheduler
 from transformers.utils import logging as transformers_logging
 
 from pix2seq import checkpoint, trainer_state
-from pix2seq.coco import Categories, find_split, load_annotations
-from pix2seq.command_line import FLAGS_FILE, changed_flags, parse, read_flags, to_yaml, write_flags
-from pix2seq.config import FREE_ON_FINE_TUNING, FREE_ON_RESUME, Arguments, ModelArguments, model_flags
-from pix2seq.data import EvalDataset, StepSampler, TrainDataset, train_loader
-from pix2seq.decoding import DecodingOptions
+from pix2seq.assembly import Training, build
+from pix2seq.command_line import parse, to_yaml, write_flags
+from pix2seq.config import Arguments
+from pix2seq.data import train_loader
 from pix2seq.errors import UserError
-from pix2seq.metrics import Meter, describe, token_statistics
-from pix2seq.model import Pix2SeqForObjectDetection, adapt, build_detector, load_detector
-from pix2seq.optimizer import parameter_groups
+from pix2seq.metrics import describe, token_statistics
+from pix2seq.model import Pix2SeqForObjectDetection
 from pix2seq.preemption import Stopped, StopRequest
 from pix2seq.processing import Pix2SeqImageProcessor
-from pix2seq.reporting import Reporter
 from pix2seq.run_folder import RunFolder
-from pix2seq.scoring import load_ground_truth, metrics_table
-from pix2seq.sequence import SequenceBuilder
-from pix2seq.tokenizer import Tokenizer
-from pix2seq.trainer_state import TrainerState
-from pix2seq.transforms import EvalTransform, TrainTransform
+from pix2seq.scoring import metrics_table
 
 # What a full, read-only or failing disk raises from open(), safetensors and torch.save.
 DISK_ERRORS = (OSError, SafetensorError, RuntimeError)
@@ -55,44 +45,6 @@ class NotSaved(RuntimeError):
 
 class NonFiniteLoss(RuntimeError):
     """Too many steps in a row whose loss or gradient is NaN or infinite. None of them was taken."""
-
-
-@dataclass
-class Training:
-    """What a run consists of."""
-
-    args: Arguments
-    accelerator: Accelerator
-    folder: RunFolder
-    train_set: TrainDataset
-    reporter: Reporter
-    sampler: StepSampler
-    max_steps: int
-    model: torch.nn.Module
-    state: TrainerState
-    stop: StopRequest
-
-    @property
-    def detector(self) -> Pix2SeqForObjectDetection:
-        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-
-    @property
-    def detectors(self) -> dict[str, Pix2SeqForObjectDetection]:
-        """Those to evaluate, by name: the one that learns, and its average over the steps if there is one."""
-        average = self.state.average
-        return {"": self.detector} | ({"ema": average.module} if average is not None else {})
-
-    @property
-    def step(self) -> int:
-        """Optimizer steps taken."""
-        return self.state.step
-
-    @property
-    def is_last_step(self) -> bool:
-        return self.step == self.max_steps
-
-    def is_due(self, every: int) -> bool:
-        return every > 0 and self.step % every == 0
 
 
 def main(args: Arguments) -> int:
@@ -134,8 +86,8 @@ def run(training: Training) -> int:
         folder.log(f"{stop.name}: saved at step {training.step}; the same command with --resume auto continues")
         accelerator.end_training()
         return stop.exit_code
+    detector = list(training.detectors().values())[-1]  # the average, if there is one
     if accelerator.is_main_process:
-        detector = training.detectors.get("ema", training.detector)
         saved = keep_detector(training, "final", detector) and saved
     accelerator.wait_for_everyone()
     if not saved:
@@ -153,9 +105,19 @@ def start(args: Arguments, stop: StopRequest) -> Training:
     args.mixed_precision = accelerator.mixed_precision
     transformers_logging.disable_progress_bar()
     set_seed(args.seed, deterministic=args.deterministic)
-    training = build(args, accelerator, RunFolder(args.output_dir, accelerator.is_main_process), stop)
+    folder = RunFolder(args.output_dir, accelerator.is_main_process)
+    if args.resume is None and restarted(folder):
+        args.resume = "auto"
+    training = build(args, accelerator, folder, stop)
     announce(training)
     return training
+
+
+def restarted(folder: RunFolder) -> bool:
+    """Whether torchelastic, after a crash, has started again what this very launch began in the folder."""
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0:
+        return False
+    return broadcast_object_list([folder.is_of_this_launch()])[0]  # the main process's launcher is the one noted
 
 
 def join_processes(args: Arguments) -> Accelerator:
@@ -171,6 +133,7 @@ def join_processes(args: Arguments) -> Accelerator:
             # Without it, processes on a CPU do not find each other. Apple's GPUs have no float64.
             cpu=not torch.cuda.is_available(),
             mixed_precision=args.mixed_precision,
+            dynamo_backend="inductor" if args.compile else None,
             gradient_accumulation_steps=args.gradient_accumulation_steps,
             log_with=args.report_to or None,
             project_dir=args.output_dir,
@@ -179,117 +142,13 @@ def join_processes(args: Arguments) -> Accelerator:
         raise UserError(f"--mixed_precision {args.mixed_precision}: {error}") from None
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise UserError("--mixed_precision fp16: needs a GPU; use bf16 or no")
+    if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise UserError("FSDP: version 2 is supported (fsdp_version: 2 in Accelerate's config)")
+    if accelerator.is_fsdp2 and args.ema_decay:
+        raise UserError("--ema_decay: is not kept of weights that FSDP shards; leave it out or use DDP")
     if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", "1")):
         raise RuntimeError(f"launched as {os.environ['WORLD_SIZE']} processes, of which Accelerate joined 1")
     return accelerator
-
-
-def build(args: Arguments, accelerator: Accelerator, folder: RunFolder, stop: StopRequest) -> Training:
-    """Reads the data and builds everything, from the checkpoint to resume from if there is one."""
-    resumed = checkpoint.find(folder.checkpoints, args.resume, (trainer_state.FILE, FLAGS_FILE), folder.log)
-    then = read_flags(resumed, "--resume") if resumed is not None else {}
-    if resumed is not None and args.init_from is not None and not model_flags(args.init_from):
-        for name, field in ModelArguments.__dataclass_fields__.items():  # what it started from has gone, and may
-            setattr(args, name, then.get(name, field.default))
-    train_set, val_set = load_data(args)
-    categories, num_images = train_set.annotations.categories, len(train_set.annotations)
-    if resumed is not None:
-        if changed := changed_flags(then, args, FREE_ON_RESUME):
-            raise UserError(f"--resume {resumed}: a resumed run keeps its flags; changed: {changed}")
-        model = load_detector(resumed, "--resume").train()
-        if Categories(tuple(model.config.category_ids), model.config.class_names) != categories:
-            raise UserError(f"--resume {resumed}: its classes are not those of {train_set.annotations.split.json}")
-    else:
-        model = new_detector(args, categories, folder)
-
-    world, rank = accelerator.num_processes, accelerator.process_index
-    model.backbone.prepare_for_training(
-        args.freeze_backbone, args.batch_norm, world, accelerator.device, model.config.image_size
-    )
-    if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    sampler = StepSampler(num_images, args.batch_size, args.gradient_accumulation_steps, rank, world, args.seed)
-    max_steps = args.max_steps or math.ceil(args.num_epochs * num_images / sampler.samples_per_step)
-    lr_backbone = args.lr if args.lr_backbone is None else args.lr_backbone
-    groups = parameter_groups(model, args.lr, lr_backbone, args.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(args.beta1, args.beta2))
-    # The scheduler is not prepared: Accelerate would step it once per process.
-    specific = {"lr_end": 0.0} if args.lr_scheduler == "polynomial" else None
-    scheduler = get_scheduler(args.lr_scheduler, optimizer, args.warmup_steps, max_steps, specific)
-    average = None
-    if args.ema_decay:
-        average = AveragedModel(model, accelerator.device, multi_avg_fn=get_ema_multi_avg_fn(args.ema_decay))
-    model, optimizer = accelerator.prepare(model, optimizer)
-    state = TrainerState(
-        *(optimizer, scheduler, accelerator.scaler, Meter(accelerator.device)),
-        samples_per_step=sampler.samples_per_step,
-        num_images=num_images,
-        average=average,
-    )
-    if resumed is not None:
-        state.load(resumed, accelerator.is_main_process)
-        if state.step > max_steps:
-            raise UserError(f"--resume {resumed}: it is past --max_steps {max_steps}")
-        if not (folder.path / "best").exists():  # this folder is not the one the checkpoint comes from
-            state.best_ap = -math.inf
-        folder.log(f"resumed from {resumed}")
-    sampler.start_step = state.step
-    truth = load_ground_truth(val_set.annotations.split.json, val_set.annotations.image_ids, categories)
-    options = DecodingOptions(args.max_objects, args.top_p, args.temperature, args.seed)
-
-    def should_stop() -> bool:
-        return sum_over_ranks(accelerator, float(bool(stop)))[0] > 0
-
-    reporter = Reporter(
-        folder, accelerator, val_set, truth, options, args.eval_batch_size, args.num_workers, should_stop
-    )
-    return Training(args, accelerator, folder, train_set, reporter, sampler, max_steps, model, state, stop)
-
-
-def new_detector(args: Arguments, categories: Categories, folder: RunFolder) -> Pix2SeqForObjectDetection:
-    """From scratch, or from the detector to fine-tune."""
-    values = {name: getattr(args, name) for name in ModelArguments.__dataclass_fields__} | {
-        "category_ids": categories.ids,
-        "class_names": categories.names,
-        "decoding": {"top_p": args.top_p, "temperature": args.temperature, "seed": args.seed},
-    }
-    if args.init_from is None:
-        return build_detector(**values)
-    source = load_detector(args.init_from, "--init_from")
-    shape = model_flags(args.init_from)
-    if not shape:
-        raise UserError(f"--init_from {args.init_from}: has no {FLAGS_FILE}, which says how it was made")
-    for name in ModelArguments.__dataclass_fields__.keys() - FREE_ON_FINE_TUNING:
-        had = shape.get(name, ModelArguments.__dataclass_fields__[name].default)
-        if values[name] != had:
-            raise UserError(f"--{name} {values[name]}: the detector of --init_from has {had}; leave this flag out")
-    free = FREE_ON_FINE_TUNING | {"category_ids", "class_names", "decoding"}
-    model, report = adapt(source, **{name: values[name] for name in free})
-    for line in report:
-        folder.log(f"--init_from {args.init_from}: {line}")
-    return model
-
-
-def load_data(args: Arguments) -> tuple[TrainDataset, EvalDataset]:
-    """The images to train on, as sentences, and those to evaluate."""
-    train = load_annotations(find_split("train", args.root, args.train_images, args.train_json))
-    if not train.trainable.any():
-        raise UserError(f"{train.split.json}: holds no objects to train on")
-    if args.overfit:
-        train = val = train.subset(range(min(args.overfit, len(train))))
-    else:
-        val = load_annotations(find_split("val", args.root, args.val_images, args.val_json), train.categories)
-    builder = SequenceBuilder(
-        Tokenizer(len(train.categories.ids), args.num_bins),
-        max_objects=args.max_objects,
-        order=args.object_order,
-        noise_objects=args.noise_objects,
-        class_corruption=args.class_corruption,
-        noise_weight=args.noise_weight,
-        eos_weight=args.eos_weight,
-    )
-    transform = TrainTransform(args.image_size, args.scale_min, args.scale_max, args.flip, args.color_jitter)
-    return TrainDataset(train, transform, builder, args.seed), EvalDataset(val, EvalTransform(args.image_size))
 
 
 def announce(training: Training) -> None:
@@ -334,83 +193,89 @@ def loop(training: Training) -> None:
             micro_batches = [next(batches) for _ in range(args.gradient_accumulation_steps)]
         if training.step == 0:
             training.reporter.show_batch(micro_batches[0], training.train_set.build.tokenizer)
-        weight = sum(batch["weights"].sum().item() for batch in micro_batches)
-        total_weight, stopping = sum_over_ranks(accelerator, weight, float(bool(training.stop)))
-        if stopping:
-            raise Stopped
-        grad_norm = train_step(training, micro_batches, max(total_weight, 1e-9))
+        grad_norm, stopping = train_step(training, micro_batches)
         bar.update()
         if training.is_due(args.log_every) or training.is_last_step:
             log(training, grad_norm, bar)
         with meter.paused():
             report(training)
+            if stopping and not training.is_last_step:
+                raise Stopped
             if training.is_due(args.ckpt_every) and not training.is_last_step:
                 save(training)
     bar.close()
 
 
-def train_step(training: Training, micro_batches: list[dict], total_weight: float) -> torch.Tensor:
-    """One optimizer step; returns the norm of its gradient.
+def train_step(training: Training, micro_batches: list[dict]) -> tuple[torch.Tensor, bool]:
+    """One optimizer step; returns the norm of its gradient, and whether any process has been told to stop.
 
-    The loss is the sum over all tokens of the step, of all micro-batches and ranks, divided by their `total_weight`:
+    The loss is the sum over all tokens of the step, of all micro-batches and ranks, divided by their total weight:
     how the step is split changes nothing. A step whose loss or gradient is not finite leaves the model as it was, on
     all ranks; too many of them in a row raise NonFiniteLoss.
     """
-    args, accelerator, state = training.args, training.accelerator, training.state
+    args, accelerator, state, device = training.args, training.accelerator, training.state, training.accelerator.device
     # Dropout is keyed like the data, not remembered.
     key = np.random.SeedSequence((args.seed, training.step, accelerator.process_index)).generate_state(1)
     torch.manual_seed(int(key[0]))
-    buffers = [buffer.clone() for buffer in training.detector.buffers()]
-    loss, suspects, statistics = torch.zeros((), device=accelerator.device), [], []
+    buffers = [buffer.clone() for buffer in training.unwrapped.buffers()]
+    weight = sum(batch["weights"].sum() for batch in micro_batches).to(device, non_blocking=True)
+    total_weight = accelerator.reduce(weight, "sum").clamp(min=1e-9)
+    losses, statistics = [], []
     for batch in micro_batches:
-        pixel_values, input_ids, labels, weights = (
-            batch[name].to(accelerator.device, non_blocking=True)
-            for name in ("pixel_values", "input_ids", "labels", "weights")
+        batch = batch | {"targets": batch["weights"].flatten().nonzero()[:, 0]}
+        pixel_values, input_ids, labels, weights, targets = (
+            batch[name].to(device, non_blocking=True)
+            for name in ("pixel_values", "input_ids", "labels", "weights", "targets")
         )
         with accelerator.accumulate(training.model):
-            output = training.model(pixel_values, input_ids, labels, weights, normalizer=total_weight)
+            output = training.model(pixel_values, input_ids, labels, weights, normalizer=1.0, targets=targets)
+            loss = output.loss / total_weight
             # DDP averages over ranks and backward() divides by the accumulation: both are undone here.
-            accelerator.backward(output.loss * accelerator.num_processes * args.gradient_accumulation_steps)
-        loss += output.loss.detach()
-        if not torch.isfinite(output.loss):
-            suspects += batch["image_id"].tolist()
-        statistics.append(token_statistics(output.logits, output.token_losses, labels, weights))
+            accelerator.backward(loss * accelerator.num_processes * args.gradient_accumulation_steps)
+        losses.append(loss.detach())
+        statistics.append(token_statistics(output.logits.detach(), output.token_losses, labels, weights, targets))
     # Clipping to infinity measures the norm and changes nothing.
     norm = accelerator.clip_grad_norm_(training.model.parameters(), args.max_grad_norm or math.inf)
-    # A gradient that overflowed in fp16 is the loss scaler's business.
-    bad_gradient = not torch.isfinite(norm) and accelerator.scaler is None
-    if sum(sum_over_ranks(accelerator, float(not torch.isfinite(loss)), float(bad_gradient))):
-        everything = [image_id for batch in micro_batches for image_id in batch["image_id"].tolist()]
-        skip_step(training, buffers, gather_object(suspects) or gather_object(everything))
+    # The one place where a step waits for the device, and for the other ranks. A gradient that overflowed in fp16 is
+    # the loss scaler's business.
+    bad_gradient = ~norm.isfinite() if accelerator.scaler is None else torch.zeros_like(norm, dtype=torch.bool)
+    verdict = torch.stack(
+        [~torch.stack(losses).isfinite().all(), bad_gradient, torch.tensor(bool(training.stop)).to(device)]
+    )
+    bad_loss, bad_gradient, stopping = accelerator.reduce(verdict.float(), "sum").tolist()
+    if bad_loss or bad_gradient:
+        skip_step(training, buffers, micro_batches, losses)
     else:
         state.skipped_in_a_row = 0
         state.meter.add(sum(statistics), sum(len(batch["image_id"]) for batch in micro_batches))
         state.optimizer.step()
         if state.average is not None:
-            state.average.update_parameters(training.detector)
+            state.average.update_parameters(training.unwrapped)
     state.optimizer.zero_grad()
     state.scheduler.step()
     state.step += 1
-    return norm
+    return norm, stopping > 0
 
 
-def skip_step(training: Training, buffers: list[torch.Tensor], image_ids: list[int]) -> None:
-    """Puts back what the forward pass changed, and counts."""
+def skip_step(
+    training: Training, buffers: list[torch.Tensor], micro_batches: list[dict], losses: list[torch.Tensor]
+) -> None:
+    """Puts back what the forward pass changed, counts, and names the images."""
     state = training.state
-    for buffer, before in zip(training.detector.buffers(), buffers, strict=True):
+    for buffer, before in zip(training.unwrapped.buffers(), buffers, strict=True):
         buffer.copy_(before)
     if training.accelerator.scaler is not None:
         training.accelerator.scaler.update()  # the gradients were unscaled: it would not do so again
     state.skipped += 1
     state.skipped_in_a_row += 1
-    fault = f"loss or gradient of step {training.step + 1} is not finite; image ids: {image_ids}"
+    ids = [batch["image_id"].tolist() for batch in micro_batches]
+    suspects = [batch for batch, loss in zip(ids, losses, strict=True) if not loss.isfinite()]
+    everyones = gather_object([(sum(suspects, []), sum(ids, []))])
+    named = sum((suspects for suspects, _ in everyones), []) or sum((ids for _, ids in everyones), [])
+    fault = f"loss or gradient of step {training.step + 1} is not finite; image ids: {named}"
     if state.skipped_in_a_row > training.args.max_skipped_steps:
         raise NonFiniteLoss(f"{fault}; stopped after {state.skipped_in_a_row} such steps in a row")
     training.folder.log(f"{fault}; the step was not taken")
-
-
-def sum_over_ranks(accelerator: Accelerator, *values: float) -> list[float]:
-    return accelerator.reduce(torch.tensor(values, device=accelerator.device), "sum").tolist()
 
 
 def log(training: Training, grad_norm: torch.Tensor, bar: tqdm) -> None:
@@ -440,9 +305,9 @@ def report(training: Training) -> None:
     if state.reported == training.step:
         return
     if training.is_due(training.args.sample_every):
-        reporter.sample(training.detector, training.step)
+        reporter.sample(training.detectors()[""], training.step)
     if training.is_due(training.args.eval_every) or training.is_last_step:
-        for name, detector in training.detectors.items():
+        for name, detector in training.detectors().items():
             metrics = reporter.evaluate(detector, training.step, name)
             if metrics is None:  # not the main process
                 continue
@@ -464,11 +329,12 @@ def save(training: Training) -> bool:
     """A checkpoint to resume from. Every rank calls this; the main one writes. A full disk ends no run: training goes
     on with the last good checkpoint, and the next one is tried again. Returns whether it was written."""
     accelerator, folder = training.accelerator, training.folder
-    statistics = accelerator.reduce(training.state.meter.statistics, "sum")
+    detector = training.detectors()[""]
+    state = training.state.content(training.model, accelerator.reduce(training.state.meter.statistics, "sum"))
 
     def write(path: Path) -> None:
-        write_detector(training.detector, training.args, path)
-        training.state.save(path, statistics)
+        write_detector(detector, training.args, path)
+        torch.save(state, path / trainer_state.FILE)
 
     written = True
     if accelerator.is_main_process:
@@ -477,7 +343,7 @@ def save(training: Training) -> bool:
         except DISK_ERRORS as error:
             folder.log(f"the checkpoint of step {training.step} could not be written ({error})")
             written = False
-    return sum_over_ranks(training.accelerator, float(not written))[0] == 0
+    return broadcast_object_list([written])[0]
 
 
 def keep_detector(training: Training, name: str, detector: Pix2SeqForObjectDetection) -> bool:

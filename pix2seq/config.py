@@ -15,11 +15,14 @@ FREE_ON_RESUME = {
     *("config", "output_dir", "project_name", "report_to", "resume", "num_workers", "keep_last"),
     *("root", "train_images", "train_json", "val_images", "val_json", "batch_size", "gradient_accumulation_steps"),
     *("num_epochs", "max_steps", "log_every", "eval_every", "sample_every", "ckpt_every", "eval_batch_size"),
-    "max_skipped_steps",
+    *("max_skipped_steps", "compile", "gradient_checkpointing"),
 }
 
 # Flags of the model that may differ from those of the detector it starts from; the others are its shape.
-FREE_ON_FINE_TUNING = {"image_size", "num_bins", "max_objects", "noise_objects", "dropout", "drop_path"}
+FREE_ON_FINE_TUNING = {
+    *("image_size", "num_bins", "max_objects", "noise_objects", "dropout", "drop_path"),
+    *("label_smoothing", "coordinate_sigma"),
+}
 
 
 def flag(default, help: str):
@@ -70,6 +73,10 @@ class ModelArguments:
     noise_objects: bool = flag(
         True, "sequence augmentation: fill sentences with noise objects; without, they end in EOS"
     )
+    label_smoothing: float = flag(0.0, "share of every target that is spread over all tokens that could stand there")
+    coordinate_sigma: float = flag(
+        0.0, "soft targets: a coordinate is right within a Gaussian of this many bins' deviation (0: one bin is right)"
+    )
 
     def __post_init__(self):
         _check(self, "num_bins", self.num_bins >= 2, "at least 2")
@@ -78,8 +85,9 @@ class ModelArguments:
         for name in ("decoder_size", "decoder_heads", "decoder_mlp_size"):
             _check(self, name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1")
         _check(self, "encoder_layers", self.encoder_layers >= 0, "at least 0")
-        for name in ("dropout", "drop_path"):
+        for name in ("dropout", "drop_path", "label_smoothing"):
             _check(self, name, 0 <= getattr(self, name) < 1, "0 up to 1")
+        _check(self, "coordinate_sigma", 0 <= self.coordinate_sigma <= 100, "0 to 100")
         self._check_width("hidden_size", "num_heads", self.num_heads)
         heads = self.decoder_heads or self.num_heads
         name = "hidden_size" if self.decoder_size is None else "decoder_size"
@@ -112,9 +120,13 @@ class DataArguments:
     )
     noise_weight: float = flag(1.0, "loss weight of a noise object's class token")
     eos_weight: float = flag(0.1, "loss weight of EOS (without noise objects)")
+    batch_repetition: int = flag(
+        1, "samples made of an image, each augmented anew, one after the other; an epoch has so many times the steps"
+    )
     num_workers: int = flag(4, "data loading processes for each training process")
 
     def __post_init__(self):
+        _check(self, "batch_repetition", self.batch_repetition >= 1, "at least 1")
         explicit = {name: getattr(self, name) for name in ("train_images", "train_json", "val_images", "val_json")}
         given = [name for name, value in explicit.items() if value is not None]
         if self.root is None and len(given) < 4:
@@ -158,16 +170,24 @@ class TrainArguments:
     max_steps: int = flag(0, "length of the run in optimizer steps (0: use --num_epochs)")
     lr: float = flag(1e-4, "peak learning rate")
     lr_backbone: float | None = flag(None, "peak learning rate of the backbone (default: that of --lr)")
+    layer_decay: float = flag(
+        1.0, "each layer of the backbone learns so many times as fast as the one above it; the last at --lr_backbone"
+    )
     freeze_backbone: bool = flag(False, "the backbone does not learn")
+    frozen_stages: int = flag(
+        0, "the first stages of the backbone (layers of a ViT), and what comes before them, do not learn"
+    )
     batch_norm: Literal["sync", "local", "frozen"] = flag(
         "sync",
         "batch norms of the backbone. sync: statistics over all processes (on GPUs; else local); local: of each "
         "process's own images; frozen: neither statistics nor weights change",
     )
-    lr_scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial"] = flag(
-        "linear", "learning rate schedule"
+    lr_scheduler: Literal["linear", "cosine", "wsd", "constant"] = flag(
+        "linear", "learning rate after the warm-up; wsd: stable, then a decay in the last --decay_steps"
     )
     warmup_steps: int = flag(1000, "steps of linear warm-up")
+    decay_steps: int = flag(0, "steps of the decay of --lr_scheduler wsd (0: the last fifth of the run)")
+    lr_end: float = flag(0.01, "learning rate at the end, as a share of the peak; not with --lr_scheduler constant")
     beta1: float = flag(0.9, "AdamW")
     beta2: float = flag(0.95, "AdamW")
     weight_decay: float = flag(0.05, "AdamW, on kernels only")
@@ -176,6 +196,7 @@ class TrainArguments:
         "average the weights over the steps with this decay (0: off), evaluate the average too, leave it in final/",
     )
     max_grad_norm: float = flag(0.0, "clip the gradient's norm (0: off)")
+    compile: bool = flag(False, "compile the model with torch.compile: faster after minutes of compiling")
     gradient_checkpointing: bool = flag(
         False, "compute the activations of transformer layers again instead of keeping them: slower, smaller"
     )
@@ -200,6 +221,8 @@ class TrainArguments:
         for name in (
             "max_steps",
             "warmup_steps",
+            "decay_steps",
+            "frozen_stages",
             "eval_every",
             "sample_every",
             "ckpt_every",
@@ -210,6 +233,8 @@ class TrainArguments:
         _check(self, "max_grad_norm", self.max_grad_norm >= 0, "at least 0")
         _check(self, "num_epochs", self.num_epochs > 0, "above 0")
         _check(self, "lr", self.lr > 0, "above 0")
+        _check(self, "lr_end", 0 <= self.lr_end <= 1, "0 to 1")
+        _check(self, "layer_decay", 0 < self.layer_decay <= 1, "above 0 and at most 1")
         _check(self, "lr_backbone", self.lr_backbone is None or self.lr_backbone >= 0, "at least 0")
         _check(self, "keep_last", self.keep_last >= 2, "at least 2: with one, a broken disk leaves nothing")
         for name in ("beta1", "beta2", "ema_decay"):

@@ -1,7 +1,7 @@
 """Training examples and evaluation images, their samplers and loaders.
 
-Randomness is keyed, not remembered: what sample i looks like in epoch e depends on (seed, e, i) alone, whichever
-worker or rank makes it, and the order of an epoch on (seed, e).
+Randomness is keyed, not remembered: what the c-th copy of image i looks like in epoch e depends on (seed, e, i, c)
+alone, whichever worker or rank makes it, and the order of an epoch on (seed, e).
 """
 
 import os
@@ -33,17 +33,17 @@ def load_image(path: Path) -> torch.Tensor:
 
 @dataclass
 class TrainDataset(Dataset):
-    """Augmented training examples. Keys are (epoch, index): see StepSampler."""
+    """Augmented training examples. Keys are (epoch, index, copy): see StepSampler."""
 
     annotations: Annotations
     transform: TrainTransform
     build: SequenceBuilder
     seed: int
 
-    def __getitem__(self, key: tuple[int, int]) -> dict:
+    def __getitem__(self, key: tuple[int, int, int]) -> dict:
         """pixel_values uint8 (3, S, S), image_id, and SequenceBuilder's input_ids, labels, weights, each (L,)."""
-        epoch, index = key
-        rng = np.random.default_rng((self.seed, epoch, index))
+        epoch, index, copy = key
+        rng = np.random.default_rng((self.seed, epoch, index, copy))
         boxes, labels = self.annotations.objects(index)
         canvas = self.transform(load_image(self.annotations.path(index)), boxes, rng)
         sentence = self.build(canvas.boxes, labels[canvas.kept], rng, canvas.content)
@@ -74,36 +74,43 @@ class EvalDataset(Dataset):
 
 @dataclass
 class StepSampler(Sampler):
-    """Endless micro-batches of (epoch, index) for one rank, from any step on, without reading what lies before.
+    """Endless micro-batches of (epoch, index, copy) for one rank, from any step on, without reading what lies before.
 
     All samples form one stream, epoch after epoch, each in an order of its own. Optimizer step s takes the next
     `batch_size * accumulation * world_size` of it, so the same samples make up a step however that product is split.
+    Each image gives `repetition` samples in a row (batch repetition, Hoffer et al. 2020).
     """
 
-    num_samples: int
+    num_images: int
     batch_size: int
     accumulation: int = 1
     rank: int = 0
     world_size: int = 1
     seed: int = 0
     start_step: int = 0
+    repetition: int = 1
 
     @property
     def samples_per_step(self) -> int:
         return self.batch_size * self.accumulation * self.world_size
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    @property
+    def steps_per_epoch(self) -> float:
+        return self.num_images * self.repetition / self.samples_per_step
+
+    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
         micro_batch = self.start_step * self.accumulation
         orders: dict[int, np.ndarray] = {}
         while True:
             first = (micro_batch * self.world_size + self.rank) * self.batch_size
             keys = []
             for position in range(first, first + self.batch_size):
-                epoch, offset = divmod(position, self.num_samples)
+                image, copy = divmod(position, self.repetition)
+                epoch, offset = divmod(image, self.num_images)
                 if epoch not in orders:
                     orders = {e: order for e, order in orders.items() if e >= epoch - 1}
-                    orders[epoch] = np.random.default_rng((self.seed, epoch)).permutation(self.num_samples)
-                keys.append((epoch, int(orders[epoch][offset])))
+                    orders[epoch] = np.random.default_rng((self.seed, epoch)).permutation(self.num_images)
+                keys.append((epoch, int(orders[epoch][offset]), copy))
             yield keys
             micro_batch += 1
 

@@ -9,18 +9,21 @@ from pix2seq.tokenizer import CLASS_SLOT, SLOTS
 
 
 def token_statistics(
-    logits: torch.Tensor, token_losses: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor
+    logits: torch.Tensor,
+    token_losses: torch.Tensor,
+    labels: torch.Tensor,
+    weights: torch.Tensor,
+    targets: torch.Tensor,
 ) -> torch.Tensor:
     """Sums over the tokens with weight, by slot: float64 (4, 5), rows (weighted loss, weight, right answers, tokens).
 
     EOS, where sentences end in it, stands in the slot of a y1 and is counted there.
-    labels and weights (B, L); logits (T, V) and token_losses (T,) as in Pix2SeqOutput. Sums can be added over
-    micro-batches and ranks; nothing here waits for the device.
+    labels, weights (B, L) and targets (T,) as in Pix2SeqForObjectDetection.forward; logits (T, V) and token_losses
+    (T,) as in Pix2SeqOutput. Sums can be added over micro-batches and ranks; nothing here waits for the device.
     """
-    counted = weights > 0
-    slots = torch.arange(labels.shape[1], device=labels.device).remainder(len(SLOTS)).expand_as(labels)[counted]
-    weights = weights[counted]
-    right = logits.argmax(-1) == labels[counted]
+    slots = targets.remainder(labels.shape[1]).remainder(len(SLOTS))
+    weights = weights.flatten()[targets]
+    right = logits.argmax(-1) == labels.flatten()[targets]
     rows = torch.stack([token_losses * weights, weights, right, torch.ones_like(weights)]).detach().double()
     return torch.zeros(4, len(SLOTS), dtype=torch.float64, device=labels.device).index_add_(1, slots, rows)
 

@@ -69,9 +69,17 @@ class RunFolder:
             "transformers": transformers.__version__,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
             "num_processes": num_processes,
+            "launcher": _launcher(),
             "num_cpus": os.cpu_count(),
         }
         (self.path / "env.json").write_text(json.dumps(environment, indent=1))
+
+    def is_of_this_launch(self) -> bool:
+        """Whether the last run in this folder was started by the launcher that has started this process."""
+        try:
+            return json.loads((self.path / "env.json").read_text())["launcher"] == _launcher()
+        except (OSError, ValueError, KeyError):
+            return False
 
     @_survives_a_full_disk
     def status(self, state: str, step: int, reason: str = "") -> None:
@@ -154,6 +162,10 @@ class RunFolder:
         temporary = self.path / ".metrics.jsonl"
         temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
         temporary.replace(path)
+
+
+def _launcher() -> str:
+    return f"{platform.node()} {os.getppid()}"
 
 
 def _commit() -> str | None:

@@ -5,10 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from pix2seq.errors import UserError
 from pix2seq.metrics import Meter
+from pix2seq.sharding import load_optimizer_state, optimizer_state
 
 FILE = "trainer.pt"
 
@@ -37,9 +39,9 @@ class TrainerState:
     skipped_in_a_row: int = 0
     average: AveragedModel | None = None
 
-    def save(self, folder: Path, statistics: torch.Tensor) -> None:
-        """statistics: the meter's, summed over all ranks."""
-        content = {
+    def content(self, model: nn.Module, statistics: torch.Tensor) -> dict:
+        """What `save` writes. All ranks call this. `statistics`: the meter's, summed over all ranks."""
+        return {
             "step": self.step,
             "reported": self.reported,
             "best_ap": self.best_ap,
@@ -47,15 +49,18 @@ class TrainerState:
             "skipped_in_a_row": self.skipped_in_a_row,
             "samples_per_step": self.samples_per_step,
             "num_images": self.num_images,
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": optimizer_state(model, self._torch_optimizer),
             "scheduler": self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict() if self.scaler is not None else None,
             "average": self.average.state_dict() if self.average is not None else None,
             "statistics": statistics.cpu(),
         }
-        torch.save(content, folder / FILE)
 
-    def load(self, folder: Path, is_main: bool) -> None:
+    @property
+    def _torch_optimizer(self) -> torch.optim.Optimizer:
+        return getattr(self.optimizer, "optimizer", self.optimizer)  # without Accelerate's wrapper
+
+    def load(self, folder: Path, model: nn.Module, is_main: bool) -> None:
         """Raises UserError if the steps of this run are not of the images that the checkpoint's were."""
         content = torch.load(folder / FILE, map_location="cpu", weights_only=True)  # nothing in the file can run code
         if content["samples_per_step"] != self.samples_per_step:
@@ -69,7 +74,7 @@ class TrainerState:
             )
         self.step, self.reported, self.best_ap = content["step"], content["reported"], content["best_ap"]
         self.skipped, self.skipped_in_a_row = content["skipped"], content["skipped_in_a_row"]
-        self.optimizer.load_state_dict(content["optimizer"])
+        load_optimizer_state(model, self._torch_optimizer, content["optimizer"])
         self.scheduler.load_state_dict(content["scheduler"])
         if self.scaler is not None and content["scaler"]:
             self.scaler.load_state_dict(content["scaler"])

@@ -40,7 +40,7 @@ def take(iterable, count: int) -> list:
 
 
 def test_an_example_has_its_shapes(dataset):
-    example = dataset[0, 3]
+    example = dataset[0, 3, 0]
     assert example["pixel_values"].shape == (3, 48, 48)
     assert example["pixel_values"].dtype == torch.uint8
     assert example["image_id"] == dataset.annotations.image_ids[3]
@@ -50,21 +50,21 @@ def test_an_example_has_its_shapes(dataset):
 
 def test_an_example_depends_on_seed_epoch_and_index_alone(dataset, annotations):
     """A bug others shipped: what came out depended on the worker and on what it had made before."""
-    first = dataset[2, 5]
-    for key in ((0, 0), (2, 4), (9, 5)):
+    first = dataset[2, 5, 0]
+    for key in ((0, 0, 0), (2, 4, 0), (9, 5, 1)):
         dataset[key]
     np.random.default_rng(3)
     torch.manual_seed(123)
-    assert same(first, dataset[2, 5])
+    assert same(first, dataset[2, 5, 0])
     twin = TrainDataset(annotations, dataset.transform, dataset.build, seed=7)
-    assert same(first, twin[2, 5])
-    assert not same(first, dataset[3, 5])
-    assert not same(first, TrainDataset(annotations, dataset.transform, dataset.build, seed=8)[2, 5])
+    assert same(first, twin[2, 5, 0])
+    assert not same(first, dataset[3, 5, 0])
+    assert not same(first, TrainDataset(annotations, dataset.transform, dataset.build, seed=8)[2, 5, 0])
 
 
 def test_epochs_differ(dataset):
     """A bug others shipped: every epoch replayed the same augmentation."""
-    pictures = {dataset[epoch, 0]["pixel_values"].numpy().tobytes() for epoch in range(6)}
+    pictures = {dataset[epoch, 0, 0]["pixel_values"].numpy().tobytes() for epoch in range(6)}
     assert len(pictures) == 6
 
 
@@ -98,7 +98,7 @@ def test_boxes_in_the_labels_enclose_the_painted_object(tmp_path, noise_objects)
     data = TrainDataset(load_annotations(coco_split(root, "train")), TrainTransform(side), build, seed=0)
     seen = 0
     for epoch in range(40):
-        example = data[epoch, 0]
+        example = data[epoch, 0, 0]
         assert example["pixel_values"].shape == (3, side, side)
         boxes, labels = build.tokenizer.decode(example["labels"])
         boxes = boxes[labels != NOISE_LABEL] * side
@@ -135,7 +135,7 @@ def test_labels_stay_with_their_boxes_through_the_crop(tmp_path):
     data = TrainDataset(load_annotations(coco_split(root, "train")), TrainTransform(80, 1.2), build, seed=0)
     cropped, checked = 0, 0
     for epoch in range(30):
-        example = data[epoch, 0]
+        example = data[epoch, 0, 0]
         boxes, labels = build.tokenizer.decode(example["labels"])
         boxes, labels = boxes[labels != NOISE_LABEL] * 80, labels[labels != NOISE_LABEL]
         cropped += len(boxes) < classes
@@ -151,25 +151,25 @@ def test_labels_stay_with_their_boxes_through_the_crop(tmp_path):
 # -- the order -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("num_samples", "batch_size"), [(12, 4), (13, 4), (7, 2), (3, 8), (1, 4), (5, 5)])
-def test_every_sample_comes_once_in_an_epoch(num_samples, batch_size):
+@pytest.mark.parametrize(("num_images", "batch_size"), [(12, 4), (13, 4), (7, 2), (3, 8), (1, 4), (5, 5)])
+def test_every_sample_comes_once_in_an_epoch(num_images, batch_size):
     """Also where a batch crosses from one epoch to the next, and where it is larger than the dataset."""
-    sampler = StepSampler(num_samples, batch_size, seed=3)
-    steps = -(-3 * num_samples // batch_size)
-    keys = [key for batch in take(sampler, steps) for key in batch][: 3 * num_samples]
+    sampler = StepSampler(num_images, batch_size, seed=3)
+    steps = -(-3 * num_images // batch_size)
+    keys = [key for batch in take(sampler, steps) for key in batch][: 3 * num_images]
     for epoch in range(3):
-        part = keys[epoch * num_samples : (epoch + 1) * num_samples]
-        assert {e for e, _ in part} == {epoch}
-        assert sorted(index for _, index in part) == list(range(num_samples))
+        part = keys[epoch * num_images : (epoch + 1) * num_images]
+        assert {e for e, *_ in part} == {epoch}
+        assert sorted(index for _, index, _ in part) == list(range(num_images))
 
 
 def test_epochs_have_orders_of_their_own():
     keys = [key for batch in take(StepSampler(50, 10, seed=3), 15) for key in batch]
-    orders = [tuple(index for epoch, index in keys if epoch == e) for e in range(3)]
+    orders = [tuple(index for epoch, index, _ in keys if epoch == e) for e in range(3)]
     assert len(set(orders)) == 3
     assert orders[0] != tuple(range(50))
     other = [key for batch in take(StepSampler(50, 10, seed=4), 5) for key in batch]
-    assert tuple(index for _, index in other) != orders[0]
+    assert tuple(index for _, index, _ in other) != orders[0]
 
 
 def step_contents(batch_size: int, accumulation: int, world_size: int, start: int, count: int) -> list[Counter]:
@@ -201,6 +201,24 @@ def test_starting_at_a_step_is_skipping_to_it(split, start):
 def test_a_far_step_is_reached_without_walking_there():
     keys = take(StepSampler(12, 4, start_step=10**9), 1)[0]
     assert keys[0][0] == 4 * 10**9 // 12
+
+
+def test_batch_repetition_gives_every_image_that_many_samples_in_a_row():
+    """Each augmented in its own way, the first as without repetition."""
+    sampler = StepSampler(5, 4, seed=3, repetition=2)
+    assert sampler.steps_per_epoch == 2.5
+    keys = [key for batch in take(sampler, 5) for key in batch]
+    once = [key for batch in take(StepSampler(5, 2, seed=3), 5) for key in batch]
+    assert keys == [(epoch, index, copy) for epoch, index, _ in once for copy in range(2)]
+    for rank in range(2):  # however a step is split
+        shares = take(StepSampler(5, 1, accumulation=2, rank=rank, world_size=2, seed=3, repetition=2), 10)
+        assert [key for batch in shares for key in batch] == keys[rank::2]
+
+
+def test_copies_of_an_image_look_different(annotations):
+    data = TrainDataset(annotations, TrainTransform(32), SequenceBuilder(TOKENIZER, 8), seed=0)
+    pictures = {data[0, 3, copy]["pixel_values"].numpy().tobytes() for copy in range(3)}
+    assert len(pictures) == 3
 
 
 # -- evaluation ------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ ALLOWED = {
     "shapes": set(),
     "sizes": set(),
     "preemption": set(),
-    "optimizer": set(),
+    "optimizer": {"errors"},
     "run_folder": {"pix2seq"},
     "command_line": {"errors"},
     "config": {"command_line", "sizes"},
@@ -29,7 +29,7 @@ ALLOWED = {
     "sequence": {"tokenizer"},
     "metrics": {"tokenizer"},
     "scoring": {"coco", "errors"},
-    "trainer_state": {"errors", "metrics"},
+    "trainer_state": {"errors", "metrics", "sharding"},
     "decoding": {"tokenizer"},
     # level 2
     "model": {"model.build", "model.configuration", "model.detector", "model.load", "model.transfer"},
@@ -37,10 +37,11 @@ ALLOWED = {
     "model.llama": set(),
     "model.transformer": set(),
     "model.backbone": {"errors"},
+    "model.loss": {"tokenizer"},
     "model.configuration": {"model.backbone", "model.positions"},
     "model.detector": {
         *("decoding", "tokenizer", "model.backbone", "model.configuration", "model.llama", "model.positions"),
-        "model.transformer",
+        *("model.loss", "model.transformer"),
     },
     "model.build": {"errors", "tokenizer", "model.backbone", "model.configuration", "model.detector"},
     "model.load": {"checkpoint", "decoding", "errors", "model.configuration", "model.detector"},
@@ -48,11 +49,18 @@ ALLOWED = {
     "data": {"sequence", "transforms", "coco", "errors"},
     "processing": {"sequence", "tokenizer", "transforms"},
     # level 3
+    "sharding": {"model"},
     # level 4: what a run shows
     "reporting": {
         *("data", "decoding", "evaluation", "run_folder", "scoring", "tokenizer", "visualize"),
     },
     "evaluation": {"coco", "data", "decoding", "preemption", "tokenizer", "transforms", "visualize"},
+    # level 5: from the flags to a run
+    "assembly": {
+        *("checkpoint", "coco", "command_line", "config", "data", "decoding", "errors", "metrics", "model"),
+        *("optimizer", "preemption", "reporting", "run_folder", "scoring", "sequence", "sharding", "tokenizer"),
+        *("trainer_state", "transforms"),
+    },
 }
 LEVEL_0 = (
     "tokenizer",

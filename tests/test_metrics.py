@@ -9,12 +9,18 @@ from pix2seq.tokenizer import TOKENS_PER_OBJECT
 VOCABULARY = 12
 
 
+def targets(weights: torch.Tensor) -> torch.Tensor:
+    return weights.flatten().nonzero()[:, 0]
+
+
 def statistics(labels, weights, said, losses) -> torch.Tensor:
     """labels, weights (B, L); said and losses for all B * L tokens, of which only those with weight reach us."""
     labels, weights = torch.tensor(labels), torch.tensor(weights, dtype=torch.float32)
     counted = weights > 0
     logits = torch.nn.functional.one_hot(torch.tensor(said), VOCABULARY).float()[counted]
-    return token_statistics(logits, torch.tensor(losses, dtype=torch.float32)[counted], labels, weights)
+    return token_statistics(
+        logits, torch.tensor(losses, dtype=torch.float32)[counted], labels, weights, targets(weights)
+    )
 
 
 # One real object, one noise object; then two real ones. Losses are powers of two, so that any sum tells its parts.
@@ -86,7 +92,9 @@ def test_slots_without_tokens_are_zero():
 
 def test_statistics_carry_no_gradient():
     losses = torch.ones(5, requires_grad=True)
-    sums = token_statistics(torch.zeros(5, VOCABULARY), losses * 2, torch.zeros(1, 5).long(), torch.ones(1, 5))
+    sums = token_statistics(
+        torch.zeros(5, VOCABULARY), losses * 2, torch.zeros(1, 5).long(), torch.ones(1, 5), torch.arange(5)
+    )
     assert not sums.requires_grad
     assert sums.dtype == torch.float64
 

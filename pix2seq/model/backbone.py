@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,6 +21,9 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # Where a pyramid is cut: after the stage of stride 8, 16 or 32; dc5 is c5 at stride 16, its last stage dilated.
 Stage = Literal["c3", "c4", "c5", "dc5"]
 BatchNorm = Literal["sync", "local", "frozen"]
+
+# What a number follows in the names of Hugging Face's and timm's parameters: stages, and layers in them.
+_NUMBERED = re.compile(r"(?:stages?|layers?|blocks?)[._]?(\d+)")
 
 
 @dataclass
@@ -109,7 +113,6 @@ class VisionBackbone(nn.Module):
         self.is_pyramid = config.model_type in MODEL_FOR_BACKBONE_MAPPING_NAMES
         self.dilated = dilated
         self.frozen = False
-        self.frozen_norms = False
         config = copy.deepcopy(config)  # AutoBackbone writes into what it is given
         config.dtype = None  # that of the whole detector, not the one the backbone was saved in
         if self.is_pyramid:
@@ -171,17 +174,39 @@ class VisionBackbone(nn.Module):
             height, width = (length // self.model.config.patch_size for length in pixels.shape[-2:])
             return tokens[:, -height * width :].transpose(1, 2).unflatten(2, (height, width))
 
+    def layer_of_parameters(self) -> dict[str, tuple[int, ...]]:
+        """By name: the numbers of a parameter's stage and layer in it, or of its layer where there are no stages.
+        (-1,) for what comes before the first."""
+        layers, current = {}, (-1,)
+        for name, _ in self.named_parameters():
+            if numbers := _NUMBERED.findall(name):
+                current = tuple(int(number) for number in numbers[:2])  # a ResNet's layers are made of layers
+            layers[name] = current
+        return layers
+
     def prepare_for_training(
-        self, freeze: bool, batch_norm: BatchNorm, world_size: int, device: torch.device, image_size: int
+        self,
+        freeze: bool,
+        batch_norm: BatchNorm,
+        world_size: int,
+        device: torch.device,
+        image_size: int,
+        frozen_stages: int = 0,
     ) -> None:
         """Decides what learns. Not part of the config: a trained detector does not depend on it.
 
-        freeze       nothing in the backbone learns, and its norms and dropout are those of evaluation
-        batch_norm   sync    learns, statistics over all processes (as the authors do; on GPUs, else local)
-                     local   learns, statistics of each process's own images
-                     frozen  does not learn, keeps its statistics
+        freeze          nothing in the backbone learns, and its norms and dropout are those of evaluation
+        frozen_stages   so many stages (layers of a ViT), and what comes before them, do not learn
+        batch_norm      sync    learns, statistics over all processes (as the authors do; on GPUs, else local)
+                        local   learns, statistics of each process's own images
+                        frozen  does not learn, keeps its statistics
         """
-        self.frozen, self.frozen_norms = freeze, freeze or batch_norm == "frozen"
+        self.frozen = freeze
+        if frozen_stages:
+            layers = self.layer_of_parameters()
+            for name, parameter in self.named_parameters():
+                if layers[name][0] < frozen_stages:
+                    parameter.requires_grad_(False)
         if freeze:
             self.requires_grad_(False)
         elif batch_norm == "frozen":
@@ -216,9 +241,9 @@ class VisionBackbone(nn.Module):
 
     def train(self, mode: bool = True) -> "VisionBackbone":
         super().train(mode and not self.frozen)
-        if self.frozen_norms:
-            for norm in self._batch_norms():
-                norm.eval()
+        for norm in self._batch_norms():
+            if not any(parameter.requires_grad for parameter in norm.parameters()):
+                norm.eval()  # what does not learn keeps its statistics
         return self
 
 

@@ -35,6 +35,8 @@ def build_detector(
     num_bins: int = 1000,
     max_objects: int = 100,
     noise_objects: bool = True,
+    label_smoothing: float = 0.0,
+    coordinate_sigma: float = 0.0,
     decoding: dict | None = None,
     load_pretrained: bool = True,
 ) -> Pix2SeqForObjectDetection:
@@ -81,6 +83,8 @@ def build_detector(
         id2label=dict(enumerate(class_names)),
         label2id={name: label for label, name in enumerate(class_names)},
         decoding=decoding,
+        label_smoothing=label_smoothing,
+        coordinate_sigma=coordinate_sigma,
     )
     try:
         model = Pix2SeqForObjectDetection(config)

@@ -26,6 +26,7 @@ class Pix2SeqConfig(PretrainedConfig):
     num_bins, max_objects, noise_objects   how sentences were built: see Tokenizer and SequenceBuilder
     category_ids      original id of each label; `id2label` holds the names
     decoding          top_p and temperature this detector was evaluated with: see DecodingOptions
+    label_smoothing, coordinate_sigma   soft targets of the loss: see token_cross_entropy
     """
 
     model_type = "pix2seq"
@@ -54,6 +55,8 @@ class Pix2SeqConfig(PretrainedConfig):
         noise_objects: bool = True,
         category_ids: tuple[int, ...] = (0,),
         decoding: dict | None = None,
+        label_smoothing: float = 0.0,
+        coordinate_sigma: float = 0.0,
         initializer_range: float = 0.02,
         **kwargs,
     ):
@@ -84,6 +87,8 @@ class Pix2SeqConfig(PretrainedConfig):
         self.noise_objects = noise_objects
         self.category_ids = list(category_ids)
         self.decoding = decoding or {}
+        self.label_smoothing = label_smoothing
+        self.coordinate_sigma = coordinate_sigma
         self.initializer_range = initializer_range
         super().__init__(**kwargs)
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torchvision.ops import StochasticDepth, stochastic_depth
 from transformers import PreTrainedModel
@@ -21,6 +20,7 @@ from pix2seq.decoding import DecodingOptions, Detections, generate
 from pix2seq.model.backbone import VisionBackbone
 from pix2seq.model.configuration import Pix2SeqConfig
 from pix2seq.model.llama import LlamaDecoder
+from pix2seq.model.loss import token_cross_entropy
 from pix2seq.model.positions import coordinate_code, position_code_2d
 from pix2seq.model.transformer import TransformerDecoder
 from pix2seq.tokenizer import TOKENS_PER_OBJECT, Tokenizer
@@ -104,7 +104,6 @@ class Pix2SeqPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = False  # it takes no mask in which the picture sees itself whole; a backbone may use it
-    _no_split_modules = ["LlamaDecoderLayer", "BlenderbotDecoderLayer", "EncoderLayer", "ResNetStage", "ViTLayer"]
 
 
 class Pix2SeqForObjectDetection(Pix2SeqPreTrainedModel):
@@ -130,6 +129,16 @@ class Pix2SeqForObjectDetection(Pix2SeqPreTrainedModel):
         if config.bin_init == "ruler":
             self._lay_ruler()
         self._drop_branches(branch_ends)
+        # What FSDP shards and device maps place as one.
+        self._no_split_modules = {
+            type(m).__name__ for m in self.modules() if isinstance(m, GradientCheckpointingLayer)
+        }
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.decoder.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.decoder.lm_head
 
     @torch.no_grad()
     def _lay_ruler(self) -> None:
@@ -194,6 +203,7 @@ class Pix2SeqForObjectDetection(Pix2SeqPreTrainedModel):
         labels: torch.Tensor | None = None,
         weights: torch.Tensor | None = None,
         normalizer: torch.Tensor | float | None = None,
+        targets: torch.Tensor | None = None,
         return_dict: bool = True,
     ) -> Pix2SeqOutput:
         """Teacher-forced pass: what the model says after each token of `input_ids` (B, L).
@@ -202,6 +212,7 @@ class Pix2SeqForObjectDetection(Pix2SeqPreTrainedModel):
         normalizer       the loss is sum(weights * cross entropy) / normalizer. Default: the sum of these weights;
                          pass the sum over all ranks and micro-batches of a step for a loss that does not depend on
                          how the step was split.
+        targets (T,)     weights.flatten().nonzero(), for callers who know it: asking a GPU means waiting for it
 
         Without `input_ids`: the objects in the pictures, see `detect`.
         """
@@ -211,11 +222,15 @@ class Pix2SeqForObjectDetection(Pix2SeqPreTrainedModel):
         if labels is None:
             return Pix2SeqOutput(logits=self.decoder.lm_head(hidden))
         weights = torch.ones_like(labels, dtype=torch.float32) if weights is None else weights
-        counted = weights > 0
-        weights = weights[counted]
+        targets = weights.flatten().nonzero()[:, 0] if targets is None else targets
+        weights = weights.flatten()[targets]
         # Cross entropy in float32 whatever the model runs in: sums over thousands of tokens lose bits otherwise.
-        logits = self.decoder.lm_head(hidden[counted]).float()
-        token_losses = F.cross_entropy(logits, labels[counted], reduction="none")
+        logits = self.decoder.lm_head(hidden.flatten(0, 1)[targets]).float()
+        token_losses = token_cross_entropy(
+            *(logits, labels.flatten()[targets], self.tokenizer),
+            label_smoothing=self.config.label_smoothing,
+            coordinate_sigma=self.config.coordinate_sigma,
+        )
         normalizer = weights.sum().clamp(min=1e-9) if normalizer is None else normalizer
         return Pix2SeqOutput(
             loss=(weights * token_losses).sum() / normalizer, logits=logits, token_losses=token_losses

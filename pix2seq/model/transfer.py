@@ -24,6 +24,8 @@ def adapt(
     noise_objects: bool,
     dropout: float,
     drop_path: float,
+    label_smoothing: float,
+    coordinate_sigma: float,
     decoding: dict,
 ) -> tuple[Pix2SeqForObjectDetection, list[str]]:
     """A detector of the shape and weights of `source` for these classes; and what became of what, in words.
@@ -38,6 +40,7 @@ def adapt(
     before, after = source.tokenizer, Tokenizer(len(category_ids), num_bins)
     config.image_size, config.num_bins, config.max_objects = image_size, num_bins, max_objects
     config.noise_objects, config.dropout, config.drop_path = noise_objects, dropout, drop_path
+    config.label_smoothing, config.coordinate_sigma = label_smoothing, coordinate_sigma
     config.category_ids, config.decoding = list(category_ids), decoding
     config.id2label = dict(enumerate(class_names))
     config.label2id = {name: label for label, name in enumerate(class_names)}

@@ -1,0 +1,189 @@
+"""A training run put together from its flags. The one module beside the entry points that knows them all."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from pix2seq import checkpoint, trainer_state
+from pix2seq.coco import Categories, find_split, load_annotations
+from pix2seq.command_line import FLAGS_FILE, changed_flags, read_flags
+from pix2seq.config import FREE_ON_FINE_TUNING, FREE_ON_RESUME, Arguments, ModelArguments, model_flags
+from pix2seq.data import EvalDataset, StepSampler, TrainDataset
+from pix2seq.decoding import DecodingOptions
+from pix2seq.errors import UserError
+from pix2seq.metrics import Meter
+from pix2seq.model import Pix2SeqForObjectDetection, adapt, build_detector, load_detector
+from pix2seq.optimizer import learning_rate_schedule, parameter_groups
+from pix2seq.preemption import StopRequest
+from pix2seq.reporting import Reporter
+from pix2seq.run_folder import RunFolder
+from pix2seq.scoring import load_ground_truth
+from pix2seq.sequence import SequenceBuilder
+from pix2seq.sharding import whole_detector
+from pix2seq.tokenizer import Tokenizer
+from pix2seq.trainer_state import TrainerState
+from pix2seq.transforms import EvalTransform, TrainTransform
+
+
+@dataclass
+class Training:
+    """What a run consists of."""
+
+    args: Arguments
+    accelerator: object  # Accelerate's
+    folder: RunFolder
+    train_set: TrainDataset
+    reporter: Reporter
+    sampler: StepSampler
+    max_steps: int
+    model: torch.nn.Module
+    state: TrainerState
+    stop: StopRequest
+
+    @property
+    def unwrapped(self) -> Pix2SeqForObjectDetection:
+        """The detector that learns; this process's part of it, if FSDP has sharded it."""
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+
+    def detectors(self) -> dict[str, Pix2SeqForObjectDetection]:
+        """Those to evaluate, by name: the one that learns, and its average over the steps if there is one. All ranks
+        call this together."""
+        average = self.state.average
+        return {"": whole_detector(self.unwrapped)} | ({"ema": average.module} if average is not None else {})
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps taken."""
+        return self.state.step
+
+    @property
+    def is_last_step(self) -> bool:
+        return self.step == self.max_steps
+
+    def is_due(self, every: int) -> bool:
+        return every > 0 and self.step % every == 0
+
+
+def build(args: Arguments, accelerator, folder: RunFolder, stop: StopRequest) -> Training:
+    """Reads the data and builds everything, from the checkpoint to resume from if there is one."""
+    resumed = checkpoint.find(folder.checkpoints, args.resume, (trainer_state.FILE, FLAGS_FILE), folder.log)
+    then = read_flags(resumed, "--resume") if resumed is not None else {}
+    if resumed is not None and args.init_from is not None and not model_flags(args.init_from):
+        for name, field in ModelArguments.__dataclass_fields__.items():  # what it started from has gone, and may
+            setattr(args, name, then.get(name, field.default))
+    train_set, val_set = load_data(args)
+    categories, num_images = train_set.annotations.categories, len(train_set.annotations)
+    if resumed is not None:
+        if changed := changed_flags(then, args, FREE_ON_RESUME):
+            raise UserError(f"--resume {resumed}: a resumed run keeps its flags; changed: {changed}")
+        model = load_detector(resumed, "--resume").train()
+        if Categories(tuple(model.config.category_ids), model.config.class_names) != categories:
+            raise UserError(f"--resume {resumed}: its classes are not those of {train_set.annotations.split.json}")
+    else:
+        model = new_detector(args, categories, folder)
+
+    world, rank = accelerator.num_processes, accelerator.process_index
+    prepare_for_training(args, model, world, accelerator.device)
+    sampler = step_sampler(args, num_images, rank, world)
+    max_steps = args.max_steps or math.ceil(args.num_epochs * sampler.steps_per_epoch)
+    lr_backbone = args.lr if args.lr_backbone is None else args.lr_backbone
+    groups = parameter_groups(model, args.lr, lr_backbone, args.weight_decay, args.layer_decay)
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(args.beta1, args.beta2), fused=True)
+    # The scheduler is not prepared: Accelerate would step it once per process.
+    scheduler = learning_rate_schedule(
+        optimizer, args.lr_scheduler, args.warmup_steps, max_steps, args.lr_end, args.decay_steps
+    )
+    average = None
+    if args.ema_decay:
+        average = AveragedModel(model, accelerator.device, multi_avg_fn=get_ema_multi_avg_fn(args.ema_decay))
+    model, optimizer = accelerator.prepare(model, optimizer)
+    state = TrainerState(
+        *(optimizer, scheduler, accelerator.scaler, Meter(accelerator.device)),
+        samples_per_step=sampler.samples_per_step,
+        num_images=num_images,
+        average=average,
+    )
+    if resumed is not None:
+        state.load(resumed, model, accelerator.is_main_process)
+        if state.step > max_steps:
+            raise UserError(f"--resume {resumed}: it is past --max_steps {max_steps}")
+        if not (folder.path / "best").exists():  # this folder is not the one the checkpoint comes from
+            state.best_ap = -math.inf
+        folder.log(f"resumed from {resumed}")
+    sampler.start_step = state.step
+    truth = load_ground_truth(val_set.annotations.split.json, val_set.annotations.image_ids, categories)
+    options = DecodingOptions(args.max_objects, args.top_p, args.temperature, args.seed)
+
+    def should_stop() -> bool:
+        told = torch.tensor(float(bool(stop)), device=accelerator.device)
+        return accelerator.reduce(told, "sum").item() > 0
+
+    reporter = Reporter(
+        folder, accelerator, val_set, truth, options, args.eval_batch_size, args.num_workers, should_stop
+    )
+    return Training(args, accelerator, folder, train_set, reporter, sampler, max_steps, model, state, stop)
+
+
+def load_data(args: Arguments) -> tuple[TrainDataset, EvalDataset]:
+    """The images to train on, as sentences, and those to evaluate."""
+    train = load_annotations(find_split("train", args.root, args.train_images, args.train_json))
+    if not train.trainable.any():
+        raise UserError(f"{train.split.json}: holds no objects to train on")
+    if args.overfit:
+        train = val = train.subset(range(min(args.overfit, len(train))))
+    else:
+        val = load_annotations(find_split("val", args.root, args.val_images, args.val_json), train.categories)
+    builder = SequenceBuilder(
+        Tokenizer(len(train.categories.ids), args.num_bins),
+        max_objects=args.max_objects,
+        order=args.object_order,
+        noise_objects=args.noise_objects,
+        class_corruption=args.class_corruption,
+        noise_weight=args.noise_weight,
+        eos_weight=args.eos_weight,
+    )
+    transform = TrainTransform(args.image_size, args.scale_min, args.scale_max, args.flip, args.color_jitter)
+    return TrainDataset(train, transform, builder, args.seed), EvalDataset(val, EvalTransform(args.image_size))
+
+
+def new_detector(args: Arguments, categories: Categories, folder: RunFolder) -> Pix2SeqForObjectDetection:
+    """From scratch, or from the detector to fine-tune."""
+    values = {name: getattr(args, name) for name in ModelArguments.__dataclass_fields__} | {
+        "category_ids": categories.ids,
+        "class_names": categories.names,
+        "decoding": {"top_p": args.top_p, "temperature": args.temperature, "seed": args.seed},
+    }
+    if args.init_from is None:
+        return build_detector(**values)
+    source = load_detector(args.init_from, "--init_from")
+    shape = model_flags(args.init_from)
+    if not shape:
+        raise UserError(f"--init_from {args.init_from}: has no {FLAGS_FILE}, which says how it was made")
+    for name in ModelArguments.__dataclass_fields__.keys() - FREE_ON_FINE_TUNING:
+        had = shape.get(name, ModelArguments.__dataclass_fields__[name].default)
+        if values[name] != had:
+            raise UserError(f"--{name} {values[name]}: the detector of --init_from has {had}; leave this flag out")
+    free = FREE_ON_FINE_TUNING | {"category_ids", "class_names", "decoding"}
+    model, report = adapt(source, **{name: values[name] for name in free})
+    for line in report:
+        folder.log(f"--init_from {args.init_from}: {line}")
+    return model
+
+
+def prepare_for_training(args: Arguments, model: Pix2SeqForObjectDetection, world: int, device: torch.device) -> None:
+    """Decides what learns, and what is kept for the backward pass."""
+    model.backbone.prepare_for_training(
+        *(args.freeze_backbone, args.batch_norm, world, device, model.config.image_size),
+        frozen_stages=args.frozen_stages,
+    )
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+
+
+def step_sampler(args: Arguments, num_images: int, rank: int, world: int) -> StepSampler:
+    return StepSampler(
+        *(num_images, args.batch_size, args.gradient_accumulation_steps, rank, world, args.seed),
+        repetition=args.batch_repetition,
+    )
