@@ -8,6 +8,7 @@ From image to loss in five hops: `loop` here -> `TrainDataset.__getitem__` (data
 import math
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -34,6 +35,7 @@ from pix2seq.preemption import Stopped, StopRequest
 from pix2seq.processing import Pix2SeqImageProcessor
 from pix2seq.run_folder import RunFolder
 from pix2seq.scoring import metrics_table
+from pix2seq.sharding import whole_tensor
 
 # What a full, read-only or failing disk raises from open(), safetensors and torch.save.
 DISK_ERRORS = (OSError, SafetensorError, RuntimeError)
@@ -103,6 +105,10 @@ def start(args: Arguments, stop: StopRequest) -> Training:
     accelerator = join_processes(args)
     # What the launcher chose is part of the run: evaluate.py and a resumed run go by it.
     args.mixed_precision = accelerator.mixed_precision
+    if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise UserError("FSDP: only version 2 is supported (fsdp_version: 2 in Accelerate's config)")
+    if accelerator.is_fsdp2 and args.ema_decay:
+        raise UserError("--ema_decay: is not kept of weights that FSDP shards; leave it out, or train with DDP")
     transformers_logging.disable_progress_bar()
     set_seed(args.seed, deterministic=args.deterministic)
     folder = RunFolder(args.output_dir, accelerator.is_main_process)
@@ -142,10 +148,6 @@ def join_processes(args: Arguments) -> Accelerator:
         raise UserError(f"--mixed_precision {args.mixed_precision}: {error}") from None
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise UserError("--mixed_precision fp16: needs a GPU; use bf16 or no")
-    if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
-        raise UserError("FSDP: version 2 is supported (fsdp_version: 2 in Accelerate's config)")
-    if accelerator.is_fsdp2 and args.ema_decay:
-        raise UserError("--ema_decay: is not kept of weights that FSDP shards; leave it out or use DDP")
     if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", "1")):
         raise RuntimeError(f"launched as {os.environ['WORLD_SIZE']} processes, of which Accelerate joined 1")
     return accelerator
@@ -181,6 +183,8 @@ def announce(training: Training) -> None:
 def loop(training: Training) -> None:
     """All steps that are left. Raises Stopped between two of them, or in an evaluation, when the run is told to."""
     args, accelerator, meter = training.args, training.accelerator, training.state.meter
+    # DDP's word for the gradients of 1x1 convolutions: strides of dimensions of size 1 differ, the memory does not.
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     pin_memory = accelerator.device.type == "cuda"
     batches: Iterator[dict] = iter(train_loader(training.train_set, training.sampler, args.num_workers, pin_memory))
     bar = tqdm(total=training.max_steps, initial=training.step, disable=None if accelerator.is_main_process else True)
@@ -235,7 +239,7 @@ def train_step(training: Training, micro_batches: list[dict]) -> tuple[torch.Ten
         losses.append(loss.detach())
         statistics.append(token_statistics(output.logits.detach(), output.token_losses, labels, weights, targets))
     # Clipping to infinity measures the norm and changes nothing.
-    norm = accelerator.clip_grad_norm_(training.model.parameters(), args.max_grad_norm or math.inf)
+    norm = whole_tensor(accelerator.clip_grad_norm_(training.model.parameters(), args.max_grad_norm or math.inf))
     # The one place where a step waits for the device, and for the other ranks. A gradient that overflowed in fp16 is
     # the loss scaler's business.
     bad_gradient = ~norm.isfinite() if accelerator.scaler is None else torch.zeros_like(norm, dtype=torch.bool)

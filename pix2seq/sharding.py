@@ -12,6 +12,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from pix2seq.model import Pix2SeqForObjectDetection
 
@@ -28,6 +29,10 @@ def whole_detector(detector: nn.Module) -> Pix2SeqForObjectDetection:
     whole = Pix2SeqForObjectDetection(detector.config).to(detector.device)
     whole.load_state_dict(get_model_state_dict(detector, options=WHOLE))
     return whole.train(detector.training)
+
+
+def whole_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict | None:

@@ -1,12 +1,17 @@
 """Two processes on the CPU: the same numbers as one, and every image counted once."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
+import torch
+from safetensors.torch import load_file
 
 import evaluate
 import train
@@ -23,8 +28,8 @@ LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--
 LAUNCH += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
 
 
-def launch(*words: str) -> subprocess.CompletedProcess:
-    return subprocess.run([*LAUNCH, *words], capture_output=True, text=True, timeout=300)
+def launch(*words: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run([*LAUNCH, *words], capture_output=True, text=True, timeout=300, env=os.environ | environment)
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +80,92 @@ def test_two_processes_take_the_steps_one_would(shapes_root, tmp_path):
             assert two[key] == pytest.approx(one[key], rel=1e-4)
 
 
+PARTS = ["tests/launched.py", *TINY, "--backbone", VIT, "--dropout", "0", "--drop_path", "0"]
+
+
+def test_gradients_do_not_depend_on_how_a_step_is_split(shapes_root, tmp_path):
+    """One process, accumulation, two processes, both: 1e-6 of the gradient's norm, rounding of float32."""
+    words = [*PARTS, "--root", str(shapes_root), "--max_steps", "1", "--eval_every", "0", "--no_noise_objects"]
+
+    def gradients(processes: int, accumulation: int) -> dict[str, torch.Tensor]:
+        file = tmp_path / f"{processes}x{accumulation}"
+        split = ["--batch_size", str(4 // processes // accumulation)]
+        split += ["--gradient_accumulation_steps", str(accumulation), "--output_dir", f"{file}.out"]
+        command = [*(LAUNCH if processes > 1 else [sys.executable]), *words, *split]
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=300, env=os.environ | {"GRADIENTS": str(file)}
+        )
+        assert done.returncode == 0, done.stderr
+        return torch.load(file)
+
+    def norm(tensors) -> float:
+        return sum(tensor.double().square().sum() for tensor in tensors).sqrt().item()
+
+    whole = gradients(1, 1)
+    assert norm(whole.values()) > 0.1
+    for split in ((1, 4), (2, 1), (2, 2)):
+        parts = gradients(*split)
+        assert parts.keys() == whole.keys()
+        assert norm(parts[name] - whole[name] for name in whole) < 1e-6 * norm(whole.values())
+
+
+@pytest.mark.slow
+def test_a_sharded_run_is_the_run_it_would_be_whole(shapes_root, tmp_path):
+    """FSDP2: the losses of a plain run, detectors that anybody loads, and checkpoints that go on sharded or not."""
+    words = [*PARTS, "--root", str(shapes_root), "--log_every", "1", "--eval_every", "2", "--lr_scheduler", "constant"]
+    words += ["--sample_every", "2", "--ckpt_every", "2"]
+
+    def take(output: Path, *more: str, **environment: str) -> None:
+        done = launch(*words, "--batch_size", "2", "--output_dir", str(output), *more, **environment)
+        assert done.returncode == 0, done.stderr
+
+    take(tmp_path / "plain", "--max_steps", "4")
+    take(tmp_path / "sharded", "--max_steps", "4", SHARD="1")
+    take(tmp_path / "first", "--max_steps", "2", SHARD="1")
+    take(tmp_path / "first", "--max_steps", "4", "--resume", "auto")
+    take(tmp_path / "then", "--max_steps", "2")
+    take(tmp_path / "then", "--max_steps", "4", "--resume", "auto", SHARD="1")
+    expected = [row for row in rows(tmp_path / "plain") if "train/loss" in row]
+    weights = load_file(tmp_path / "plain" / "final" / "model.safetensors")
+    for name in ("sharded", "first", "then"):
+        found = [row for row in rows(tmp_path / name) if "train/loss" in row]
+        assert [row["step"] for row in found] == [1, 2, 3, 4]
+        for row, other in zip(expected, found, strict=True):
+            for key in ("train/loss", "train/grad_norm", "train/lr"):
+                assert other[key] == pytest.approx(row[key], rel=1e-4)
+        ours = load_file(tmp_path / name / "final" / "model.safetensors")
+        assert ours.keys() == weights.keys()
+        for key in weights:
+            torch.testing.assert_close(ours[key], weights[key], rtol=1e-3, atol=2e-4)  # Adam's first steps are signs
+    metrics = evaluate.main(
+        parse(EvaluateArguments, ["--checkpoint", str(tmp_path / "sharded/final"), "--root", str(shapes_root)])
+    )
+    assert metrics == json.loads((tmp_path / "sharded" / "eval" / "step_4" / "metrics.json").read_text())
+
+
+def test_averaging_sharded_weights_is_refused(shapes_root, tmp_path):
+    words = ["--root", str(shapes_root), "--output_dir", str(tmp_path / "out"), "--ema_decay", "0.9"]
+    done = launch(*PARTS, *words, SHARD="1")
+    assert done.returncode != 0
+    assert "--ema_decay" in done.stderr
+
+
+def test_a_crashed_run_goes_on_by_itself_where_the_launcher_may_restart_it(shapes_root, tmp_path):
+    output = tmp_path / "out"
+    words = [*PARTS, "--root", str(shapes_root), "--log_every", "1", "--ckpt_every", "1", "--output_dir", str(output)]
+    words += ["--batch_size", "2"]
+    restarting = ["--rdzv_backend", "c10d", "--max_restarts", "1", *words]
+    done = launch(*restarting, CRASH_AT="4")
+    assert done.returncode == 0, done.stderr
+    assert f"resumed from {output / 'checkpoints' / 'step_00000003'}" in (output / "train.log").read_text()
+    assert [row["step"] for row in rows(output) if "train/loss" in row] == [1, 2, 3, 4, 5, 6]
+    assert json.loads((output / "status.json").read_text())["state"] == "finished"
+    # Another launch does not go on with it unasked, however often it is restarted.
+    done = launch(*restarting)
+    assert done.returncode != 0
+    assert "holds checkpoints of an earlier run" in done.stderr
+
+
 def test_a_mistake_is_told_once_by_two_processes(tmp_path):
     done = launch("train.py", "--root", str(tmp_path / "nowhere"))
     assert done.returncode != 0
@@ -117,18 +208,40 @@ def test_a_rank_without_a_single_token_of_weight_hangs_nothing(shapes_root, tmp_
     assert json.loads((tmp_path / "out" / "status.json").read_text())["state"] == "finished"
 
 
-def test_two_processes_told_to_stop_save_together(shapes_root, tmp_path):
-    """The launcher gets the signal, as from a scheduler, in the middle of a long evaluation."""
+@pytest.mark.parametrize(
+    ("when", "target", "number"),
+    [
+        ("evaluation", "launcher", signal.SIGTERM),
+        ("save", "launcher", signal.SIGTERM),
+        ("training", "one worker", signal.SIGUSR1),
+    ],
+)
+def test_two_processes_told_to_stop_save_together(shapes_root, tmp_path, when, target, number):
+    """The launcher gets the signal, as from a scheduler, or one of its workers alone."""
     output = tmp_path / "out"
+    often = {"evaluation": "--eval_every", "save": "--ckpt_every", "training": "--log_every"}[when]
     words = [*TINY, "--root", str(shapes_root), "--output_dir", str(output), "--batch_size", "2"]
-    words += ["--eval_batch_size", "1", "--max_objects", "60", "--eval_every", "1", "--max_steps", "100000"]
+    words += ["--eval_batch_size", "1", "--max_objects", "60", "--max_steps", "100000", "--eval_every", "0"]
+    words += ["--sample_every", "0", "--ckpt_every", "0", often, "1"]
+
+    def is_time() -> bool:
+        if when == "evaluation":
+            return (output / "eval").exists()
+        if when == "save":
+            return any((output / "checkpoints").glob(".tmp-*"))
+        return (output / "metrics.jsonl").exists()
+
     launcher = subprocess.Popen([*LAUNCH, "train.py", *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 120
-        while not (output / "eval").exists() and time.monotonic() < deadline:
-            time.sleep(0.1)
-        launcher.terminate()
+        while not is_time() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        workers = [child for child in psutil.Process(launcher.pid).children() if "train.py" in child.cmdline()]
+        assert len(workers) == 2
+        told = time.monotonic()
+        os.kill(launcher.pid if target == "launcher" else workers[1].pid, number)
         launcher.wait(timeout=60)
+        assert time.monotonic() - told < 20
     finally:
         launcher.kill()
     status = json.loads((output / "status.json").read_text())

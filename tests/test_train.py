@@ -1,5 +1,6 @@
 """train.py from end to end on a few small pictures: what it leaves behind, exact resume, and its mistakes."""
 
+import contextlib
 import json
 import math
 import os
@@ -212,6 +213,65 @@ def test_a_full_disk_ends_no_run(finished, shapes_root, tmp_path, monkeypatch, e
     # Nothing half-written is left, and the others are whole.
     assert sorted(p.name for p in (output / "checkpoints").iterdir()) == ["step_00000002", "step_00000006"]
     assert all(checkpoint.verify(folder) is None for folder in (output / "checkpoints").iterdir())
+    assert rows(output) == rows(finished)
+
+
+def test_a_disk_that_really_is_full(finished, shapes_root, tmp_path, monkeypatch):
+    """A small one of its own, filled while the run is under way and freed again."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)], check=False).returncode:
+        pytest.skip("mounting a disk is for root alone")
+    ballast, original = disk / "ballast", train.save
+
+    def save(training):
+        if training.step == 2:
+            with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
+                while True:
+                    file.write(bytes(4096))
+        if training.step == 4:
+            assert checkpoint.latest(disk / "out" / "checkpoints", pytest.fail).name == "step_00000001"
+            assert ballast.stat().st_size > 2**20
+            ballast.unlink()
+        return original(training)
+
+    monkeypatch.setattr(train, "save", save)
+    try:
+        assert train.main(arguments(shapes_root, disk / "out", "--ckpt_every", "1", "--keep_last", "9")) == 0
+        log = (disk / "out" / "train.log").read_text()
+        for step in (2, 3):
+            assert f"the checkpoint of step {step} could not be written" in log
+        assert "No space left on device" in log
+        kept = sorted((disk / "out" / "checkpoints").iterdir())
+        assert [folder.name for folder in kept] == [f"step_{step:08d}" for step in (1, 4, 5, 6)]
+        assert all(checkpoint.verify(folder) is None for folder in kept)
+        ours, theirs = (load_file(run / "final" / "model.safetensors") for run in (disk / "out", finished))
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_run_told_to_stop_while_it_saves_finishes_the_save(finished, shapes_root, tmp_path, monkeypatch):
+    output = tmp_path / "out"
+    original = checkpoint.commit
+
+    def commit(final, write, *rest):
+        def told_to_stop(folder):
+            write(folder)
+            if final.name == "step_00000003":
+                os.kill(os.getpid(), signal.SIGUSR1)
+
+        original(final, told_to_stop, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "commit", commit)
+        assert train.main(arguments(shapes_root, output)) == 75
+    status = json.loads((output / "status.json").read_text())
+    assert (status["state"], status["reason"]) == ("preempted", "SIGUSR1")
+    folders = list((output / "checkpoints").iterdir())
+    assert "step_00000003" in {folder.name for folder in folders}
+    assert all(checkpoint.verify(folder) is None for folder in folders)
+    assert train.main(arguments(shapes_root, output, "--resume", "auto")) == 0
     assert rows(output) == rows(finished)
 
 
