@@ -29,6 +29,7 @@ from pix2seq.command_line import parse, to_yaml, write_flags
 from pix2seq.config import Arguments
 from pix2seq.data import train_loader
 from pix2seq.errors import UserError
+from pix2seq.launcher import join_restarted_processes, restarts
 from pix2seq.metrics import describe, token_statistics
 from pix2seq.model import Pix2SeqForObjectDetection
 from pix2seq.preemption import Stopped, StopRequest
@@ -121,7 +122,7 @@ def start(args: Arguments, stop: StopRequest) -> Training:
 
 def restarted(folder: RunFolder) -> bool:
     """Whether torchelastic, after a crash, has started again what this very launch began in the folder."""
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0:
+    if restarts() == 0:
         return False
     return broadcast_object_list([folder.is_of_this_launch()])[0]  # the main process's launcher is the one noted
 
@@ -134,6 +135,7 @@ def join_processes(args: Arguments) -> Accelerator:
             raise UserError(f"--report_to {name}: must be none or among {', '.join(known)}")
         if name not in installed:
             raise UserError(f"--report_to {name}: is not installed (pip install {name})")
+    join_restarted_processes()
     try:
         accelerator = Accelerator(
             # Without it, processes on a CPU do not find each other. Apple's GPUs have no float64.

@@ -1,11 +1,8 @@
 """Being told to stop: SIGTERM, SIGUSR1 and Ctrl-C become a request that the run answers when it can save."""
 
-import ctypes
-import os
 import signal
-import sys
 
-PR_SET_PDEATHSIG = 1  # from linux/prctl.h
+from pix2seq.launcher import ask_to_be_told_when_the_launcher_dies
 
 
 class Stopped(Exception):
@@ -19,8 +16,7 @@ class StopRequest:
         self.signal = 0
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._handle)
-        if "ACCELERATE_MIXED_PRECISION" in os.environ:  # set by `accelerate launch`
-            ask_to_be_told_when_the_launcher_dies()
+        ask_to_be_told_when_the_launcher_dies()
 
     def __bool__(self) -> bool:
         return self.signal != 0
@@ -38,9 +34,3 @@ class StopRequest:
         if number == signal.SIGINT and self.signal == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = number
-
-
-def ask_to_be_told_when_the_launcher_dies() -> None:
-    """`accelerate launch` with one process dies of SIGTERM and does not pass it on. The kernel does, where it can."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

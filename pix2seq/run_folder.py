@@ -18,6 +18,7 @@ from PIL.Image import Image
 from tqdm import tqdm
 
 import pix2seq
+from pix2seq.launcher import launcher_id
 
 
 def _survives_a_full_disk(method):
@@ -69,7 +70,7 @@ class RunFolder:
             "transformers": transformers.__version__,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
             "num_processes": num_processes,
-            "launcher": _launcher(),
+            "launcher": launcher_id(),
             "num_cpus": os.cpu_count(),
         }
         (self.path / "env.json").write_text(json.dumps(environment, indent=1))
@@ -77,7 +78,7 @@ class RunFolder:
     def is_of_this_launch(self) -> bool:
         """Whether the last run in this folder was started by the launcher that has started this process."""
         try:
-            return json.loads((self.path / "env.json").read_text())["launcher"] == _launcher()
+            return json.loads((self.path / "env.json").read_text())["launcher"] == launcher_id()
         except (OSError, ValueError, KeyError):
             return False
 
@@ -162,10 +163,6 @@ class RunFolder:
         temporary = self.path / ".metrics.jsonl"
         temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
         temporary.replace(path)
-
-
-def _launcher() -> str:
-    return f"{platform.node()} {os.getppid()}"
 
 
 def _commit() -> str | None:

@@ -30,7 +30,13 @@ def old_detector(decoder: str = "llama", **kwargs) -> Pix2SeqForObjectDetection:
 def adapted(source, **kwargs):
     config = source.config
     same = {name: getattr(config, name) for name in ("image_size", "num_bins", "max_objects", "noise_objects")}
-    same |= {"dropout": 0.0, "drop_path": 0.0, "decoding": config.decoding}
+    same |= {
+        "dropout": 0.0,
+        "drop_path": 0.0,
+        "decoding": config.decoding,
+        "label_smoothing": 0.0,
+        "coordinate_sigma": 0.0,
+    }
     names = kwargs.pop("class_names", NEW)
     ids = tuple(range(10, 10 + len(names)))
     return adapt(source, category_ids=ids, class_names=names, **same | kwargs)
