@@ -1,4 +1,4 @@
-"""What launchers of processes leave to the processes: `accelerate launch` and torchrun, with what was measured of them."""
+"""What the launchers, `accelerate launch` and torchrun, leave to the processes they start."""
 
 import ctypes
 import os

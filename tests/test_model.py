@@ -11,6 +11,7 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModel,
+    LlamaForCausalLM,
     ResNetBackbone,
     ResNetConfig,
     ResNetForImageClassification,
@@ -22,7 +23,7 @@ from transformers import (
 from pix2seq.errors import UserError
 from pix2seq.model import Pix2SeqConfig, Pix2SeqForObjectDetection
 from pix2seq.model.backbone import IMAGENET_MEAN, IMAGENET_STD, VisionBackbone, choose_backbone
-from pix2seq.model.llama import prefix_mask, prefix_positions
+from pix2seq.model.llama import prefix_positions
 from pix2seq.model.positions import position_code_2d
 from pix2seq.optimizer import parameter_groups
 from pix2seq.sequence import SequenceBuilder
@@ -122,15 +123,35 @@ def test_every_token_sees_the_whole_picture(make_model):
         assert (gradient.abs().sum(-1) > 0).all()
 
 
-def test_the_prefix_mask():
-    mask = prefix_mask(3, 2, torch.zeros(1))[0, 0] == 0
-    assert mask.int().tolist() == [
-        [1, 1, 1, 0, 0],
-        [1, 1, 1, 0, 0],
-        [1, 1, 1, 0, 0],
-        [1, 1, 1, 1, 0],
-        [1, 1, 1, 1, 1],
-    ]
+@pytest.mark.parametrize("causal_prefix", [False, True])
+def test_the_decoder_is_a_plain_llama_with_a_mask(make_model, causal_prefix):
+    """Attention in two parts, and a last layer that leaves out the picture, are ways to compute the same: losses and
+    gradients are those of transformers' own model under the mask that says who sees whom."""
+    model = loud(make_model(decoder={"causal_prefix": causal_prefix})).train()
+    tokens, num_visual = ids(2), 5
+    visual = torch.randn(2, num_visual, 16, requires_grad=True)
+    plain = LlamaForCausalLM(copy.deepcopy(model.decoder.config)).train()
+    plain.set_attn_implementation("sdpa")
+    plain.load_state_dict(model.decoder.state_dict())
+    total = num_visual + tokens.shape[1]
+    visible = torch.ones(total, total, dtype=torch.bool).tril()
+    if not causal_prefix:
+        visible[:num_visual, :num_visual] = True
+    mask = torch.zeros(total, total).masked_fill(~visible, torch.finfo(torch.float32).min)[None, None]
+    expected = plain.model(
+        inputs_embeds=torch.cat([visual, plain.get_input_embeddings()(tokens)], dim=1),
+        attention_mask=mask,
+        position_ids=prefix_positions(num_visual, tokens.shape[1], "cpu"),
+    ).last_hidden_state[:, num_visual:]
+    found = model.decoder.read(visual, tokens)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    direction = torch.randn_like(expected)
+    names = [name for name, _ in plain.model.named_parameters()]
+    theirs = torch.autograd.grad((expected * direction).sum(), [visual, *plain.model.parameters()])
+    ours = torch.autograd.grad((found * direction).sum(), [visual, *model.decoder.model.parameters()])
+    assert names == [name for name, _ in model.decoder.model.named_parameters()]
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
 def test_positions_of_the_sentence_do_not_depend_on_the_picture():

@@ -103,7 +103,7 @@ class Pix2SeqPreTrainedModel(PreTrainedModel):
     main_input_name = "pixel_values"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
-    _supports_flash_attn = False  # it takes no mask in which the picture sees itself whole; a backbone may use it
+    _supports_flash_attn = False  # the classic decoder's mask is not for it; a backbone may use it
 
 
 class Pix2SeqForObjectDetection(Pix2SeqPreTrainedModel):

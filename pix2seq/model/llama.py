@@ -1,8 +1,66 @@
 """A decoder-only language model that reads the picture as the beginning of its text."""
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+import torch.nn.functional as F
+from torch.nn.attention.bias import causal_lower_right
+from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import DynamicCache
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, apply_rotary_pos_emb
+
+
+def prefix_attention(
+    module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask=None,
+    num_visual: int = 0,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """Queries (B, H, Q, d) of the last Q of K tokens, keys and values (B, H, K, d) -> (B, Q, H, d).
+
+    The first `num_visual` tokens see each other, all others what came before them. In two parts, each with a kernel
+    that needs no mask: a mask of both would have every visual token look at the sentence and forget it.
+    """
+    behind = key.shape[2] - query.shape[2]  # keys in the cache
+    num_picture = max(num_visual - behind, 0)
+    picture, said = query[:, :, :num_picture], query[:, :, num_picture:]
+    parts = []
+    if picture.shape[2]:
+        parts.append(F.scaled_dot_product_attention(picture, key[:, :, :num_visual], value[:, :, :num_visual]))
+    if said.shape[2]:
+        mask = causal_lower_right(said.shape[2], key.shape[2]) if said.shape[2] > 1 else None
+        parts.append(F.scaled_dot_product_attention(said, key, value, attn_mask=mask))
+    return torch.cat(parts, dim=2).transpose(1, 2), None
+
+
+AttentionInterface.register("prefix", prefix_attention)
+
+
+class LastLayer(LlamaDecoderLayer):
+    """Of the last layer, only what it makes of the sentence is needed: the visual tokens are keys and values."""
+
+    def forward(self, hidden_states: torch.Tensor, position_embeddings=None, num_visual: int = 0, **kwargs):
+        if not self.training or num_visual in (0, hidden_states.shape[1]):
+            return super().forward(
+                hidden_states, position_embeddings=position_embeddings, num_visual=num_visual, **kwargs
+            )
+        attention, cos_sin = self.self_attn, position_embeddings
+        tokens = self.input_layernorm(hidden_states)
+        query, key, value = (
+            projection(inputs).unflatten(2, (-1, attention.head_dim)).transpose(1, 2)
+            for projection, inputs in (
+                (attention.q_proj, tokens[:, num_visual:]),
+                (attention.k_proj, tokens),
+                (attention.v_proj, tokens),
+            )
+        )
+        query, _ = apply_rotary_pos_emb(query, query, *(part[:, num_visual:] for part in cos_sin))
+        key, _ = apply_rotary_pos_emb(key, key, *cos_sin)
+        seen, _ = prefix_attention(attention, query, key, value, num_visual=num_visual)
+        hidden_states = hidden_states[:, num_visual:] + attention.o_proj(seen.flatten(2))
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
 class LlamaDecoder(LlamaForCausalLM):
@@ -13,25 +71,30 @@ class LlamaDecoder(LlamaForCausalLM):
 
     config: LlamaConfig
 
+    def __init__(self, config: LlamaConfig):
+        super().__init__(config)
+        self.set_attn_implementation("prefix")
+        self.model.layers[-1] = LastLayer(config, config.num_hidden_layers - 1)
+        self.post_init()
+
     def read(self, visual: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
         """Visual tokens (B, N, D) and a sentence (B, L) -> what the decoder thinks after each token, (B, L, D)."""
         said = self.get_input_embeddings()(input_ids).to(visual.dtype)
         num_visual, length = visual.shape[1], said.shape[1]
         return self.model(
             inputs_embeds=torch.cat([visual, said], dim=1),
-            attention_mask=self._mask(num_visual, length, visual),
             position_ids=prefix_positions(num_visual, length, visual.device),
+            num_visual=self._num_seen_whole(visual),
             use_cache=False,
-        ).last_hidden_state[:, num_visual:]
+        ).last_hidden_state[:, -length:]
 
     def start(self, visual: torch.Tensor) -> DynamicCache:
         """Reads the visual tokens (B, N, D): the cache that `step` continues."""
-        num_visual = visual.shape[1]
         cache = DynamicCache(config=self.config)
         self.model(
             inputs_embeds=visual,
-            attention_mask=self._mask(num_visual, 0, visual),
-            position_ids=prefix_positions(num_visual, 0, visual.device),
+            position_ids=prefix_positions(visual.shape[1], 0, visual.device),
+            num_visual=self._num_seen_whole(visual),
             past_key_values=cache,
             use_cache=True,
         )
@@ -46,19 +109,8 @@ class LlamaDecoder(LlamaForCausalLM):
             use_cache=True,
         ).last_hidden_state[:, -1]
 
-    def _mask(self, num_visual: int, length: int, like: torch.Tensor) -> torch.Tensor:
-        return prefix_mask(num_visual, length, like, getattr(self.config, "causal_prefix", False))
-
-
-def prefix_mask(num_visual: int, length: int, like: torch.Tensor, causal: bool = False) -> torch.Tensor:
-    """Additive mask (1, 1, T, T), T = num_visual + length: the picture sees itself whole (unless it is `causal`), the
-    sentence sees the picture and what has been said."""
-    total = num_visual + length
-    visible = torch.ones(total, total, dtype=torch.bool, device=like.device).tril()
-    if not causal:
-        visible[:num_visual, :num_visual] = True
-    mask = torch.zeros(total, total, dtype=like.dtype, device=like.device)
-    return mask.masked_fill(~visible, torch.finfo(like.dtype).min)[None, None]
+    def _num_seen_whole(self, visual: torch.Tensor) -> int:
+        return 0 if getattr(self.config, "causal_prefix", False) else visual.shape[1]
 
 
 def prefix_positions(num_visual: int, length: int, device) -> torch.Tensor:
