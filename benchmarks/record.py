@@ -6,9 +6,14 @@ python benchmarks/record.py runs/demo --output docs/results/demo.json
 import argparse
 import json
 import platform
+import sys
 from pathlib import Path
 
+import torch
+import transformers
 import yaml
+
+from pix2seq.run_folder import git_commit
 
 PLACES = {"root", "train_images", "train_json", "val_images", "val_json", "output_dir", "config"}
 
@@ -30,6 +35,20 @@ def record(run: Path) -> dict:
         "best": {name.removeprefix("eval/"): value for name, value in best.items()},
         "ap_by_step": {row["step"]: row["eval/AP"] for row in evaluations},
         "images_per_s": rows[-2 if "eval/AP" in rows[-1] else -1]["perf/images_per_s"],
+    }
+
+
+def environment(device: torch.device) -> dict:
+    """Of a benchmark's own process."""
+    words = [Path(word).name if word.startswith("/") else word for word in sys.argv[1:]]
+    return {
+        "command": [f"python -m benchmarks.{Path(sys.argv[0]).stem}", *words],
+        "commit": git_commit(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "num_threads": torch.get_num_threads(),
+        "processor": _processor(),
     }
 
 

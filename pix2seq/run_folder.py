@@ -64,7 +64,7 @@ class RunFolder:
         environment = {
             "command": sys.argv,
             "pix2seq": pix2seq.__version__,
-            "commit": _commit(),
+            "commit": git_commit(),
             "python": platform.python_version(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
@@ -165,7 +165,7 @@ class RunFolder:
         temporary.replace(path)
 
 
-def _commit() -> str | None:
+def git_commit() -> str | None:
     """The commit of the code, if it lies in a git checkout."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:

@@ -26,6 +26,7 @@ ALLOWED = {
     "config": {"command_line", "sizes"},
     "coco": {"errors"},
     "checkpoint": {"errors"},
+    "cost": set(),
     # level 1
     "sequence": {"tokenizer"},
     "metrics": {"tokenizer"},
@@ -74,7 +75,7 @@ LEVEL_0 = (
     "sizes",
     "model.backbone",
 )
-ENTRY_POINTS = ("train", "evaluate")
+ENTRY_POINTS = ("train", "evaluate", "plan")
 
 
 def module_name(path: Path) -> str:

@@ -11,6 +11,7 @@ from PIL import Image
 from pix2seq.command_line import parse
 from pix2seq.config import Arguments, EvaluateArguments
 from pix2seq.processing import Pix2SeqImageProcessor
+from plan import PlanArguments
 
 README = Path("README.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
@@ -28,6 +29,8 @@ def test_every_command_parses(command):
         assert re.search(rf"^{words[1]}:", Path("Makefile").read_text(), flags=re.MULTILINE)
     elif "train.py" in words:
         parse(Arguments, words[words.index("train.py") + 1 :])
+    elif "plan.py" in words:
+        parse(PlanArguments, words[words.index("plan.py") + 1 :])
     elif "evaluate.py" in words:
         parse(EvaluateArguments, words[words.index("evaluate.py") + 1 :])
     else:

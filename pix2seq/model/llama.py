@@ -20,8 +20,8 @@ def prefix_attention(
 ) -> tuple[torch.Tensor, None]:
     """Queries (B, H, Q, d) of the last Q of K tokens, keys and values (B, H, K, d) -> (B, Q, H, d).
 
-    The first `num_visual` tokens see each other, all others what came before them. In two parts, each with a kernel
-    that needs no mask: a mask of both would have every visual token look at the sentence and forget it.
+    The first `num_visual` tokens see each other, all others what came before them. In two parts: under one mask for
+    both, every visual token would look at the sentence and forget it, and no fast kernel takes such a mask.
     """
     behind = key.shape[2] - query.shape[2]  # keys in the cache
     num_picture = max(num_visual - behind, 0)
@@ -30,9 +30,17 @@ def prefix_attention(
     if picture.shape[2]:
         parts.append(F.scaled_dot_product_attention(picture, key[:, :, :num_visual], value[:, :, :num_visual]))
     if said.shape[2]:
-        mask = causal_lower_right(said.shape[2], key.shape[2]) if said.shape[2] > 1 else None
-        parts.append(F.scaled_dot_product_attention(said, key, value, attn_mask=mask))
+        parts.append(F.scaled_dot_product_attention(said, key, value, attn_mask=_what_came_before(said, key)))
     return torch.cat(parts, dim=2).transpose(1, 2), None
+
+
+def _what_came_before(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor | None:
+    length, total = query.shape[2], key.shape[2]
+    if length == 1:
+        return None
+    if query.is_cuda:  # which has kernels that need no mask for this
+        return causal_lower_right(length, total)
+    return torch.ones(length, total, dtype=torch.bool, device=query.device).tril(total - length)
 
 
 AttentionInterface.register("prefix", prefix_attention)
