@@ -115,14 +115,7 @@ def build(args: Arguments, accelerator, folder: RunFolder, stop: StopRequest) ->
     sampler.start_step = state.step
     truth = load_ground_truth(val_set.annotations.split.json, val_set.annotations.image_ids, categories)
     options = DecodingOptions(args.max_objects, args.top_p, args.temperature, args.seed)
-
-    def should_stop() -> bool:
-        told = torch.tensor(float(bool(stop)), device=accelerator.device)
-        return accelerator.reduce(told, "sum").item() > 0
-
-    reporter = Reporter(
-        folder, accelerator, val_set, truth, options, args.eval_batch_size, args.num_workers, should_stop
-    )
+    reporter = Reporter(folder, accelerator, val_set, truth, options, args.eval_batch_size, args.num_workers, stop)
     return Training(args, accelerator, folder, train_set, reporter, sampler, max_steps, model, state, stop)
 
 

@@ -5,6 +5,7 @@ the rows it shares a batch with.
 """
 
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,6 +45,10 @@ class Detections:
     boxes: np.ndarray
     labels: np.ndarray
     scores: np.ndarray
+
+
+class Interrupted(Exception):
+    """Writing was broken off, because it was asked for."""
 
 
 class Grammar:
@@ -89,12 +94,19 @@ def sample_top_p(logits: torch.Tensor, top_p: float, temperature: float, uniform
 
 
 @torch.inference_mode()
-def generate(model, pixel_values: torch.Tensor, tokenizer: Tokenizer, options: DecodingOptions) -> list[Detections]:
+def generate(
+    model,
+    pixel_values: torch.Tensor,
+    tokenizer: Tokenizer,
+    options: DecodingOptions,
+    interrupted: Callable[[], bool] = lambda: False,
+) -> list[Detections]:
     """Pixels (B, 3, S, S) -> the objects the model writes for each.
 
     model   offers `start(pixels) -> cache`, `step(ids (B,), position, cache) -> logits (B, V)`, and
             `config.noise_objects`; it should be in eval mode
 
+    Before each object asks `interrupted`; at a yes, raises Interrupted.
     What is sampled depends on the picture and options.seed: not on its batch, its place in a dataset or the device.
     """
     batch, device = len(pixel_values), pixel_values.device
@@ -111,6 +123,8 @@ def generate(model, pixel_values: torch.Tensor, tokenizer: Tokenizer, options: D
     sentence: list[torch.Tensor] = []
     scores, labels = [], []
     for position in range(length):
+        if position % TOKENS_PER_OBJECT == 0 and interrupted():
+            raise Interrupted
         logits = model.step(token, position, cache)
         if position % TOKENS_PER_OBJECT == CLASS_SLOT:
             score, label = logits.softmax(-1)[:, is_class].max(-1)

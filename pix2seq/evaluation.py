@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from pix2seq.coco import Annotations
 from pix2seq.data import EvalDataset, eval_loader, load_image
-from pix2seq.decoding import DecodingOptions, Detections
+from pix2seq.decoding import DecodingOptions, Detections, Interrupted
 from pix2seq.preemption import Stopped
 from pix2seq.tokenizer import Tokenizer
 from pix2seq.transforms import to_original_pixels
@@ -24,12 +24,12 @@ def predict(
     batch_size: int,
     accelerator,
     num_workers: int = 0,
-    should_stop: Callable[[], bool] = lambda: False,
+    stop: Callable[[], bool] = lambda: False,
 ) -> list[dict]:
     """COCO results of every image of the dataset, gathered from all ranks in the dataset's order.
 
-    The model is put in eval mode and back. Every rank calls this, and every rank gets the whole list. Before each
-    batch every rank asks `should_stop`, which gives all the same answer; at a yes, raises Stopped.
+    The model is put in eval mode and back. Every rank calls this, and every rank gets the whole list. `stop` says
+    whether this process has been told to stop: if any has, all of them raise Stopped, in the middle of a batch too.
     """
     rank, world_size = accelerator.process_index, accelerator.num_processes
     batches = iter(eval_loader(dataset, batch_size, rank, world_size, num_workers))
@@ -38,25 +38,35 @@ def predict(
         # Checkpoints hold the main process's, and so must every rank that evaluates.
         for buffer in model.buffers():
             torch.distributed.broadcast(buffer, src=0)
+
+    def any_rank(answer: bool) -> bool:
+        answers = torch.tensor(float(answer), device=accelerator.device)
+        return accelerator.reduce(answers, "sum").item() > 0
+
     was_training = model.training
     model.eval()
-    results = []
+    results, broken_off = [], False
     rounds = range(math.ceil(len(dataset) / (batch_size * world_size)))
     for _ in tqdm(rounds, desc="evaluating", disable=None if accelerator.is_main_process else True, leave=False):
-        if should_stop():
-            model.train(was_training)
-            raise Stopped
+        if broken_off := any_rank(broken_off or stop()):
+            break
         if (batch := next(batches, None)) is None:  # the last round may have no batch for this rank
             continue
         image_ids = batch["image_id"].tolist()
         with accelerator.autocast():
-            found = model.detect(batch["pixel_values"].to(accelerator.device), options)
+            try:
+                found = model.detect(batch["pixel_values"].to(accelerator.device), options, stop)
+            except Interrupted:
+                broken_off = True  # the other ranks hear of it in the next round
+                continue
         for row, detections in enumerate(found):
             size, original_size = batch["size"][row].tolist(), batch["original_size"][row].tolist()
             side = dataset.transform.image_size
             detections.boxes = to_original_pixels(detections.boxes, side, size, original_size)
             results.append((image_ids[row], coco_results(image_ids[row], detections, model.config.category_ids)))
     model.train(was_training)
+    if any_rank(broken_off):
+        raise Stopped
 
     # Batches are dealt out so that no image is read twice; keying by image id is the second guard.
     by_image = {}

@@ -1,6 +1,5 @@
 """What a run shows of its detectors while it trains: COCO numbers, and pictures of the same few images over time."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from torchvision.transforms.v2.functional import to_pil_image
@@ -8,6 +7,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 from pix2seq.data import EvalDataset
 from pix2seq.decoding import DecodingOptions
 from pix2seq.evaluation import predict, prediction_picture
+from pix2seq.preemption import StopRequest
 from pix2seq.run_folder import RunFolder
 from pix2seq.scoring import coco_metrics
 from pix2seq.tokenizer import Tokenizer
@@ -18,7 +18,8 @@ NUM_SAMPLES = 8  # images in every picture
 
 @dataclass
 class Reporter:
-    """Every rank calls its methods, the main one writes into the run folder. They raise Stopped when `should_stop`.
+    """Every rank calls its methods, the main one writes into the run folder. They raise Stopped when any
+    rank has been told to `stop`.
 
     truth   the ground truth of `val_set`: see load_ground_truth
     """
@@ -30,7 +31,7 @@ class Reporter:
     options: DecodingOptions
     batch_size: int
     num_workers: int
-    should_stop: Callable[[], bool]
+    stop: StopRequest
 
     def evaluate(self, detector, step: int, name: str = "") -> dict[str, float] | None:
         """COCO numbers of the validation images; None on other ranks than the main one. `name`: see RunFolder."""
@@ -60,5 +61,5 @@ class Reporter:
     def _predict(self, detector, dataset: EvalDataset) -> list[dict]:
         return predict(
             *(detector, dataset, self.options, self.batch_size, self.accelerator, self.num_workers),
-            should_stop=self.should_stop,
+            stop=lambda: bool(self.stop),
         )

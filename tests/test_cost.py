@@ -43,7 +43,7 @@ def test_the_count_is_that_of_a_real_step(decoder, freeze):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     forward, step, kept = real_step(model)
     assert cost.forward_flops == forward > 0
-    assert cost.step_flops == step > 1.5 * forward
+    assert cost.step_flops == step > 1.4 * forward
     assert cost.activation_bytes == pytest.approx(kept, rel=0.01)
 
 

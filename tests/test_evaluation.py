@@ -72,6 +72,7 @@ ONE_PROCESS = SimpleNamespace(
     is_main_process=True,
     device=torch.device("cpu"),
     autocast=contextlib.nullcontext,
+    reduce=lambda tensor, reduction: tensor,
     gather_for_metrics=lambda results, use_gather_object: results,
 )
 
@@ -93,7 +94,7 @@ class Oracle(torch.nn.Module):
             padded = np.concatenate([labels, np.full(max_objects - len(boxes), -1)])
             self.sentences[picture.numpy().tobytes()] = tokenizer.encode(filled, padded).reshape(-1)
 
-    def detect(self, pixels, options):
+    def detect(self, pixels, options, interrupted):
         return generate(self, pixels, self.tokenizer, options)
 
     def start(self, pixels):

@@ -54,7 +54,7 @@ ALLOWED = {
     "sharding": {"model"},
     # level 4: what a run shows
     "reporting": {
-        *("data", "decoding", "evaluation", "run_folder", "scoring", "tokenizer", "visualize"),
+        *("data", "decoding", "evaluation", "preemption", "run_folder", "scoring", "tokenizer", "visualize"),
     },
     "evaluation": {"coco", "data", "decoding", "preemption", "tokenizer", "transforms", "visualize"},
     # level 5: from the flags to a run

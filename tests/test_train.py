@@ -173,7 +173,7 @@ def test_a_run_told_to_stop_while_it_evaluates_saves_and_makes_up_for_it(
     original = reporting.predict
     words = ("--eval_batch_size", "1") if when == "picture" else ()
 
-    def interrupted(detector, dataset, *rest, should_stop):
+    def interrupted(detector, dataset, *rest, stop):
         asked = []
 
         def asks():
@@ -181,9 +181,9 @@ def test_a_run_told_to_stop_while_it_evaluates_saves_and_makes_up_for_it(
             done = (len(list((output / "eval").glob("*"))), len(list((output / "samples").glob("predictions*"))))
             if done == {3: (0, 0), 4: (1, 0), 6: (1, 1)}[step] and len(asked) == batches:
                 os.kill(os.getpid(), signal.SIGTERM)
-            return should_stop()
+            return stop()
 
-        return original(detector, dataset, *rest, should_stop=asks)
+        return original(detector, dataset, *rest, stop=asks)
 
     with monkeypatch.context() as patch:
         patch.setattr(reporting, "predict", interrupted)
@@ -193,6 +193,24 @@ def test_a_run_told_to_stop_while_it_evaluates_saves_and_makes_up_for_it(
     assert train.main(arguments(shapes_root, output, "--resume", "auto", *words)) == 0
     assert rows(output) == rows(finished)
     assert (output / "samples" / "predictions_00000004.png").is_file()
+
+
+def test_a_run_told_to_stop_while_it_decodes_does_not_finish_the_batch(finished, shapes_root, tmp_path, monkeypatch):
+    original, positions = Pix2SeqForObjectDetection.step, []
+
+    def step(self, ids, position, cache):
+        positions.append(position)
+        if position == 12:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, ids, position, cache)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Pix2SeqForObjectDetection, "step", step)
+        assert train.main(arguments(shapes_root, tmp_path / "out")) == 75
+    assert positions == list(range(15)), "of 30: it stops before the next object"
+    assert json.loads((tmp_path / "out" / "status.json").read_text())["step"] == 3
+    assert train.main(arguments(shapes_root, tmp_path / "out", "--resume", "auto")) == 0
+    assert rows(tmp_path / "out") == rows(finished)
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("PytorchStreamWriter failed")])
@@ -249,6 +267,86 @@ def test_a_disk_that_really_is_full(finished, shapes_root, tmp_path, monkeypatch
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     finally:
         subprocess.run(["umount", "--lazy", str(disk)], check=True)  # loaded weights still lie on it
+
+
+@pytest.mark.parametrize("step", [1, 4])
+def test_accumulation_resumes_exactly_too(shapes_root, tmp_path, monkeypatch, step):
+    """Told to stop while the second of three micro-batches is read: the step is finished first."""
+    words = ("--batch_size", "2", "--gradient_accumulation_steps", "3", "--ema_decay", "0.9")
+    assert train.main(arguments(shapes_root, tmp_path / "whole", *words)) == 0
+    original, calls = Pix2SeqForObjectDetection.forward, []
+
+    def forward(self, *args, **kwargs):
+        if self.training:
+            calls.append(0)
+            if len(calls) == 3 * step - 1:
+                os.kill(os.getpid(), signal.SIGUSR1)
+        return original(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Pix2SeqForObjectDetection, "forward", forward)
+        assert train.main(arguments(shapes_root, tmp_path / "cut", *words)) == 75
+    assert json.loads((tmp_path / "cut" / "status.json").read_text())["step"] == step
+    assert train.main(arguments(shapes_root, tmp_path / "cut", *words, "--resume", "auto")) == 0
+    assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
+    states = [
+        torch.load(tmp_path / name / "checkpoints" / "step_00000006" / "trainer.pt", weights_only=True)
+        for name in ("cut", "whole")
+    ]
+    flat = [torch.utils._pytree.tree_flatten(state)[0] for state in states]
+    assert len(flat[0]) > 100
+    for a, b in zip(*flat, strict=True):
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def lend_a_scaler(monkeypatch, scale: float) -> None:
+    """fp16 as on a GPU, which a CPU does not get from Accelerate."""
+    join = train.join_processes
+
+    def join_in_half(args):
+        accelerator = join(args)
+        accelerator.state._mixed_precision = "fp16"
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=2)
+        accelerator.native_amp = True
+        return accelerator
+
+    monkeypatch.setattr(train, "join_processes", join_in_half)
+    monkeypatch.setattr("accelerate.state.AcceleratorState._shared_state", {})
+
+
+def test_the_loss_scaler_skips_what_overflows_and_resumes_exactly(shapes_root, tmp_path, monkeypatch):
+    words = ("--log_every", "1", "--eval_every", "0", "--sample_every", "0", "--max_grad_norm", "1")
+    seen = []
+    original = train.train_step
+
+    def watched(training, *rest):
+        before = training.unwrapped.bridge.projection.weight.detach().clone()
+        scale = training.accelerator.scaler.get_scale()
+        found = original(training, *rest)
+        moved = not torch.equal(before, training.unwrapped.bridge.projection.weight)
+        seen.append((scale, moved, training.accelerator.scaler.get_scale()))
+        return found
+
+    with monkeypatch.context() as patch:
+        lend_a_scaler(patch, 2.0**30)
+        patch.setattr(train, "train_step", watched)
+        assert train.main(arguments(shapes_root, tmp_path / "whole", *words, "--max_steps", "20")) == 0
+    assert seen[0] == (2.0**30, False, 2.0**29), "a gradient that overflows is not applied, and the scale halved"
+    applied = [moved for _, moved, _ in seen]
+    assert any(applied)
+    assert all(after == scale / 2 for scale, moved, after in seen if not moved)
+    weights = load_file(tmp_path / "whole" / "final" / "model.safetensors")
+    assert all(torch.isfinite(tensor).all() for tensor in weights.values())
+    first = applied.index(True) + 2
+    with monkeypatch.context() as patch:
+        lend_a_scaler(patch, 2.0**30)
+        interrupt_at(patch, first, signal.SIGTERM)
+        assert train.main(arguments(shapes_root, tmp_path / "cut", *words, "--max_steps", "20")) == 75
+    with monkeypatch.context() as patch:
+        lend_a_scaler(patch, 2.0**30)
+        more = (*words, "--max_steps", "20", "--resume", "auto")
+        assert train.main(arguments(shapes_root, tmp_path / "cut", *more)) == 0
+    assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
 
 
 def test_a_run_told_to_stop_while_it_saves_finishes_the_save(finished, shapes_root, tmp_path, monkeypatch):
@@ -633,10 +731,10 @@ def test_an_evaluation_broken_off_between_two_detectors_is_written_once(shapes_r
     output, words = tmp_path / "out", ("--ema_decay", "0.5", "--max_steps", "2", "--eval_every", "2")
     original = reporting.predict
 
-    def interrupted(*args, should_stop):
+    def interrupted(*args, stop):
         if (output / "eval" / "step_2").exists():
             os.kill(os.getpid(), signal.SIGTERM)
-        return original(*args, should_stop=should_stop)
+        return original(*args, stop=stop)
 
     with monkeypatch.context() as patch:
         patch.setattr(reporting, "predict", interrupted)

@@ -6,6 +6,7 @@ What the two decoders have in common: `read` a whole sentence, or `start` and th
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -236,17 +237,23 @@ class Pix2SeqForObjectDetection(Pix2SeqPreTrainedModel):
             loss=(weights * token_losses).sum() / normalizer, logits=logits, token_losses=token_losses
         )
 
-    def detect(self, pixel_values: torch.Tensor, options: DecodingOptions | None = None) -> list[Detections]:
+    def detect(
+        self,
+        pixel_values: torch.Tensor,
+        options: DecodingOptions | None = None,
+        interrupted: Callable[[], bool] = lambda: False,
+    ) -> list[Detections]:
         """Pixels (B, 3, S, S) -> the objects of each picture, in the order they were written, in [0, 1] of the canvas.
 
-        By default as the detector was evaluated while it was trained. Call it in eval mode.
+        By default as the detector was evaluated while it was trained. Call it in eval mode. `interrupted`: see
+        generate.
         """
         options = options or self.decoding_options
         if options.max_objects > self.most_objects:
             raise ValueError(
                 f"max_objects is {options.max_objects}: this decoder has positions for {self.most_objects}"
             )
-        return generate(self, pixel_values, self.tokenizer, options)
+        return generate(self, pixel_values, self.tokenizer, options, interrupted)
 
     def _as_output(self, found: list[Detections]) -> Pix2SeqOutput:
         count = max((len(detections.scores) for detections in found), default=0)
