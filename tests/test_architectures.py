@@ -427,3 +427,30 @@ def test_a_timm_model_of_one_size_only():
     model = ready(build(backbone=backbone, image_size=160))
     model(pictures(side=160), sentences(), sentences()).loss.backward()
     assert [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
+@pytest.mark.parametrize("kind", ["resnet", "resnet_bottleneck"])
+def test_frozen_norms_folded_into_convolutions_change_nothing(kind):
+    """What comes out and the gradients are those of convolution, then norm."""
+    backbone = build("llama", BACKBONES[kind]).backbone
+    with torch.no_grad():
+        for module in backbone.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                for values in (module.weight, module.bias, module.running_mean):
+                    values.normal_()
+                module.running_var.uniform_(0.5, 2)
+    backbone.prepare_for_training(False, "frozen", 1, torch.device("cpu"), 64)
+    plain = copy.deepcopy(backbone)
+    folding = [module for module in plain.modules() if "forward" in vars(module)]
+    assert len(folding) == sum(isinstance(module, torch.nn.Conv2d) for module in plain.modules())
+    for module in folding:
+        del module.forward
+    pixels = torch.rand(2, 3, 64, 64)
+    expected, found = plain.train()(pixels), backbone.train()(pixels)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    direction = torch.randn_like(expected)
+    learning = [(a, b) for a, b in zip(backbone.parameters(), plain.parameters(), strict=True) if a.requires_grad]
+    (found * direction).sum().backward()
+    (expected * direction).sum().backward()
+    for a, b in learning:
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-3 * b.grad.abs().max().item())

@@ -8,13 +8,15 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from benchmarks.reliability import fill
 from pix2seq.command_line import parse
 from pix2seq.config import Arguments, EvaluateArguments
 from pix2seq.processing import Pix2SeqImageProcessor
 from plan import PlanArguments
 
 README = Path("README.md").read_text()
-BLOCKS = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
+COMMAND_PAGES = [README, Path("docs/scaling.md").read_text()]
+BLOCKS = [block for page in COMMAND_PAGES for block in re.findall(r"```bash\n(.*?)```", page, flags=re.DOTALL)]
 COMMANDS = [line for block in BLOCKS for line in block.replace("\\\n", " ").splitlines() if line.strip()]
 
 
@@ -33,6 +35,9 @@ def test_every_command_parses(command):
         parse(PlanArguments, words[words.index("plan.py") + 1 :])
     elif "evaluate.py" in words:
         parse(EvaluateArguments, words[words.index("evaluate.py") + 1 :])
+    elif words[:2] == ["python", "-m"]:
+        script = Path(words[2].replace(".", "/") + ".py").read_text()
+        assert all(f'"{word}"' in script for word in words if word.startswith("--"))
     else:
         raise AssertionError(f"no test knows this command: {command}")
 
@@ -61,8 +66,9 @@ def test_the_file_list_is_the_tree():
 
 
 def test_links_and_pictures_exist():
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        assert target.startswith("https://") or Path(target).exists(), target
+    for page in (Path("README.md"), *Path("docs").glob("*.md")):
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            assert target.startswith("https://") or (page.parent / target).exists(), (page, target)
 
 
 PAGES = ["README.md", "docs/experiments.md"]
@@ -92,10 +98,22 @@ def test_every_promise_names_tests_that_exist():
         assert f"def {test}(" in (Path("tests") / file).read_text() if test else (Path("tests") / file).exists()
 
 
+def test_figures_of_the_promises_come_from_their_record():
+    page = Path("docs/reliability.md").read_text()
+    assert fill(page, json.loads(Path("docs/results/reliability.json").read_text())) == page
+
+
+def test_figures_of_the_step_come_from_their_record():
+    found = json.loads(Path("docs/results/train_step_cpu.json").read_text())["times_as_fast"]
+    page = Path("docs/scaling.md").read_text()
+    for name in ("pix2seq as detr", "decoder as llama"):
+        assert "| {median:.2f} ({min:.2f} to {max:.2f}) |".format(**found[name]) in page
+
+
 def test_every_record_is_shown():
     shown = {
         (Path(page).parent / link).resolve()
-        for page in PAGES
+        for page in (*PAGES, "docs/reliability.md", "docs/scaling.md")
         for link in re.findall(r"\]\((\S+\.json)\)", Path(page).read_text())
     }
     assert {path.resolve() for path in Path("docs/results").rglob("*.json")} - shown == {

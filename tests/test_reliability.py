@@ -18,7 +18,7 @@ KILLS = 20
 
 
 @pytest.mark.slow
-def test_kill_9_at_random_moments_leaves_no_unusable_state(shapes_root, tmp_path):
+def test_kill_9_at_random_moments_leaves_no_unusable_state(shapes_root, tmp_path, record_property):
     """Most of the time of such a run is spent in saving, so most kills hit a save."""
     words = ["--max_steps", "60", "--ckpt_every", "1", "--eval_every", "20", "--sample_every", "20"]
     assert train.main(arguments(shapes_root, tmp_path / "whole", *words)) == 0
@@ -26,7 +26,7 @@ def test_kill_9_at_random_moments_leaves_no_unusable_state(shapes_root, tmp_path
     command = [sys.executable, "train.py", *TINY, *words, "--root", str(shapes_root), "--output_dir", str(output)]
     command += ["--resume", "auto"]
     moments = random.Random(0)
-    kills, highest = 0, 0
+    kills, inside_a_save, highest = 0, 0, 0
     while True:
         log = output / "train.log"
         lines = log.read_text().count("parameters on") if log.exists() else 0
@@ -37,6 +37,7 @@ def test_kill_9_at_random_moments_leaves_no_unusable_state(shapes_root, tmp_path
             run.kill()
             run.wait()
             kills += 1
+            inside_a_save += any((output / "checkpoints").glob(".tmp-*"))
             newest = checkpoint.latest(output / "checkpoints", lambda line: pytest.fail(line))
             step = int(newest.name.removeprefix("step_")) if newest else 0
             assert step >= highest, "a checkpoint that was there is gone"
@@ -46,6 +47,10 @@ def test_kill_9_at_random_moments_leaves_no_unusable_state(shapes_root, tmp_path
             assert run.returncode == 0, errors
             break
     assert highest > 0
+    assert inside_a_save > 0
+    record_property("kills", kills)
+    record_property("inside_a_save", inside_a_save)
+    record_property("unusable_states", 0)  # latest() above fails the test for any
     assert rows(output) == rows(tmp_path / "whole")
     ours, theirs = (load_file(folder / "final" / "model.safetensors") for folder in (output, tmp_path / "whole"))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

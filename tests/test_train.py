@@ -109,7 +109,7 @@ def interrupt_at(monkeypatch, step: int, number: signal.Signals) -> None:
 
 @pytest.mark.parametrize("step", [1, 3, 5])
 def test_an_interrupted_run_resumed_equals_one_that_was_not(
-    finished, shapes_root, tmp_path, monkeypatch, capsys, step
+    finished, shapes_root, tmp_path, monkeypatch, record_property, step
 ):
     """Interrupted between rows, checkpoints and evaluations; resumed with another number of workers."""
     output = tmp_path / "out"
@@ -121,6 +121,8 @@ def test_an_interrupted_run_resumed_equals_one_that_was_not(
     assert train.main(arguments(shapes_root, output, "--resume", "auto", "--num_workers", "1")) == 0
     assert rows(output) == rows(finished)
     weights, expected = (load_file(folder / "final" / "model.safetensors") for folder in (output, finished))
+    difference = max((weights[name].double() - expected[name].double()).abs().max().item() for name in expected)
+    record_property("largest_weight_difference", difference)
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
 
@@ -234,7 +236,7 @@ def test_a_full_disk_ends_no_run(finished, shapes_root, tmp_path, monkeypatch, e
     assert rows(output) == rows(finished)
 
 
-def test_a_disk_that_really_is_full(finished, shapes_root, tmp_path, monkeypatch):
+def test_a_disk_that_really_is_full(finished, shapes_root, tmp_path, monkeypatch, record_property):
     """A small one of its own, filled while the run is under way and freed again."""
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -257,6 +259,7 @@ def test_a_disk_that_really_is_full(finished, shapes_root, tmp_path, monkeypatch
     try:
         assert train.main(arguments(shapes_root, disk / "out", "--ckpt_every", "1", "--keep_last", "9")) == 0
         log = (disk / "out" / "train.log").read_text()
+        record_property("saves_that_failed", log.count("could not be written"))
         for step in (2, 3):
             assert f"the checkpoint of step {step} could not be written" in log
         assert "No space left on device" in log
@@ -488,7 +491,7 @@ def test_evaluate_refuses_more_objects_than_a_decoder_has_positions_for(shapes_r
         evaluate.main(parse(EvaluateArguments, words))
 
 
-def test_accelerate_launch_with_one_process_passes_sigterm_on(shapes_root, tmp_path):
+def test_accelerate_launch_with_one_process_passes_sigterm_on(shapes_root, tmp_path, record_property):
     """It dies of it without a word to its child; the kernel tells the child."""
     output = tmp_path / "out"
     words = [*TINY, "--root", str(shapes_root), "--output_dir", str(output)]
@@ -500,10 +503,14 @@ def test_accelerate_launch_with_one_process_passes_sigterm_on(shapes_root, tmp_p
         deadline = time.monotonic() + 120
         while not (output / "metrics.jsonl").exists() and time.monotonic() < deadline:
             time.sleep(0.2)
+        told = time.monotonic()
         launcher.terminate()
         launcher.wait(timeout=60)
         while json.loads((output / "status.json").read_text())["state"] == "running" and time.monotonic() < deadline:
-            time.sleep(0.2)
+            time.sleep(0.05)
+        seconds = time.monotonic() - told
+        record_property("seconds_from_signal_to_end", seconds)
+        assert seconds < 20
     finally:
         launcher.kill()
     status = json.loads((output / "status.json").read_text())
@@ -534,11 +541,13 @@ def test_a_broken_newest_checkpoint_is_passed_over(finished, shapes_root, tmp_pa
     assert "step_00000006 is passed over: model.safetensors" in (output / "train.log").read_text()
 
 
-def test_any_flipped_byte_in_any_file_is_found_and_the_checkpoint_before_it_used(finished, tmp_path):
+def test_any_flipped_byte_in_any_file_is_found_and_the_checkpoint_before_it_used(finished, tmp_path, record_property):
     shutil.copytree(finished / "checkpoints", tmp_path / "checkpoints")
     newest = tmp_path / "checkpoints" / "step_00000006"
     files = sorted(path for path in newest.iterdir())
     assert {"model.safetensors", "trainer.pt", "config.json", "MANIFEST.json"} <= {path.name for path in files}
+    record_property("files", len(files))
+    record_property("bytes_flipped", 3 * len(files))
     for path in files:
         whole = path.read_bytes()
         for position in (0, len(whole) // 2, len(whole) - 1):
