@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow lint format clean
+.PHONY: demo test test-slow test-gpu lint format clean
 
 demo: .venv/runtime  ## install, draw shapes, train, evaluate, picture
 	$(BIN)/python -m pix2seq.shapes data/shapes
@@ -16,6 +16,9 @@ test: .venv/dev  ## install, run the fast tests
 
 test-slow: .venv/dev  ## the tests that take minutes: training to a given AP
 	$(BIN)/python -m pytest -m slow
+
+test-gpu: .venv/dev  ## what only a GPU can show
+	$(BIN)/python -m pytest -m gpu
 
 lint: .venv/dev
 	$(BIN)/ruff check .

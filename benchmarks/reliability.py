@@ -24,7 +24,7 @@ def run_tests(names: list[str]) -> dict[str, dict]:
     """By name: how often a test passed and failed, and the largest of each figure that it recorded."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-m", "slow or not slow", f"--junitxml={report}"]
+        command = [sys.executable, "-m", "pytest", "-m", "not gpu", f"--junitxml={report}"]
         subprocess.run([*command, *(f"tests/{name}" for name in names)], check=False)
         cases = list(ElementTree.parse(report).iter("testcase"))
     found: dict[str, dict] = {}
