@@ -454,3 +454,15 @@ def test_frozen_norms_folded_into_convolutions_change_nothing(kind):
     (expected * direction).sum().backward()
     for a, b in learning:
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-3 * b.grad.abs().max().item())
+
+
+@both
+@pytest.mark.parametrize("batch_norm", ["local", "frozen"])
+def test_a_training_step_is_one_graph(decoder, batch_norm):
+    """Each break would be a return to Python, and a place where nothing is fused."""
+    model = build(decoder, dropout=0.0, drop_path=0.0)
+    model.backbone.prepare_for_training(False, batch_norm, 1, torch.device("cpu"), 64)
+    ids = sentences()
+    arguments = (pictures(), ids, ids, torch.ones_like(ids, dtype=torch.float32), 1.0, torch.arange(ids.numel()))
+    whole = torch.compile(model.train(), backend="eager", fullgraph=True)
+    torch.testing.assert_close(whole(*arguments).loss, model(*arguments).loss)
