@@ -10,8 +10,6 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
-from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,27 +17,21 @@ import yaml
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, LoggerType, broadcast_object_list, gather_object, set_seed
-from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-from pix2seq import checkpoint, trainer_state
 from pix2seq.assembly import Training, build
-from pix2seq.command_line import parse, to_yaml, write_flags
+from pix2seq.command_line import parse, to_yaml
 from pix2seq.config import Arguments
 from pix2seq.data import train_loader
 from pix2seq.errors import UserError
 from pix2seq.launcher import join_restarted_processes, restarts
 from pix2seq.metrics import describe, token_statistics
-from pix2seq.model import Pix2SeqForObjectDetection
 from pix2seq.preemption import Stopped, StopRequest
-from pix2seq.processing import Pix2SeqImageProcessor
 from pix2seq.run_folder import RunFolder
+from pix2seq.saving import keep_detector, save
 from pix2seq.scoring import metrics_table
 from pix2seq.sharding import whole_tensor
-
-# What a full, read-only or failing disk raises from open(), safetensors and torch.save.
-DISK_ERRORS = (OSError, SafetensorError, RuntimeError)
 
 
 class NotSaved(RuntimeError):
@@ -322,44 +314,6 @@ def report(training: Training) -> None:
             if metrics["AP"] > state.best_ap and keep_detector(training, "best", detector):
                 state.best_ap = metrics["AP"]
     state.reported = training.step
-
-
-def write_detector(detector: Pix2SeqForObjectDetection, args: Arguments, path: Path) -> None:
-    """A from_pretrained folder, and the flags it was trained with: evaluate.py takes its defaults from them."""
-    detector.save_pretrained(path)
-    Pix2SeqImageProcessor.for_detector(detector.config).save_pretrained(path)
-    write_flags(args, path)
-
-
-def save(training: Training) -> bool:
-    """A checkpoint to resume from. Every rank calls this; the main one writes. A full disk ends no run: training goes
-    on with the last good checkpoint, and the next one is tried again. Returns whether it was written."""
-    accelerator, folder = training.accelerator, training.folder
-    detector = training.detectors()[""]
-    state = training.state.content(training.model, accelerator.reduce(training.state.meter.statistics, "sum"))
-
-    def write(path: Path) -> None:
-        write_detector(detector, training.args, path)
-        torch.save(state, path / trainer_state.FILE)
-
-    written = True
-    if accelerator.is_main_process:
-        try:
-            checkpoint.save(folder.checkpoints, training.step, write, training.args.keep_last)
-        except DISK_ERRORS as error:
-            folder.log(f"the checkpoint of step {training.step} could not be written ({error})")
-            written = False
-    return broadcast_object_list([written])[0]
-
-
-def keep_detector(training: Training, name: str, detector: Pix2SeqForObjectDetection) -> bool:
-    """best/ or final/, by the main process. Returns whether it was written."""
-    try:
-        checkpoint.commit(training.folder.path / name, partial(write_detector, detector, training.args))
-    except DISK_ERRORS as error:
-        training.folder.log(f"{name}/ could not be written ({error})")
-        return False
-    return True
 
 
 if __name__ == "__main__":

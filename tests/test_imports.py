@@ -57,6 +57,8 @@ ALLOWED = {
         *("data", "decoding", "evaluation", "preemption", "run_folder", "scoring", "tokenizer", "visualize"),
     },
     "evaluation": {"coco", "data", "decoding", "preemption", "tokenizer", "transforms", "visualize"},
+    # level 6: what is left behind
+    "saving": {"assembly", "checkpoint", "command_line", "config", "model", "processing", "trainer_state"},
     # level 5: from the flags to a run
     "assembly": {
         *("checkpoint", "coco", "command_line", "config", "data", "decoding", "errors", "metrics", "model"),
