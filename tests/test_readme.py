@@ -35,6 +35,10 @@ def test_every_command_parses(command):
         parse(PlanArguments, words[words.index("plan.py") + 1 :])
     elif "evaluate.py" in words:
         parse(EvaluateArguments, words[words.index("evaluate.py") + 1 :])
+    elif words[0] == "sbatch":
+        script = next(word for word in words if word.endswith(".sbatch"))
+        assert Path(script).exists()
+        parse(Arguments, words[words.index(script) + 1 :])
     elif words[:2] == ["python", "-m"]:
         script = Path(words[2].replace(".", "/") + ".py").read_text()
         assert all(f'"{word}"' in script for word in words if word.startswith("--"))

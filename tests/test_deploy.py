@@ -1,0 +1,318 @@
+"""deploy/: Accelerate reads its config files as they are meant, and the SLURM script saves, requeues and goes on.
+
+There is no SLURM here: srun and scontrol are small programs that do what SLURM's documentation says of theirs.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from accelerate import FullyShardedDataParallelPlugin
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import patch_environment
+from accelerate.utils.launch import prepare_multi_gpu_env
+from torch.distributed.fsdp import StateDictType
+
+from tests.test_train import TINY, rows
+
+ROOT = Path(__file__).parent.parent
+SCRIPT = ROOT / "deploy" / "slurm" / "train.sbatch"
+CONFIGS = {path.stem: path for path in (ROOT / "deploy" / "accelerate").glob("*.yaml")}
+
+SRUN = """#!{python}
+import os, signal, subprocess, sys, time
+import psutil
+
+words = sys.argv[1:]
+while words[0].startswith("--"):
+    words.pop(0)
+tasks = []
+
+def family(task):
+    try:
+        process = psutil.Process(task.pid)
+        return [process, *process.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+def send(processes, number):
+    for process in processes:
+        try:
+            process.send_signal(number)
+        except psutil.NoSuchProcess:
+            pass
+
+def forward(number, frame):
+    for task in tasks:
+        everyone = os.environ["SIGNAL_CHILDREN_PROCESSES"] == "yes"
+        send(family(task) if everyone else family(task)[:1], number)
+
+def abort(number=None, frame=None):
+    for task in tasks:
+        send(family(task), signal.SIGKILL)
+
+signal.signal(signal.SIGUSR1, forward)
+signal.signal(signal.SIGTERM, abort)
+for node in range(int(os.environ["SLURM_NNODES"])):
+    here = {{"SLURM_NODEID": str(node), "SLURM_PROCID": str(node)}}
+    tasks.append(subprocess.Popen(words, env=os.environ | here, start_new_session=True))
+started = {{task.pid: [] for task in tasks}}
+while any(task.poll() is None for task in tasks):
+    for task in tasks:
+        if task.poll() is None:
+            started[task.pid] = family(task)[1:]
+        else:
+            send(started.pop(task.pid, []), signal.SIGKILL)  # nothing a task has started outlives it
+            if task.returncode != 0:
+                abort()  # --kill-on-bad-exit=1
+    time.sleep(0.05)
+for processes in started.values():
+    send(processes, signal.SIGKILL)
+sys.exit(max(abs(task.returncode) for task in tasks))
+"""
+
+SCONTROL = """#!/bin/bash
+case "$1 $2" in
+    "show hostnames") for _ in $(seq "$SLURM_NNODES"); do echo 127.0.0.1; done ;;
+    "requeue $SLURM_JOB_ID") echo "$2" >> "$REQUEUED" ;;
+    *) exit 1 ;;
+esac
+"""
+
+
+def launcher_arguments(name: str, *words: str):
+    """What `accelerate launch --config_file deploy/accelerate/NAME.yaml WORDS train.py` goes by."""
+    words = ["--config_file", str(CONFIGS[name]), *words, "train.py"]
+    return _validate_launch_command(launch_command_parser().parse_args(words))[0]
+
+
+def test_there_are_four_configs():
+    assert CONFIGS.keys() == {"one_gpu", "eight_gpus", "two_nodes", "fsdp"}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "machines", "processes"),
+    [
+        ("one_gpu", "NO", 1, 1),
+        ("eight_gpus", "MULTI_GPU", 1, 8),
+        ("two_nodes", "MULTI_GPU", 2, 16),
+        ("fsdp", "FSDP", 1, 8),
+    ],
+)
+def test_accelerate_reads_its_configs_as_they_are_meant(name, kind, machines, processes):
+    config = load_config_from_file(str(CONFIGS[name]))  # an unknown key would raise
+    assert (config.distributed_type, config.num_machines, config.num_processes) == (kind, machines, processes)
+    arguments = launcher_arguments(name)
+    assert (arguments.num_machines, arguments.num_processes) == (machines, processes)
+    assert (arguments.mixed_precision, arguments.dynamo_backend) == ("bf16", "no")
+    assert (arguments.multi_gpu, arguments.use_fsdp) == (kind == "MULTI_GPU", kind == "FSDP")
+    assert not any((arguments.use_cpu, arguments.use_deepspeed, arguments.use_megatron_lm))
+    # The flags of an unknown name inside fsdp_config would be set, and never read.
+    assert config.fsdp_config.keys() <= vars(launch_command_parser().parse_args(["train.py"])).keys()
+
+
+def test_each_config_says_how_it_is_used():
+    for path in CONFIGS.values():
+        comment = [line for line in path.read_text().splitlines() if line.startswith("#")]
+        assert f"accelerate launch --config_file deploy/accelerate/{path.name}" in " ".join(comment)
+
+
+def test_two_nodes_take_rank_and_address_from_the_command_line():
+    arguments = launcher_arguments("two_nodes", "--machine_rank", "1", "--main_process_ip", "10.0.0.1")
+    prepare_multi_gpu_env(arguments)
+    assert (arguments.nnodes, arguments.nproc_per_node, arguments.node_rank) == ("2", "8", 1)
+    assert (arguments.rdzv_backend, arguments.rdzv_endpoint) == ("static", "10.0.0.1:29500")
+
+
+def test_the_fsdp_config_wraps_the_layers_the_model_names(make_model):
+    # Port 0 is any free one: the machine of rank 0 would look whether the usual one is taken.
+    environment = prepare_multi_gpu_env(launcher_arguments("fsdp", "--main_process_port", "0"))
+    assert environment["ACCELERATE_USE_FSDP"] == "true"
+    with patch_environment(**{key: value for key, value in environment.items() if "FSDP" in key}):
+        plugin = FullyShardedDataParallelPlugin()
+    assert plugin.fsdp_version == 2
+    assert plugin.state_dict_type == StateDictType.FULL_STATE_DICT
+    assert plugin.reshard_after_forward is True
+    assert plugin.cpu_ram_efficient_loading is False
+    model = make_model()
+    plugin.set_auto_wrap_policy(model)
+    wrapped = plugin.auto_wrap_policy.keywords["transformer_layer_cls"]
+    assert {kind.__name__ for kind in wrapped} == set(model._no_split_modules) != set()
+
+
+def test_the_slurm_script_is_bash():
+    subprocess.run(["bash", "-n", str(SCRIPT)], check=True, timeout=30)
+    options = [line.split()[1] for line in SCRIPT.read_text().splitlines() if line.startswith("#SBATCH")]
+    assert {"--requeue", "--ntasks-per-node=1", "--signal=B:USR1@300", "--open-mode=append"} <= set(options)
+
+
+def port_of(job: int) -> int:
+    """As the script has it."""
+    return 10000 + job % 20000
+
+
+def is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        try:
+            probe.bind(("", port))
+        except OSError:
+            return False
+    return True
+
+
+class Slurm:
+    """A rehearsal stage: runs the script as SLURM would, with every node on this machine."""
+
+    def __init__(self, folder: Path, nodes: int, signal_children_processes: bool):
+        programs = folder / "bin"
+        programs.mkdir()
+        for name, text in {"srun": SRUN.format(python=sys.executable), "scontrol": SCONTROL}.items():
+            (programs / name).write_text(text)
+            (programs / name).chmod(0o755)
+        self.requeued = folder / "requeued"
+        self.log = folder / "slurm.out"
+        job = next(number for number in range(os.getpid(), os.getpid() + 1000) if is_free(port_of(number)))
+        self.environment = os.environ | {
+            "PATH": f"{programs}{os.pathsep}{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "SLURM_JOB_ID": str(job),
+            "SLURM_NNODES": str(nodes),
+            "SLURM_JOB_NODELIST": f"node[1-{nodes}]",
+            "SLURM_GPUS_ON_NODE": "1",
+            "SLURM_CPUS_PER_TASK": "1",
+            "SIGNAL_CHILDREN_PROCESSES": "yes" if signal_children_processes else "no",
+            "REQUEUED": str(self.requeued),
+        }
+
+    def submit(self, *words: str) -> subprocess.Popen:
+        with self.log.open("a") as log:
+            return subprocess.Popen(
+                ["bash", str(SCRIPT), *words],
+                cwd=ROOT,
+                env=self.environment,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+    def requeues(self) -> int:
+        return len(self.requeued.read_text().splitlines()) if self.requeued.exists() else 0
+
+
+def kill_all(job: subprocess.Popen) -> None:
+    """The script and all it has started; training processes have sessions of their own."""
+    try:
+        everyone = [psutil.Process(job.pid), *psutil.Process(job.pid).children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return
+    for process in everyone:
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue
+    job.wait(timeout=30)
+
+
+def words_of_a_run(root: Path, output: Path, nodes: int) -> list[str]:
+    words = [*TINY, "--root", str(root), "--output_dir", str(output), "--mixed_precision", "no"]
+    words += ["--batch_size", str(4 // nodes), "--eval_every", "0", "--sample_every", "0", "--ckpt_every", "0"]
+    return [*words, "--log_every", "1", "--lr_scheduler", "constant"]
+
+
+def wait_for_steps(slurm: Slurm, job: subprocess.Popen, output: Path) -> None:
+    deadline = time.monotonic() + 180
+    while not (output / "metrics.jsonl").exists():
+        assert job.poll() is None, slurm.log.read_text()
+        assert time.monotonic() < deadline, slurm.log.read_text()
+        time.sleep(0.1)
+
+
+def status(output: Path) -> dict:
+    return json.loads((output / "status.json").read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("nodes", "signal_children_processes"),
+    [(1, False), (2, False), (2, True)],
+    ids=["one", "two", "two, all signalled"],
+)
+def test_a_slurm_job_saves_requeues_itself_and_goes_on(
+    shapes_root, tmp_path, record_property, nodes, signal_children_processes
+):
+    """SLURM signals what srun has started itself, or everything below it too: SignalChildrenProcesses."""
+    slurm = Slurm(tmp_path, nodes, signal_children_processes)
+    output = tmp_path / "a run"
+    words = words_of_a_run(shapes_root, output, nodes)
+    job = slurm.submit(*words, "--max_steps", "100000")
+    try:
+        wait_for_steps(slurm, job, output)
+        told = time.monotonic()
+        os.kill(job.pid, signal.SIGUSR1)
+        assert job.wait(timeout=90) == 0, slurm.log.read_text()
+        record_property("seconds_from_signal_to_requeue", time.monotonic() - told)
+    finally:
+        kill_all(job)
+    assert status(output)["state"] == "preempted"
+    assert slurm.requeues() == 1
+    assert f"x {nodes} processes" in (output / "train.log").read_text()
+
+    step = status(output)["step"]
+    job = slurm.submit(*words, "--max_steps", str(step + 2))
+    try:
+        assert job.wait(timeout=180) == 0, slurm.log.read_text()
+    finally:
+        kill_all(job)
+    assert f"resumed from {output / 'checkpoints'}/step_{step:08d}" in (output / "train.log").read_text()
+    assert [row["step"] for row in rows(output) if "train/loss" in row] == list(range(1, step + 3))
+    assert status(output)["state"] == "finished"
+    assert slurm.requeues() == 1
+
+
+@pytest.mark.slow
+def test_a_slurm_job_that_is_cancelled_saves_and_is_not_requeued(shapes_root, tmp_path):
+    """SLURM sends SIGTERM to the tasks, before it preempts a job too: then the queue is its own business."""
+    slurm = Slurm(tmp_path, 2, False)
+    output = tmp_path / "a run"
+    job = slurm.submit(*words_of_a_run(shapes_root, output, 2), "--max_steps", "100000")
+    try:
+        wait_for_steps(slurm, job, output)
+        srun = next(child for child in psutil.Process(job.pid).children() if "srun" in " ".join(child.cmdline()))
+        for task in srun.children():
+            task.terminate()
+        assert job.wait(timeout=90) == 1, slurm.log.read_text()
+    finally:
+        kill_all(job)
+    assert status(output)["state"] == "preempted"
+    assert slurm.requeues() == 0
+
+
+def test_a_slurm_job_that_fails_says_so(tmp_path):
+    """Also where a run has finished before."""
+    slurm = Slurm(tmp_path, 1, False)
+    (tmp_path / "status.json").write_text('{"state": "finished"}')
+    job = slurm.submit("--root", str(tmp_path / "nowhere"), "--output_dir", str(tmp_path))
+    try:
+        assert job.wait(timeout=120) == 1
+    finally:
+        kill_all(job)
+    assert "train.py: error: " in slurm.log.read_text()
+    assert slurm.requeues() == 0
+
+
+def test_a_mistake_ends_a_slurm_job_at_once(tmp_path):
+    slurm = Slurm(tmp_path, 1, False)
+    job = slurm.submit("--root", "nowhere", "--batch_siez", "4")
+    try:
+        assert job.wait(timeout=60) == 2
+    finally:
+        kill_all(job)
+    assert "--batch_siez: no such flag (did you mean --batch_size?)" in slurm.log.read_text()
+    assert slurm.requeues() == 0
