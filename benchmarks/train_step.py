@@ -266,7 +266,8 @@ def main() -> None:
     for name, row in found["rows"].items():
         print(f"{name:8} {row['images_per_s']:8.2f} images/s  {row['mfu']:.0%} of the peak")
     for name, value in found["times_as_fast"].items():
-        print(f"{name}: {value['median'] if isinstance(value, dict) else value:.2f}")
+        if value is not None:
+            print(f"{name}: {value['median'] if isinstance(value, dict) else value:.2f}")
     print(f"waiting for data: {found['data_wait_share']:.1%} of the time")
 
 
