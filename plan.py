@@ -23,6 +23,7 @@ from pix2seq.config import Arguments, ModelArguments, flag
 from pix2seq.cost import GPUS, detector_cost
 from pix2seq.errors import UserError
 from pix2seq.model import build_detector
+from pix2seq.optimizer import parameter_groups
 from pix2seq.tokenizer import TOKENS_PER_OBJECT
 
 COCO = "COCO 2017"
@@ -40,7 +41,7 @@ class PlanArguments(Arguments):
     output: str | None = flag(None, "JSON file to write as well")
 
     def __post_init__(self):
-        if self.root is None and self.train_json is None:
+        if not any((self.root, self.train_images, self.train_json, self.val_images, self.val_json)):
             self.root = COCO
         super().__post_init__()
         for name, good, allowed in (
@@ -49,6 +50,10 @@ class PlanArguments(Arguments):
         ):
             if not good:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be {allowed}")
+        if self.shard and self.ema_decay:
+            raise ValueError("--ema_decay: is not kept of weights that FSDP shards")
+        if self.output and not Path(self.output).parent.is_dir():
+            raise ValueError(f"--output {self.output}: its folder does not exist")
         self.mixed_precision = self.mixed_precision or "bf16"
         if GPUS[self.gpu][self.mixed_precision] is None:
             raise ValueError(f"--gpu {self.gpu}: has no {self.mixed_precision}; use --mixed_precision fp16")
@@ -76,6 +81,7 @@ def plan(args: PlanArguments) -> dict:
             **{name: getattr(args, name) for name in ModelArguments.__dataclass_fields__},
         )
     prepare_for_training(args, model, 1, torch.device("meta"))
+    parameter_groups(model, args.lr, args.lr, args.weight_decay, args.layer_decay)  # says what cannot be trained so
     sampler = step_sampler(args, num_images, 0, args.num_gpus)
     steps = args.max_steps or math.ceil(args.num_epochs * sampler.steps_per_epoch)
     length = TOKENS_PER_OBJECT * args.max_objects + (0 if args.noise_objects else 1)
@@ -90,12 +96,12 @@ def plan(args: PlanArguments) -> dict:
     learning = sum(p.numel() for p in parameters if p.requires_grad)
     # float32: weights; of what learns gradients, Adam's two averages and, with several processes, DDP's buckets.
     state = 4 * total + (12 + (4 if args.num_gpus > 1 and not args.shard else 0)) * learning
-    state = state / args.num_gpus if args.shard else state
+    if args.shard:  # and one copy whole, of each evaluation and checkpoint
+        state = state / args.num_gpus + 4 * total
     state += 4 * total if args.ema_decay else 0
     memory = state + cost.activation_bytes + CONTEXT_BYTES
     step_flops = cost.step_flops / args.batch_size * sampler.samples_per_step
-    # Checkpointed layers are computed once more; what is outside of them is not, so this is a little too much.
-    computed = step_flops * (1 + args.gradient_checkpointing * cost.forward_flops / cost.step_flops)
+    computed = step_flops * (1 + cost.recomputed_flops / cost.step_flops)
     seconds = computed / (args.num_gpus * GPUS[args.gpu][args.mixed_precision] * args.mfu)
     return {
         "gpu": args.gpu,

@@ -50,7 +50,7 @@ def main(args: Arguments) -> int:
     try:
         training = start(args, stop)
     except UserError as error:
-        if rank == 0:  # all ranks read the same files and find the same fault
+        if int(os.environ.get("LOCAL_RANK", "0")) == 0:  # all processes of a node find the same fault
             print(f"train.py: error: {error}", file=sys.stderr)
         return 2
     try:
@@ -234,21 +234,25 @@ def train_step(training: Training, micro_batches: list[dict]) -> tuple[torch.Ten
         statistics.append(token_statistics(output.logits.detach(), output.token_losses, labels, weights, targets))
     # Clipping to infinity measures the norm and changes nothing.
     norm = whole_tensor(accelerator.clip_grad_norm_(training.model.parameters(), args.max_grad_norm or math.inf))
-    # The one place where a step waits for the device, and for the other ranks. A gradient that overflowed in fp16 is
-    # the loss scaler's business.
-    bad_gradient = ~norm.isfinite() if accelerator.scaler is None else torch.zeros_like(norm, dtype=torch.bool)
+    # The one place where a step waits for the device, and for the other ranks.
     verdict = torch.stack(
-        [~torch.stack(losses).isfinite().all(), bad_gradient, torch.tensor(bool(training.stop)).to(device)]
+        [~torch.stack(losses).isfinite().all(), ~norm.isfinite(), torch.tensor(bool(training.stop)).to(device)]
     )
     bad_loss, bad_gradient, stopping = accelerator.reduce(verdict.float(), "sum").tolist()
-    if bad_loss or bad_gradient:
+    if bad_loss or (bad_gradient and accelerator.scaler is None):
         skip_step(training, buffers, micro_batches, losses)
     else:
-        state.skipped_in_a_row = 0
         state.meter.add(sum(statistics), sum(len(batch["image_id"]) for batch in micro_batches))
         state.optimizer.step()
-        if state.average is not None:
-            state.average.update_parameters(training.unwrapped)
+        if bad_gradient:  # overflowed in fp16: the loss scaler has left the step out, and scales less from now on
+            state.skipped += 1
+            if accelerator.scaler.get_scale() < 1:
+                fault = "is not finite however small the loss is scaled"
+                raise NonFiniteLoss(f"the gradient of step {training.step + 1} {fault}")
+        else:
+            state.skipped_in_a_row = 0
+            if state.average is not None:
+                state.average.update_parameters(training.unwrapped)
     state.optimizer.zero_grad()
     state.scheduler.step()
     state.step += 1

@@ -112,6 +112,11 @@ def build(args: Arguments, accelerator, folder: RunFolder, stop: StopRequest) ->
         if not (folder.path / "best").exists():  # this folder is not the one the checkpoint comes from
             state.best_ap = -math.inf
         folder.log(f"resumed from {resumed}")
+    steps = accelerator.gather(torch.tensor([state.step], device=accelerator.device)).tolist()
+    if len(set(steps)) > 1:
+        raise UserError(
+            f"--output_dir {folder.path}: processes stand at steps {steps}; all nodes have to share this folder"
+        )
     sampler.start_step = state.step
     truth = load_ground_truth(val_set.annotations.split.json, val_set.annotations.image_ids, categories)
     options = DecodingOptions(args.max_objects, args.top_p, args.temperature, args.seed)

@@ -124,6 +124,8 @@ def to_yaml(arguments) -> str:
 def changed_flags(then: dict, arguments, free: set[str]) -> str:
     """What differs between the flags of a run and these, but for those `free` to: "--lr 0.5 (was 0.1)", or ""."""
     now = yaml.safe_load(to_yaml(arguments))
+    # A flag that is newer than the run had its default's effect.
+    then = {f.name: f.default for f in dataclasses.fields(arguments) if f.name in now and f.name not in free} | then
     names = [name for name in then | now if name not in free and then.get(name) != now.get(name)]
     return ", ".join(f"--{name} {now.get(name)} (was {then.get(name)})" for name in names)
 

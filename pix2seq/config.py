@@ -73,7 +73,9 @@ class ModelArguments:
     noise_objects: bool = flag(
         True, "sequence augmentation: fill sentences with noise objects; without, they end in EOS"
     )
-    label_smoothing: float = flag(0.0, "share of every target that is spread over all tokens that could stand there")
+    label_smoothing: float = flag(
+        0.0, "share of a target that is spread evenly: a coordinate's over all bins, a class's over all classes"
+    )
     coordinate_sigma: float = flag(
         0.0, "soft targets: a coordinate is right within a Gaussian of this many bins' deviation (0: one bin is right)"
     )
@@ -187,7 +189,10 @@ class TrainArguments:
     )
     warmup_steps: int = flag(1000, "steps of linear warm-up")
     decay_steps: int = flag(0, "steps of the decay of --lr_scheduler wsd (0: the last fifth of the run)")
-    lr_end: float = flag(0.01, "learning rate at the end, as a share of the peak; not with --lr_scheduler constant")
+    lr_end: float = flag(
+        0.01,
+        "learning rate at the end, and before the warm-up, as a share of the peak; not with --lr_scheduler constant",
+    )
     beta1: float = flag(0.9, "AdamW")
     beta2: float = flag(0.95, "AdamW")
     weight_decay: float = flag(0.05, "AdamW, on kernels only")
@@ -235,6 +240,12 @@ class TrainArguments:
         _check(self, "lr", self.lr > 0, "above 0")
         _check(self, "lr_end", 0 <= self.lr_end <= 1, "0 to 1")
         _check(self, "layer_decay", 0 < self.layer_decay <= 1, "above 0 and at most 1")
+        _check(
+            self, "decay_steps", self.decay_steps == 0 or self.lr_scheduler == "wsd", "0 but for --lr_scheduler wsd"
+        )
+        for name, off in (("layer_decay", 1.0), ("frozen_stages", 0)):
+            good = not self.freeze_backbone or getattr(self, name) == off
+            _check(self, name, good, "left out with --freeze_backbone")
         _check(self, "lr_backbone", self.lr_backbone is None or self.lr_backbone >= 0, "at least 0")
         _check(self, "keep_last", self.keep_last >= 2, "at least 2: with one, a broken disk leaves nothing")
         for name in ("beta1", "beta2", "ema_decay"):

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 # Dense peaks of the makers' data sheets, in FLOP/s, by how torch.cuda.get_device_name begins; then memory in GiB.
 # float32 without TF32, as PyTorch multiplies by default.
@@ -38,11 +39,14 @@ def peak_flops(device_name: str, precision: str) -> float | None:
 @dataclass
 class StepCost:
     """forward_flops, step_flops   of one forward pass, and of it with the backward pass of what learns
-    activation_bytes               what is kept from the one for the other
+    recomputed_flops               what gradient checkpointing adds to that
+    activation_bytes               what is kept from the one pass for the other, with checkpointing also what the layer
+                                   keeps that is computed again
     """
 
     forward_flops: float
     step_flops: float
+    recomputed_flops: float
     activation_bytes: float
 
 
@@ -71,8 +75,7 @@ def step_cost(
 ) -> StepCost:
     """One training step of `model(**arguments)`. Neither is changed, and both may lie on the meta device.
 
-    precision   bf16 or fp16: under autocast, as Accelerate trains. With gradient checkpointing, what layers compute
-                again in the backward pass is not in step_flops.
+    precision   bf16 or fp16: under autocast, as Accelerate trains
     """
     with FakeTensorMode():
         state, kept = {}, {}
@@ -92,24 +95,46 @@ def step_cost(
             return tensor
 
         def forward():
-            with torch.autocast("cpu", torch.bfloat16, enabled=precision != "no"):
+            with (
+                torch.autocast("cpu", torch.bfloat16, enabled=precision != "no"),
+                torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+            ):
                 return torch.func.functional_call(model, state, kwargs=arguments)
 
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            forward()
-        checkpointed = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
-        for module in checkpointed:
-            module.gradient_checkpointing = False
+        def kept_bytes() -> int:
+            return sum(storage.nbytes() for storage in kept.values())
+
+        forward()
+        activation_bytes = kept_bytes()
+        kept.clear()
+        # Again without checkpointing, to see what a step is worth, and what each layer computes and keeps.
+        layers = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+        for layer in layers:
+            layer.gradient_checkpointing = False
+        before, recomputed, largest, hooks = {}, [0], [0], []
+
+        def enter(layer, inputs):
+            before[layer] = counter.get_total_flops(), kept_bytes()
+
+        def leave(layer, inputs, output):
+            flops, size = before[layer]
+            recomputed[0] += counter.get_total_flops() - flops
+            largest[0] = max(largest[0], kept_bytes() - size)
+
+        for layer in layers:
+            if isinstance(layer, GradientCheckpointingLayer):
+                hooks += [layer.register_forward_pre_hook(enter), layer.register_forward_hook(leave)]
         try:
             with flop_counter() as counter:
                 output = forward()
                 forward_flops = counter.get_total_flops()
                 loss_of(output).backward()
         finally:
-            for module in checkpointed:
-                module.gradient_checkpointing = True
-        step_flops = counter.get_total_flops()
-        return StepCost(forward_flops, step_flops, sum(storage.nbytes() for storage in kept.values()))
+            for layer in layers:
+                layer.gradient_checkpointing = True
+            for hook in hooks:
+                hook.remove()
+        return StepCost(forward_flops, counter.get_total_flops(), recomputed[0], activation_bytes + largest[0])
 
 
 def detector_cost(model, batch_size: int, length: int, precision: str, targets_per_image: int) -> StepCost:

@@ -1,5 +1,6 @@
 """What training says about its tokens, by slot: loss and accuracy of y1, x1, y2, x2 and class."""
 
+import math
 import time
 from contextlib import contextmanager
 
@@ -29,7 +30,8 @@ def token_statistics(
 
 
 def describe(statistics: torch.Tensor) -> dict[str, float]:
-    """The (4, 5) sums as named metrics. A slot without tokens has loss and accuracy 0."""
+    """The (4, 5) sums as named metrics. A slot without tokens has loss and accuracy 0; the loss of no tokens at all,
+    of steps that were skipped say, is NaN."""
     loss, weight, right, tokens = statistics.cpu()
     coordinates = slice(0, CLASS_SLOT)
 
@@ -37,7 +39,7 @@ def describe(statistics: torch.Tensor) -> dict[str, float]:
         return float(a / b) if b > 0 else 0.0
 
     metrics = {
-        "train/loss": ratio(loss.sum(), weight.sum()),
+        "train/loss": ratio(loss.sum(), weight.sum()) if weight.sum() > 0 else math.nan,
         "train/loss_coord": ratio(loss[coordinates].sum(), weight[coordinates].sum()),
         "train/loss_class": ratio(loss[CLASS_SLOT], weight[CLASS_SLOT]),
     }

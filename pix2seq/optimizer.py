@@ -19,15 +19,14 @@ def parameter_groups(
     """
     kernels = _kernels(model)
     learning_rates = {id(parameter): lr for parameter in model.parameters()}
-    layers = model.backbone.layer_of_parameters()
-    order = sorted(set(layers.values()))
-    if layer_decay != 1 and len(order) < 3:
+    depths = {name: depth for name, (_, depth) in model.backbone.layer_of_parameters().items()}
+    deepest = max(depths.values())
+    if layer_decay != 1 and deepest < 2:
         raise UserError(
             f"--layer_decay {layer_decay}: the layers of this backbone cannot be told apart; leave it at 1"
         )
     for name, parameter in model.backbone.named_parameters():
-        layers_above = len(order) - 1 - order.index(layers[name])
-        learning_rates[id(parameter)] = lr_backbone * layer_decay**layers_above
+        learning_rates[id(parameter)] = lr_backbone * layer_decay ** (deepest - depths[name])
     groups: dict[tuple[bool, float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -53,13 +52,14 @@ def _kernels(model: nn.Module) -> set[nn.Parameter]:
 def learning_rate_schedule(
     optimizer: torch.optim.Optimizer, name: str, warmup_steps: int, max_steps: int, end: float, decay_steps: int
 ) -> LambdaLR:
-    """A linear warm-up to the peak, then, down to `end` times the peak:
+    """A linear warm-up to the peak, from `end` times it (constant: from 0), then, down to `end` times the peak:
 
     linear, cosine   on the way from there to the last step        constant   never
     wsd              in the last `decay_steps`, linearly (0: the last fifth of the run)
     """
     after_warmup = max(max_steps - warmup_steps, 0)
     decay = {"constant": 0, "wsd": min(decay_steps or max_steps // 5, after_warmup)}.get(name, after_warmup)
+    end = 0.0 if name == "constant" else end
     # Without a decay there is nothing below the peak to end at; the steps of a run made longer stay there.
     stable = after_warmup - decay if decay else torch.iinfo(torch.int64).max
     return get_wsd_schedule(

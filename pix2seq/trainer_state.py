@@ -13,6 +13,7 @@ from pix2seq.metrics import Meter
 from pix2seq.sharding import load_optimizer_state, optimizer_state
 
 FILE = "trainer.pt"
+FORMAT = 2  # of its content
 
 
 @dataclass
@@ -42,6 +43,7 @@ class TrainerState:
     def content(self, model: nn.Module, statistics: torch.Tensor) -> dict:
         """What `save` writes. All ranks call this. `statistics`: the meter's, summed over all ranks."""
         return {
+            "format": FORMAT,
             "step": self.step,
             "reported": self.reported,
             "best_ap": self.best_ap,
@@ -63,6 +65,10 @@ class TrainerState:
     def load(self, folder: Path, model: nn.Module, is_main: bool) -> None:
         """Raises UserError if the steps of this run are not of the images that the checkpoint's were."""
         content = torch.load(folder / FILE, map_location="cpu", weights_only=True)  # nothing in the file can run code
+        if content.get("format") != FORMAT:
+            raise UserError(
+                f"--resume {folder}: was written by another version of the code, whose state has another form"
+            )
         if content["samples_per_step"] != self.samples_per_step:
             raise UserError(
                 f"--resume {folder}: batch_size x gradient_accumulation_steps x processes is "
@@ -76,6 +82,14 @@ class TrainerState:
         self.skipped, self.skipped_in_a_row = content["skipped"], content["skipped_in_a_row"]
         load_optimizer_state(model, self._torch_optimizer, content["optimizer"])
         self.scheduler.load_state_dict(content["scheduler"])
+        # The schedule's rate of the next step, which is not the checkpoint's if the run has been made longer.
+        rates = [
+            peak * share(self.scheduler.last_epoch)
+            for peak, share in zip(self.scheduler.base_lrs, self.scheduler.lr_lambdas, strict=True)
+        ]
+        self.scheduler._last_lr = rates
+        for group, rate in zip(self._torch_optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
         if self.scaler is not None and content["scaler"]:
             self.scaler.load_state_dict(content["scaler"])
         if self.average is not None:

@@ -456,6 +456,16 @@ def test_frozen_norms_folded_into_convolutions_change_nothing(kind):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-3 * b.grad.abs().max().item())
 
 
+def test_only_a_resnets_norms_are_folded():
+    """Other models' convolutions look alike and are not: grouped, or with more after the norm."""
+    backbone = VisionBackbone(choose_backbone("{model_type: hgnet_v2}").config)
+    backbone.prepare_for_training(False, "frozen", 1, torch.device("cpu"), 64)
+    pixels = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = backbone.eval()(pixels)
+    torch.testing.assert_close(backbone.train()(pixels), expected, rtol=1e-4, atol=1e-5)
+
+
 @both
 @pytest.mark.parametrize("batch_norm", ["local", "frozen"])
 def test_a_training_step_is_one_graph(decoder, batch_norm):

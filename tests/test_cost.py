@@ -52,7 +52,9 @@ def test_checkpointing_keeps_less_and_counts_the_same():
     saving.gradient_checkpointing_enable({"use_reentrant": False})
     a, b = (detector_cost(model, BATCH, LENGTH, "no", TARGETS) for model in (plain, saving))
     assert a.step_flops == b.step_flops
-    assert b.activation_bytes < 0.8 * a.activation_bytes
+    assert b.activation_bytes < 0.9 * a.activation_bytes
+    assert a.recomputed_flops == 0
+    assert 0 < b.recomputed_flops < b.forward_flops  # the backbone, a ResNet, is not checkpointed
     assert saving.is_gradient_checkpointing
 
 
@@ -98,7 +100,7 @@ def test_a_plan_counts_what_is_named(shapes_root, tmp_path, capsys):
 
 def test_sharding_and_averaging_and_freezing_show_in_the_memory():
     plain = planned("--size", "r50", "--num_gpus", "8")["state_gib"]
-    assert planned("--size", "r50", "--num_gpus", "8", "--shard")["state_gib"] < plain / 8
+    assert planned("--size", "r50", "--num_gpus", "8", "--shard")["state_gib"] < plain / 3  # one copy is whole
     assert planned("--size", "r50", "--num_gpus", "8", "--ema_decay", "0.9")["state_gib"] > plain
     assert planned("--size", "r50", "--num_gpus", "8", "--freeze_backbone")["state_gib"] < plain
 
@@ -110,6 +112,10 @@ def test_sharding_and_averaging_and_freezing_show_in_the_memory():
         (["--gpu", "t4", "--mixed_precision", "bf16"], "--gpu t4: has no bf16"),
         (["--mfu", "0"], "--mfu 0.0: must be above 0"),
         (["--num_gpus", "0"], "--num_gpus 0: must be at least 1"),
+        (["--shard", "--ema_decay", "0.9"], "--ema_decay: is not kept"),
+        (["--output", "nowhere/plan.json"], "--output nowhere/plan.json: its folder does not exist"),
+        (["--val_json", "val.json"], "--train_images --train_json --val_images: missing"),
+        (["--size", "r50", "--frozen_stages", "9"], "--frozen_stages 9: at most 3 here"),
         (["--root", "nowhere"], "--root nowhere: no such folder"),
     ],
 )

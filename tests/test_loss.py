@@ -47,13 +47,17 @@ def test_soft_coordinates(logits, sigma):
     torch.testing.assert_close(losses, against(gaussian(sigma), logits), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("noise_objects", [True, False])
 @pytest.mark.parametrize("sigma", [0.0, 1.0])
-def test_smoothing_stays_among_the_tokens_that_could_stand_there(logits, sigma):
+def test_smoothing_stays_among_bins_or_among_classes(logits, sigma, noise_objects):
     targets = 0.9 * (gaussian(sigma) if sigma else F.one_hot(LABELS, TOKENIZER.vocab_size).double())
     for row, label in enumerate(LABELS.tolist()):
-        alike = slice(FIRST, None) if label >= FIRST else slice(TOKENIZER.eos_id, FIRST)
+        classes = slice(TOKENIZER.noise_id if noise_objects else TOKENIZER.first_class_id, FIRST)
+        alike = slice(FIRST, None) if label >= FIRST else classes
+        if label == TOKENIZER.eos_id:
+            alike = slice(label, label + 1)
         targets[row, alike] += 0.1 / len(range(TOKENIZER.vocab_size)[alike])
-    losses = token_cross_entropy(logits, LABELS, TOKENIZER, label_smoothing=0.1, coordinate_sigma=sigma)
+    losses = token_cross_entropy(logits, LABELS, TOKENIZER, 0.1, sigma, noise_objects)
     torch.testing.assert_close(losses, against(targets, logits), rtol=1e-6, atol=1e-6)
 
 

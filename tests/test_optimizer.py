@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from pix2seq.errors import UserError
+from pix2seq.model.backbone import VisionBackbone, choose_backbone
 from pix2seq.optimizer import learning_rate_schedule, parameter_groups
 
 
@@ -42,6 +43,10 @@ def test_wsd_is_stable_but_for_the_last_steps():
     assert found[18] == pytest.approx(6)
     assert found[20] == pytest.approx(4)
     assert rates("wsd", 21, 20, 0.5) == found  # by default the last fifth
+
+
+def test_constant_is_warmed_up_from_0_whatever_the_end():
+    assert rates("constant", 5, 14, 0.5) == [0, 2, 4, 6, 8]
 
 
 def test_constant_stays_also_beyond_the_end():
@@ -83,6 +88,42 @@ def test_stages_of_a_pyramid_count_as_the_layers_they_have(make_model):
         place: {lr for name, lr in found.items() if place in name} for place in ("embedder", "stages.0", "stages.1")
     }
     assert by_place == {"embedder": {0.25}, "stages.0": {0.5}, "stages.1": {1.0}}
+
+
+SWIN = "{model_type: swin, embed_dim: 8, depths: [1, 1], num_heads: [2, 2], window_size: 4, image_size: 32}"
+
+
+@pytest.mark.parametrize(
+    ("config", "orders"),
+    [
+        (
+            "{model_type: convnext, hidden_sizes: [8, 16], depths: [1, 2], num_stages: 2}",
+            [
+                "embeddings",
+                "stages.0.layers.0",
+                "downsampling_layer",
+                "stages.1.layers.0",
+                "stages.1.layers.1",
+            ],
+        ),
+        (SWIN, ["embeddings", "layers.0.blocks.0", "layers.0.downsample", "layers.1.blocks.0"]),
+        (
+            "{model_type: timm_backbone, backbone: test_resnet, use_pretrained_backbone: false, out_indices: [-1]}",
+            ["_backbone.conv1", "layer1.0", "layer2.0", "layer3.0", "layer4.0"],
+        ),
+    ],
+    ids=["convnext", "swin", "timm"],
+)
+def test_layers_are_told_apart_in_the_order_of_the_network(config, orders):
+    backbone = VisionBackbone(choose_backbone(config).config)
+    places = backbone.layer_of_parameters()
+    found = [{depth for name, (_, depth) in places.items() if f"{part}." in name} for part in orders]
+    assert all(len(depths) == 1 for depths in found), found
+    depths = [depths.pop() for depths in found]
+    assert depths == sorted(set(depths))
+    assert max(depth for _, depth in places.values()) == depths[-1], "norms of what comes out are the last layer's"
+    first = {stage for name, (stage, _) in places.items() if orders[1] in name}
+    assert first == {0}, "stages are counted from 0"
 
 
 def test_a_backbone_without_layers_has_none_to_tell_apart(make_model):

@@ -352,6 +352,68 @@ def test_the_loss_scaler_skips_what_overflows_and_resumes_exactly(shapes_root, t
     assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
 
 
+def test_a_gradient_that_no_scale_makes_finite_ends_the_run(shapes_root, tmp_path, monkeypatch, capsys):
+    original = Pix2SeqForObjectDetection.forward
+
+    def spoiled(self, *args, **kwargs):
+        output = original(self, *args, **kwargs)
+        if output.loss is not None and output.loss.requires_grad:
+            output.loss.register_hook(lambda gradient: gradient * math.nan)
+        return output
+
+    monkeypatch.setattr(Pix2SeqForObjectDetection, "forward", spoiled)
+    lend_a_scaler(monkeypatch, 4.0)
+    words = ("--eval_every", "0", "--sample_every", "0", "--ema_decay", "0.9")
+    assert train.main(arguments(shapes_root, tmp_path / "out", *words)) == 1
+    assert "the gradient of step 3 is not finite however small the loss is scaled" in capsys.readouterr().err
+    assert json.loads((tmp_path / "out" / "status.json").read_text())["state"] == "failed"
+
+
+def test_a_run_made_longer_goes_on_at_its_new_rate(shapes_root, tmp_path):
+    words = ("--log_every", "1", "--eval_every", "0", "--sample_every", "0")
+    rates = {}
+    for name, steps in (("whole", "8"), ("parts", "4"), ("parts", "8")):
+        more = ("--max_steps", steps, "--resume", "auto")
+        assert train.main(arguments(shapes_root, tmp_path / name, *words, *more)) == 0
+        rates[name] = [row["train/lr"] for row in rows(tmp_path / name) if "train/lr" in row]
+    assert rates["parts"][4:] == rates["whole"][4:]
+
+
+def test_steps_skipped_from_the_start_do_not_hold_up_the_schedule(shapes_root, tmp_path, monkeypatch):
+    words = ("--log_every", "1", "--eval_every", "0", "--sample_every", "0")
+    with monkeypatch.context() as patch:
+        poison(patch, {1, 2})
+        assert train.main(arguments(shapes_root, tmp_path / "whole", *words)) == 0
+    with monkeypatch.context() as patch:
+        poison(patch, {1, 2})
+        interrupt_at(patch, 2, signal.SIGTERM)
+        assert train.main(arguments(shapes_root, tmp_path / "cut", *words)) == 75
+    assert train.main(arguments(shapes_root, tmp_path / "cut", *words, "--resume", "auto")) == 0
+    assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
+    assert rows(tmp_path / "cut")[0]["train/loss"] is None, "the loss of no step is no 0"
+
+
+def test_a_checkpoint_of_another_form_is_refused_and_flags_newer_than_it_are_not(
+    finished, shapes_root, tmp_path, capsys
+):
+    output = tmp_path / "out"
+    shutil.copytree(finished, output)
+    folder = output / "checkpoints" / "step_00000006"
+
+    def rewrite(name: str, content: bytes) -> None:
+        files = {p.name: p.read_bytes() for p in folder.iterdir() if p.name != "MANIFEST.json"} | {name: content}
+        checkpoint.commit(folder, lambda new: [(new / n).write_bytes(data) for n, data in files.items()], step=6)
+
+    flags = (folder / "training.yaml").read_text().splitlines(keepends=True)
+    rewrite("training.yaml", "".join(line for line in flags if "decay_steps" not in line).encode())
+    assert train.main(arguments(shapes_root, output, "--resume", "auto")) == 0
+    content = torch.load(folder / "trainer.pt", weights_only=True)
+    torch.save(content | {"format": 1}, tmp_path / "old.pt")
+    rewrite("trainer.pt", (tmp_path / "old.pt").read_bytes())
+    assert train.main(arguments(shapes_root, output, "--resume", "auto")) == 2
+    assert "was written by another version of the code" in capsys.readouterr().err
+
+
 def test_a_run_told_to_stop_while_it_saves_finishes_the_save(finished, shapes_root, tmp_path, monkeypatch):
     output = tmp_path / "out"
     original = checkpoint.commit

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoBackbone, AutoConfig, AutoImageProcessor, AutoModel, TimmBackboneConfig
 from transformers.configuration_utils import PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING_NAMES
+from transformers.models.resnet.modeling_resnet import ResNetConvLayer, ResNetShortCut
 from transformers.utils import cached_file
 
 from pix2seq.errors import UserError
@@ -25,7 +26,7 @@ Stage = Literal["c3", "c4", "c5", "dc5"]
 BatchNorm = Literal["sync", "local", "frozen"]
 
 # What a number follows in the names of Hugging Face's and timm's parameters: stages, and layers in them.
-_NUMBERED = re.compile(r"(?:stages?|layers?|blocks?)[._]?(\d+)")
+_NUMBERED = re.compile(r"(?:^|\.)(?:stages?|layers?|blocks?)[._]?(\d+)")
 
 
 @dataclass
@@ -128,8 +129,8 @@ class VisionBackbone(nn.Module):
             self.num_channels = model.channels[-1]
         else:
             self.num_channels = model.config.hidden_size
-        for module in model.modules():  # ResNetConvLayer and ResNetShortCut
-            if hasattr(module, "convolution") and isinstance(getattr(module, "normalization", None), nn.BatchNorm2d):
+        for module in model.modules():
+            if isinstance(module, ResNetConvLayer | ResNetShortCut):
                 module.forward = MethodType(_convolve, module)
         if self.dilated:
             for module in model.encoder.stages[-1].modules():
@@ -180,15 +181,18 @@ class VisionBackbone(nn.Module):
             height, width = (length // self.model.config.patch_size for length in pixels.shape[-2:])
             return tokens[:, -height * width :].transpose(1, 2).unflatten(2, (height, width))
 
-    def layer_of_parameters(self) -> dict[str, tuple[int, ...]]:
-        """By name: the numbers of a parameter's stage and layer in it, or of its layer where there are no stages.
-        (-1,) for what comes before the first."""
-        layers, current = {}, (-1,)
-        for name, _ in self.named_parameters():
-            if numbers := _NUMBERED.findall(name):
-                current = tuple(int(number) for number in numbers[:2])  # a ResNet's layers are made of layers
-            layers[name] = current
-        return layers
+    def layer_of_parameters(self) -> dict[str, tuple[int, int]]:
+        """By name: the stage of a parameter (the layer of a ViT, which has none), counted from 0, and how deep in the
+        network its layer is. What comes before the first stage has -1 and 0."""
+        places, stages, layers, layer = {}, [-1], [()], ()
+        for name, _ in self.named_parameters():  # in the order of the network
+            numbers = _NUMBERED.findall(name)
+            if numbers and "hidden_states_norms" not in name:  # which belong to the last layer
+                layer = tuple(numbers[:2])  # a ResNet's layers are made of layers
+                stages += [layer[0]] if layer[0] not in stages else []
+                layers += [layer] if layer not in layers else []
+            places[name] = stages.index(layer[0]) - 1 if layer else -1, layers.index(layer)
+        return places
 
     def prepare_for_training(
         self,
@@ -209,9 +213,11 @@ class VisionBackbone(nn.Module):
         """
         self.frozen = freeze
         if frozen_stages:
-            layers = self.layer_of_parameters()
+            places = self.layer_of_parameters()
+            if frozen_stages > (last := max(stage for stage, _ in places.values())):
+                raise UserError(f"--frozen_stages {frozen_stages}: at most {last} here; or use --freeze_backbone")
             for name, parameter in self.named_parameters():
-                if layers[name][0] < frozen_stages:
+                if places[name][0] < frozen_stages:
                     parameter.requires_grad_(False)
         if freeze:
             self.requires_grad_(False)

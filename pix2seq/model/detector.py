@@ -231,6 +231,7 @@ class Pix2SeqForObjectDetection(Pix2SeqPreTrainedModel):
             *(logits, labels.flatten()[targets], self.tokenizer),
             label_smoothing=self.config.label_smoothing,
             coordinate_sigma=self.config.coordinate_sigma,
+            noise_objects=self.config.noise_objects,
         )
         normalizer = weights.sum().clamp(min=1e-9) if normalizer is None else normalizer
         return Pix2SeqOutput(

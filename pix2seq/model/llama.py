@@ -2,7 +2,6 @@
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import DynamicCache
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, apply_rotary_pos_emb
@@ -38,8 +37,6 @@ def _what_came_before(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor | 
     length, total = query.shape[2], key.shape[2]
     if length == 1:
         return None
-    if query.is_cuda:  # which has kernels that need no mask for this
-        return causal_lower_right(length, total)
     return torch.ones(length, total, dtype=torch.bool, device=query.device).tril(total - length)
 
 

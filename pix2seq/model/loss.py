@@ -14,13 +14,14 @@ def token_cross_entropy(
     tokenizer: Tokenizer,
     label_smoothing: float = 0.0,
     coordinate_sigma: float = 0.0,
+    noise_objects: bool = True,
 ) -> torch.Tensor:
     """Logits (T, V) and the right tokens (T,) -> losses (T,). Pix2Seq section 2.2, without the options.
 
     coordinate_sigma   the target of a coordinate is a Gaussian around its bin, of this deviation in bins, cut off at
                        three of them and at the ends of the ruler
-    label_smoothing    this share of the target is spread evenly over what could stand there: all bins for a
-                       coordinate, otherwise all classes, NOISE and EOS
+    label_smoothing    this share of the target is spread evenly: that of a coordinate over all bins, that of a class
+                       over all classes, NOISE among them if there are `noise_objects`. EOS stays as it is
     """
     if not label_smoothing and not coordinate_sigma:
         return F.cross_entropy(logits, labels, reduction="none")
@@ -37,10 +38,12 @@ def token_cross_entropy(
         around = log_probabilities.gather(1, neighbours.clamp(0, tokenizer.vocab_size - 1))
         losses = torch.where(is_bin, -(shares * around).sum(-1), losses)
     if label_smoothing:
+        first_class = tokenizer.noise_id if noise_objects else tokenizer.first_class_id
         spread = torch.where(
             is_bin,
             log_probabilities[:, tokenizer.first_bin_id :].mean(-1),
-            log_probabilities[:, tokenizer.eos_id : tokenizer.first_bin_id].mean(-1),
+            log_probabilities[:, first_class : tokenizer.first_bin_id].mean(-1),
         )
-        losses = (1 - label_smoothing) * losses - label_smoothing * spread
+        share = label_smoothing * (labels != tokenizer.eos_id)
+        losses = (1 - share) * losses - share * spread
     return losses
