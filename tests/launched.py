@@ -2,6 +2,7 @@
 
 SHARD=1            FSDP2 although there is no GPU, which Accelerate's launcher refuses
 GRADIENTS=FILE     writes the gradients of the first step
+SPLIT=1            rank 1 sees another run folder than rank 0
 CRASH_AT=STEP      rank 1 dies in this step, unless torchelastic has already started it again
 """
 
@@ -67,4 +68,7 @@ if __name__ == "__main__":
         write_gradients(os.environ["GRADIENTS"])
     if "CRASH_AT" in os.environ:
         crash_at(int(os.environ["CRASH_AT"]))
-    sys.exit(train.main(parse(Arguments)))
+    arguments = parse(Arguments)
+    if "SPLIT" in os.environ and os.environ["RANK"] == "1":
+        arguments.output_dir += ".other"
+    sys.exit(train.main(arguments))

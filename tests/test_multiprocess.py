@@ -156,6 +156,17 @@ def test_averaging_sharded_weights_is_refused(shapes_root, tmp_path):
     assert "--ema_decay" in done.stderr
 
 
+def test_nodes_that_do_not_share_the_run_folder_are_told(shapes_root, tmp_path):
+    """Or one would go on with step 4 while the other begins with step 1, on other data."""
+    words = [*PARTS, "--root", str(shapes_root), "--batch_size", "2", "--eval_every", "0", "--sample_every", "0"]
+    words += ["--output_dir", str(tmp_path / "out"), "--lr_scheduler", "constant"]
+    assert launch(*words, "--max_steps", "3").returncode == 0
+    done = launch(*words, "--max_steps", "6", "--resume", "auto", SPLIT="1")
+    assert done.returncode != 0
+    assert "processes stand at steps [3, 0]; all nodes have to share this folder" in done.stderr
+    assert checkpoint.latest(tmp_path / "out" / "checkpoints").name == "step_00000003"
+
+
 def test_a_crashed_run_goes_on_by_itself_where_the_launcher_may_restart_it(shapes_root, tmp_path):
     output = tmp_path / "out"
     words = [*PARTS, "--root", str(shapes_root), "--log_every", "1", "--ckpt_every", "1", "--output_dir", str(output)]
