@@ -17,10 +17,10 @@ import torch
 from accelerate import Accelerator
 from transformers.utils import logging as transformers_logging
 
-from pix2seq.coco import Categories, find_split, load_annotations
 from pix2seq.command_line import parse, read_flags
 from pix2seq.config import EvaluateArguments
-from pix2seq.data import EvalDataset
+from pix2seq.data import Categories, EvalDataset, find_split, load_annotations
+from pix2seq.data.faults import tally
 from pix2seq.errors import UserError
 from pix2seq.evaluation import oracle_predictions, predict, prediction_picture
 from pix2seq.model import load_detector
@@ -34,10 +34,11 @@ def dataset(args: EvaluateArguments, training: dict, categories: Categories | No
     overfit = training.get("overfit", 0) if args.val_json is None else 0
     kind = "train" if overfit else "val"
     named = vars(args) if args.root or args.val_json else training
-    if not (named.get("root") or named.get("val_json")):
+    where = [named.get(name) for name in ("root", f"{kind}_images", f"{kind}_json", f"{kind}_shards")]
+    if not any(where):
         raise UserError("--root: missing (the folder of a COCO-layout dataset)")
-    split = find_split(kind, *(named.get(name) for name in ("root", f"{kind}_images", f"{kind}_json")))
-    annotations = load_annotations(split, categories)
+    split = find_split(kind, *where)
+    annotations = load_annotations(split, categories, args.follow_links or training.get("follow_links", False))
     if overfit:
         annotations = annotations.subset(range(min(overfit, len(annotations))))
     return EvalDataset(annotations, EvalTransform(image_size))
@@ -78,7 +79,7 @@ def main(args: EvaluateArguments) -> dict:
     name, data, is_main = "predictions", None, True
     if args.predictions is not None:
         name = f"--predictions {args.predictions}"
-        truth, predictions = load_ground_truth(args.gt), load_predictions(args.predictions)
+        truth, predictions = load_ground_truth(args.gt, warn=print), load_predictions(args.predictions)
     elif args.oracle:
         data = dataset(args, {}, None, args.image_size)
         tokenizer = Tokenizer(len(data.annotations.categories.ids), args.num_bins)
@@ -90,6 +91,8 @@ def main(args: EvaluateArguments) -> dict:
     if not is_main:
         return metrics
     print(metrics_table(metrics))
+    if data is not None and data.annotations.faults:
+        print(f"faults in {data.annotations.split.json}: {tally(data.annotations.faults)}")
     if output is not None:
         (output / "metrics.json").write_text(json.dumps(metrics, indent=1))
         (output / "predictions.json").write_text(json.dumps(predictions))

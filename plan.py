@@ -17,10 +17,11 @@ from typing import Literal
 import torch
 
 from pix2seq.assembly import prepare_for_training, step_sampler
-from pix2seq.coco import find_split, read_coco
 from pix2seq.command_line import parse
 from pix2seq.config import Arguments, ModelArguments, flag
 from pix2seq.cost import GPUS, detector_cost
+from pix2seq.data import find_split
+from pix2seq.data.coco import read_coco
 from pix2seq.errors import UserError
 from pix2seq.model import build_detector
 from pix2seq.optimizer import parameter_groups

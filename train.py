@@ -21,9 +21,12 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 from pix2seq.assembly import Training, build
+from pix2seq.colors import paint
 from pix2seq.command_line import parse, to_yaml
 from pix2seq.config import Arguments
 from pix2seq.data import train_loader
+from pix2seq.data.commands import check_data
+from pix2seq.data.unreadable import TooManyUnreadable
 from pix2seq.errors import UserError
 from pix2seq.launcher import join_restarted_processes, restarts
 from pix2seq.metrics import describe, token_statistics
@@ -48,6 +51,8 @@ def main(args: Arguments) -> int:
     stop = StopRequest()
     rank = int(os.environ.get("RANK", "0"))
     try:
+        if args.check_data:
+            return check_data(args) if rank == 0 else 0
         training = start(args, stop)
     except UserError as error:
         if int(os.environ.get("LOCAL_RANK", "0")) == 0:  # all processes of a node find the same fault
@@ -60,7 +65,8 @@ def main(args: Arguments) -> int:
         print(f"train.py: error: {error}" + (f" (process {rank})" if rank else ""), file=sys.stderr)
         if not isinstance(error, UserError):
             return 1
-        if training.accelerator.num_processes == 1 and save(training):  # others have gone on and cannot be asked
+        # All processes are here, or there is only one; others would have gone on and could not be asked.
+        if (isinstance(error, TooManyUnreadable) or training.accelerator.num_processes == 1) and save(training):
             print(f"train.py: saved at step {training.step}; --resume auto continues from there", file=sys.stderr)
         return 2
     except BaseException as error:
@@ -165,8 +171,11 @@ def announce(training: Training) -> None:
         folder.status("failed", training.step, str(fault))
         raise fault from None
     folder.trackers = accelerator.trackers
-    folder.log(f"train: {training.train_set.annotations.summary(args.max_objects)}")
-    folder.log(f"val:   {training.reporter.val_set.annotations.summary(args.max_objects)}")
+    for name, data in (("train", training.train_set), ("val", training.reporter.val_set)):
+        for line in data.annotations.summary(args.max_objects):
+            folder.log(f"{name + ':':6} {line}")
+    for line in sorted(training.unreadable.lines):
+        folder.log(f"replaced by another image: {line}")
     folder.log(
         f"{sum(p.numel() for p in training.model.parameters()) / 1e6:.1f} M parameters on {accelerator.device}; "
         f"steps {training.step} to {training.max_steps} of {training.sampler.samples_per_step} images "
@@ -212,6 +221,7 @@ def train_step(training: Training, micro_batches: list[dict]) -> tuple[torch.Ten
     all ranks; too many of them in a row raise NonFiniteLoss.
     """
     args, accelerator, state, device = training.args, training.accelerator, training.state, training.accelerator.device
+    unreadable = training.unreadable.new(micro_batches)
     # Dropout is keyed like the data, not remembered.
     key = np.random.SeedSequence((args.seed, training.step, accelerator.process_index)).generate_state(1)
     torch.manual_seed(int(key[0]))
@@ -225,6 +235,8 @@ def train_step(training: Training, micro_batches: list[dict]) -> tuple[torch.Ten
             batch[name].to(device, non_blocking=True)
             for name in ("pixel_values", "input_ids", "labels", "weights", "targets")
         )
+        if "colors" in batch:
+            pixel_values = paint(pixel_values, batch["size"], batch["colors"])
         with accelerator.accumulate(training.model):
             output = training.model(pixel_values, input_ids, labels, weights, normalizer=1.0, targets=targets)
             loss = output.loss / total_weight
@@ -235,10 +247,9 @@ def train_step(training: Training, micro_batches: list[dict]) -> tuple[torch.Ten
     # Clipping to infinity measures the norm and changes nothing.
     norm = whole_tensor(accelerator.clip_grad_norm_(training.model.parameters(), args.max_grad_norm or math.inf))
     # The one place where a step waits for the device, and for the other ranks.
-    verdict = torch.stack(
-        [~torch.stack(losses).isfinite().all(), ~norm.isfinite(), torch.tensor(bool(training.stop)).to(device)]
-    )
-    bad_loss, bad_gradient, stopping = accelerator.reduce(verdict.float(), "sum").tolist()
+    flags = torch.tensor([bool(training.stop), bool(unreadable)]).to(device)
+    verdict = torch.cat([torch.stack([~torch.stack(losses).isfinite().all(), ~norm.isfinite()]), flags])
+    bad_loss, bad_gradient, stopping, replaced = accelerator.reduce(verdict.float(), "sum").tolist()
     if bad_loss or (bad_gradient and accelerator.scaler is None):
         skip_step(training, buffers, micro_batches, losses)
     else:
@@ -256,6 +267,8 @@ def train_step(training: Training, micro_batches: list[dict]) -> tuple[torch.Ten
     state.optimizer.zero_grad()
     state.scheduler.step()
     state.step += 1
+    if replaced:
+        note_unreadable(training, unreadable)
     return norm, stopping > 0
 
 
@@ -280,6 +293,15 @@ def skip_step(
     training.folder.log(f"{fault}; the step was not taken")
 
 
+def note_unreadable(training: Training, lines: set[str]) -> None:
+    """Names the images that could not be read and were replaced. All ranks come to know of all of them, so that too
+    many raise TooManyUnreadable on all of them."""
+    everyones = set().union(*gather_object([lines])) - training.unreadable.lines
+    for line in sorted(everyones):
+        training.folder.log(f"replaced by another image: {line}")
+    training.unreadable.add(everyones)
+
+
 def log(training: Training, grad_norm: torch.Tensor, bar: tqdm) -> None:
     """A row of metrics.jsonl, and a line where there is no terminal for the progress bar."""
     accelerator, meter = training.accelerator, training.state.meter
@@ -287,6 +309,7 @@ def log(training: Training, grad_norm: torch.Tensor, bar: tqdm) -> None:
         "train/lr": training.state.scheduler.get_last_lr()[-1],
         "train/grad_norm": float(grad_norm),
         "train/skipped_steps": training.state.skipped,
+        "train/unreadable_images": len(training.unreadable.lines),
     }
     row |= meter.rates(accelerator.num_processes, training.train_set.build.length)
     meter.restart()

@@ -7,10 +7,12 @@ import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from pix2seq import checkpoint, trainer_state
-from pix2seq.coco import Categories, find_split, load_annotations
+from pix2seq.colors import ColorAugmentation
 from pix2seq.command_line import FLAGS_FILE, changed_flags, read_flags
 from pix2seq.config import FREE_ON_FINE_TUNING, FREE_ON_RESUME, Arguments, ModelArguments, model_flags
-from pix2seq.data import EvalDataset, StepSampler, TrainDataset
+from pix2seq.data import Categories, EvalDataset, Split, StepSampler, TrainDataset, find_split, load_annotations
+from pix2seq.data.faults import tally
+from pix2seq.data.unreadable import UnreadableImages
 from pix2seq.decoding import DecodingOptions
 from pix2seq.errors import UserError
 from pix2seq.metrics import Meter
@@ -41,6 +43,7 @@ class Training:
     model: torch.nn.Module
     state: TrainerState
     stop: StopRequest
+    unreadable: UnreadableImages
 
     @property
     def unwrapped(self) -> Pix2SeqForObjectDetection:
@@ -74,6 +77,7 @@ def build(args: Arguments, accelerator, folder: RunFolder, stop: StopRequest) ->
         for name, field in ModelArguments.__dataclass_fields__.items():  # what it started from has gone, and may
             setattr(args, name, then.get(name, field.default))
     train_set, val_set = load_data(args)
+    unreadable = UnreadableImages.of(train_set.annotations, args.max_unreadable)
     categories, num_images = train_set.annotations.categories, len(train_set.annotations)
     if resumed is not None:
         if changed := changed_flags(then, args, FREE_ON_RESUME):
@@ -121,18 +125,29 @@ def build(args: Arguments, accelerator, folder: RunFolder, stop: StopRequest) ->
     truth = load_ground_truth(val_set.annotations.split.json, val_set.annotations.image_ids, categories)
     options = DecodingOptions(args.max_objects, args.top_p, args.temperature, args.seed)
     reporter = Reporter(folder, accelerator, val_set, truth, options, args.eval_batch_size, args.num_workers, stop)
-    return Training(args, accelerator, folder, train_set, reporter, sampler, max_steps, model, state, stop)
+    return Training(
+        *(args, accelerator, folder, train_set, reporter, sampler, max_steps, model, state, stop, unreadable)
+    )
+
+
+def find_splits(args: Arguments) -> tuple[Split, Split | None]:
+    """Where the images to train on and those to evaluate lie; None where these are the same."""
+    train = find_split("train", args.root, args.train_images, args.train_json, args.train_shards)
+    return train, None if args.overfit else find_split("val", args.root, args.val_images, args.val_json)
 
 
 def load_data(args: Arguments) -> tuple[TrainDataset, EvalDataset]:
     """The images to train on, as sentences, and those to evaluate."""
-    train = load_annotations(find_split("train", args.root, args.train_images, args.train_json))
+    train, val = find_splits(args)
+    train = load_annotations(train, None, args.follow_links)
     if not train.trainable.any():
-        raise UserError(f"{train.split.json}: holds no objects to train on")
+        raise UserError(
+            f"{train.split.json}: holds no objects to train on" + (f" ({tally(train.faults)})" if train.faults else "")
+        )
     if args.overfit:
         train = val = train.subset(range(min(args.overfit, len(train))))
     else:
-        val = load_annotations(find_split("val", args.root, args.val_images, args.val_json), train.categories)
+        val = load_annotations(val, train.categories, args.follow_links)
     builder = SequenceBuilder(
         Tokenizer(len(train.categories.ids), args.num_bins),
         max_objects=args.max_objects,
@@ -141,9 +156,17 @@ def load_data(args: Arguments) -> tuple[TrainDataset, EvalDataset]:
         class_corruption=args.class_corruption,
         noise_weight=args.noise_weight,
         eos_weight=args.eos_weight,
+        box_jitter=args.box_jitter,
+        mix_rate=args.mix_rate,
     )
-    transform = TrainTransform(args.image_size, args.scale_min, args.scale_max, args.flip, args.color_jitter)
-    return TrainDataset(train, transform, builder, args.seed), EvalDataset(val, EvalTransform(args.image_size))
+    transform = TrainTransform(
+        *(args.image_size, args.scale_min, args.scale_max, args.flip),
+        independent_crop=args.independent_crop,
+        iou_crop=args.iou_crop,
+    )
+    colors = ColorAugmentation(args.color_jitter, args.grayscale, args.photometric_distortion)
+    train_set = TrainDataset(train, transform, builder, args.seed, colors if colors else None)
+    return train_set, EvalDataset(val, EvalTransform(args.image_size))
 
 
 def new_detector(args: Arguments, categories: Categories, folder: RunFolder) -> Pix2SeqForObjectDetection:

@@ -12,8 +12,9 @@ from pix2seq.sizes import SIZES
 # longer, which moves the end of its schedule. batch_size and gradient_accumulation_steps may be traded for each other
 # and for processes, see TrainerState.load. The others change nothing that a step computes.
 FREE_ON_RESUME = {
-    *("config", "output_dir", "project_name", "report_to", "resume", "num_workers", "keep_last"),
-    *("root", "train_images", "train_json", "val_images", "val_json", "batch_size", "gradient_accumulation_steps"),
+    *("config", "output_dir", "project_name", "report_to", "resume", "num_workers", "keep_last", "check_data"),
+    *("root", "train_images", "train_json", "train_shards", "val_images", "val_json", "follow_links"),
+    *("max_unreadable", "batch_size", "gradient_accumulation_steps"),
     *("num_epochs", "max_steps", "log_every", "eval_every", "sample_every", "ckpt_every", "eval_batch_size"),
     *("max_skipped_steps", "compile", "gradient_checkpointing"),
 }
@@ -106,16 +107,38 @@ class ModelArguments:
 
 @dataclass
 class DataArguments:
-    root: str | None = flag(None, "COCO layout: images/{train,val}2017 and annotations/instances_{train,val}2017.json")
+    root: str | None = flag(
+        None,
+        "COCO layout: images/{train,val}2017 or {train,val}2017, folders or zip archives, and "
+        "annotations/instances_{train,val}2017.json; or Roboflow's: {train,valid}/_annotations.coco.json",
+    )
     train_images: str | None = flag(None, "folder of training images, for any other layout")
     train_json: str | None = flag(None, "COCO annotation file of the training images")
+    train_shards: str | None = flag(None, "training images as WebDataset shards, in place of folder and file")
     val_images: str | None = flag(None, "folder of validation images")
     val_json: str | None = flag(None, "COCO annotation file of the validation images")
     overfit: int = flag(0, "train and evaluate on the first N training images (0: off)")
+    follow_links: bool = flag(False, "open images that are symbolic links to files outside their folder")
+    max_unreadable: float = flag(
+        0.01,
+        "share of the training images that may be missing or broken; each is replaced by another, more end the run",
+    )
     scale_min: float = flag(0.3, "scale jitter, lower end; at 1 the image just fits the canvas")
     scale_max: float = flag(2.0, "scale jitter, upper end")
+    independent_crop: bool = flag(
+        False, "the crop's two offsets are drawn each for itself; with --scale_min 0.1, large-scale jitter"
+    )
+    iou_crop: bool = flag(False, "first SSD's crop: a part of the image that keeps enough of at least one object")
     flip: float = flag(0.5, "probability of a horizontal flip")
-    color_jitter: float = flag(0.0, "strength of colour jitter (0: off)")
+    color_jitter: float = flag(
+        0.0, "strength of SimCLR's colour jitter (0: off; the authors: 0.5, but not for detection)"
+    )
+    grayscale: float = flag(0.0, "probability that an image loses its colours (the authors: 0.2 with colour jitter)")
+    photometric_distortion: bool = flag(
+        False, "SSD's distortion of brightness, contrast, saturation, hue and channels"
+    )
+    box_jitter: float = flag(0.0, "edges of real boxes are moved by up to this share of the box's size (0: off)")
+    mix_rate: float = flag(0.0, "probability that noise objects are scattered among the real ones, not behind them")
     object_order: Literal["random", "area", "distance", "none"] = flag("random", "order of the objects in a sentence")
     class_corruption: Literal["none", "rand_cls", "rand_n_fake_cls", "real_n_fake_cls", "real_n_rand_n_fake_cls"] = (
         flag("rand_n_fake_cls", "what the decoder reads in place of the class tokens")
@@ -131,16 +154,25 @@ class DataArguments:
         _check(self, "batch_repetition", self.batch_repetition >= 1, "at least 1")
         explicit = {name: getattr(self, name) for name in ("train_images", "train_json", "val_images", "val_json")}
         given = [name for name, value in explicit.items() if value is not None]
-        if self.root is None and len(given) < 4:
-            missing = [f"--{name}" for name in explicit if name not in given]
+        train = [] if self.train_shards else ["train_images", "train_json"]
+        missing = [f"--{name}" for name in (*train, "val_images", "val_json") if name not in given]
+        if self.root is None and missing:
+            some = given or self.train_shards
             raise ValueError(
-                f"{' '.join(missing)}: missing" if given else "--root: missing (the folder of a COCO-layout dataset)"
+                f"{' '.join(missing)}: missing" if some else "--root: missing (the folder of a COCO-layout dataset)"
             )
         if self.root is not None and given:
             raise ValueError(f"--root and --{given[0]} exclude each other: name the dataset one way")
+        if self.train_shards and (self.train_images or self.train_json):
+            raise ValueError("--train_shards and --train_json exclude each other: name the training set one way")
         _check(self, "scale_min", 0 < self.scale_min <= self.scale_max, "above 0 and at most --scale_max")
         _check(self, "flip", 0 <= self.flip <= 1, "0 to 1")
         _check(self, "color_jitter", 0 <= self.color_jitter <= 2.5, "0 to 2.5")
+        _check(self, "box_jitter", 0 <= self.box_jitter <= 0.4, "0 to 0.4")
+        for name in ("grayscale", "mix_rate", "max_unreadable"):
+            _check(self, name, 0 <= getattr(self, name) <= 1, "0 to 1")
+        good = not (self.photometric_distortion and self.color_jitter)
+        _check(self, "photometric_distortion", good, "off with --color_jitter: each changes the same colours")
         for name in ("noise_weight", "eos_weight", "num_workers", "overfit"):
             _check(self, name, getattr(self, name) >= 0, "at least 0")
 
@@ -148,6 +180,9 @@ class DataArguments:
 @dataclass
 class TrainArguments:
     config: str | None = flag(None, "YAML recipe of these flags; the command line wins over it")
+    check_data: bool = flag(
+        False, "only look at the dataset, and say what is wrong with it: see python -m pix2seq.data"
+    )
     size: Literal["r50", "r50-c4", "vit-b", "vit-l"] | None = flag(
         None, "a size of the paper's, in place of the flags from --backbone to --mlp_size"
     )
@@ -289,6 +324,7 @@ class EvaluateArguments:
     )
     val_images: str | None = flag(None, "folder of images, for any other layout")
     val_json: str | None = flag(None, "COCO annotation file of the images")
+    follow_links: bool = flag(False, "open images that are symbolic links to files outside their folder")
     output_dir: str | None = flag(None, "where metrics.json, predictions.json and predictions.png go")
     eval_batch_size: int | None = flag(None, "default: that of training")
     num_workers: int = flag(2, "data loading processes")

@@ -6,15 +6,16 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from PIL import Image
+from torchvision.transforms.v2.functional import to_pil_image
 from tqdm import tqdm
 
-from pix2seq.coco import Annotations
-from pix2seq.data import EvalDataset, eval_loader, load_image
+from pix2seq.data import Annotations, EvalDataset, eval_loader
+from pix2seq.data.images import BadImage
 from pix2seq.decoding import DecodingOptions, Detections, Interrupted
 from pix2seq.preemption import Stopped
 from pix2seq.tokenizer import Tokenizer
 from pix2seq.transforms import to_original_pixels
-from pix2seq.visualize import CELL, color_of, draw_boxes, enlarge, side_by_side
+from pix2seq.visualize import CELL, GREY, color_of, draw_boxes, enlarge, side_by_side
 
 
 def predict(
@@ -25,11 +26,13 @@ def predict(
     accelerator,
     num_workers: int = 0,
     stop: Callable[[], bool] = lambda: False,
+    warn: Callable[[str], None] = tqdm.write,
 ) -> list[dict]:
     """COCO results of every image of the dataset, gathered from all ranks in the dataset's order.
 
     The model is put in eval mode and back. Every rank calls this, and every rank gets the whole list. `stop` says
     whether this process has been told to stop: if any has, all of them raise Stopped, in the middle of a batch too.
+    Nothing is found on images that cannot be read; the main process tells of them by `warn`.
     """
     rank, world_size = accelerator.process_index, accelerator.num_processes
     batches = iter(eval_loader(dataset, batch_size, rank, world_size, num_workers))
@@ -63,16 +66,25 @@ def predict(
             size, original_size = batch["size"][row].tolist(), batch["original_size"][row].tolist()
             side = dataset.transform.image_size
             detections.boxes = to_original_pixels(detections.boxes, side, size, original_size)
-            results.append((image_ids[row], coco_results(image_ids[row], detections, model.config.category_ids)))
+            unreadable = batch["unreadable"][row]
+            rows = [] if unreadable else coco_results(image_ids[row], detections, model.config.category_ids)
+            results.append((image_ids[row], rows, unreadable))
     model.train(was_training)
     if any_rank(broken_off):
         raise Stopped
 
     # Batches are dealt out so that no image is read twice; keying by image id is the second guard.
-    by_image = {}
-    for image_id, rows in accelerator.gather_for_metrics(results, use_gather_object=True):
-        by_image.setdefault(image_id, rows)
+    gathered = accelerator.gather_for_metrics(results, use_gather_object=True)
+    by_image = {image_id: rows for image_id, rows, _ in reversed(gathered)}
+    if accelerator.is_main_process:
+        warn_of_unreadable([line for *_, line in gathered if line], warn)
     return [row for image_id in dataset.annotations.image_ids.tolist() for row in by_image[image_id]]
+
+
+def warn_of_unreadable(lines: list[str], warn: Callable[[str], None]) -> None:
+    if lines:
+        more = f" (and {len(lines) - 3} more)" if len(lines) > 3 else ""
+        warn(f"{len(lines)} images cannot be read; their objects count as not found: {'; '.join(lines[:3])}{more}")
 
 
 def coco_results(image_id: int, detections: Detections, category_ids: list[int]) -> list[dict]:
@@ -94,27 +106,38 @@ def coco_results(image_id: int, detections: Detections, category_ids: list[int])
 def oracle_predictions(dataset: EvalDataset, tokenizer: Tokenizer) -> list[dict]:
     """The ground truth through the tokenizer and back, as COCO results: what a perfect model would score."""
     annotations, transform = dataset.annotations, dataset.transform
-    results = []
+    results, unreadable = [], []
     for index in tqdm(range(len(dataset)), desc="oracle", disable=None, leave=False):
-        image_id, path = int(annotations.image_ids[index]), annotations.path(index)
+        image_id = int(annotations.image_ids[index])
         boxes, labels = annotations.objects(index)
-        image = load_image(path)
-        canvas = transform(image, boxes)
+        try:
+            picture = annotations.picture(index)
+            canvas = transform(picture, boxes)
+        except BadImage as bad:
+            unreadable.append(f"{annotations.name(index)}: {bad}")
+            continue
         boxes, labels = tokenizer.decode(tokenizer.encode(canvas.boxes, labels[canvas.kept]))
-        boxes = to_original_pixels(boxes, transform.image_size, canvas.size, tuple(image.shape[-2:]))
+        boxes = to_original_pixels(boxes, transform.image_size, canvas.size, tuple(picture.shape[-2:]))
         detections = Detections(boxes, labels, np.ones(len(boxes)))
         results += coco_results(image_id, detections, annotations.categories.ids)
+    warn_of_unreadable(unreadable, tqdm.write)
     return results
 
 
 def prediction_picture(annotations: Annotations, predictions: list[dict], count: int, min_score: float = 0.3):
-    """The first `count` images with ground truth on the left and predictions of at least `min_score` on the right."""
+    """The first `count` images with ground truth on the left and predictions of at least `min_score` on the right.
+
+    One that cannot be read is grey.
+    """
     names = annotations.categories.names
     label_of_category = {category_id: label for label, category_id in enumerate(annotations.categories.ids)}
     pairs = []
     for index in range(min(count, len(annotations))):
-        image = Image.open(annotations.path(index)).convert("RGB")
         boxes, labels = annotations.objects(index)
+        try:
+            image = to_pil_image(annotations.picture(index).pixels())
+        except BadImage:
+            image, boxes, labels = Image.new("RGB", (CELL, CELL), GREY), boxes[:0], labels[:0]
         large, boxes = enlarge(image, boxes, CELL)
         truth = draw_boxes(large, boxes, [names[label] for label in labels], [color_of(label) for label in labels])
         shown = [p for p in predictions if p["image_id"] == annotations.image_ids[index] and p["score"] >= min_score]

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from torchvision.transforms.v2.functional import to_pil_image
 
+from pix2seq.colors import paint
 from pix2seq.data import EvalDataset
 from pix2seq.decoding import DecodingOptions
 from pix2seq.evaluation import predict, prediction_picture
@@ -54,7 +55,10 @@ class Reporter:
     def show_batch(self, batch: dict, tokenizer: Tokenizer) -> None:
         """What the model is about to learn, decoded back from its tokens: the cheapest detector of data bugs."""
         decoded = [tokenizer.decode(labels.numpy()) for labels in batch["labels"][:NUM_SAMPLES]]
-        images = [to_pil_image(pixels) for pixels in batch["pixel_values"][:NUM_SAMPLES]]
+        pixel_values = batch["pixel_values"]
+        if "colors" in batch:
+            pixel_values = paint(pixel_values, batch["size"], batch["colors"])
+        images = [to_pil_image(pixels) for pixels in pixel_values[:NUM_SAMPLES]]
         names = self.val_set.annotations.categories.names
         self.folder.sample("first_batch", 0, draw_examples(images, decoded, names))
 
@@ -62,4 +66,5 @@ class Reporter:
         return predict(
             *(detector, dataset, self.options, self.batch_size, self.accelerator, self.num_workers),
             stop=lambda: bool(self.stop),
+            warn=self.folder.log,
         )

@@ -5,13 +5,15 @@ Both are checked first, for pycocotools misreads some files without a word.
 
 import contextlib
 import io
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from pix2seq.coco import Categories, is_finite, is_id, read_coco, read_json
+from pix2seq.data.coco import Categories, read_coco, read_json
+from pix2seq.data.faults import is_finite, is_id, tally, usable_images, usable_objects
 from pix2seq.errors import UserError
 
 METRICS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
@@ -20,15 +22,26 @@ RESULT_KEYS = ("image_id", "category_id", "bbox", "score")  # pycocotools takes 
 
 
 def load_ground_truth(
-    path: str | Path, image_ids: np.ndarray | None = None, categories: Categories | None = None
+    path: str | Path,
+    image_ids: np.ndarray | None = None,
+    categories: Categories | None = None,
+    warn: Callable[[str], None] | None = None,
 ) -> dict:
     """A COCO annotation file made fit for pycocotools, which misreads some files without a word.
 
-    Annotation ids are numbered from 1 (it ignores matches of id 0), and a missing `area` or `iscrowd` is filled in.
+    Annotation ids are numbered from 1 (it ignores matches of id 0), a missing `area` or `iscrowd` is filled in, and
+    entries that cannot be used are left out, the same ones as from training; `warn` is told how many.
     With `image_ids`, only those images and their annotations. With `categories`, these are its classes, more than the
     file names perhaps: a model may find what the file knows nothing of. Raises UserError.
     """
     truth = read_coco(Path(path))
+    truth["images"], faults = usable_images(truth["images"], Path(path))
+    known = categories.ids if categories is not None else [category["id"] for category in truth["categories"]]
+    truth["annotations"], wrong = usable_objects(
+        truth["annotations"], (image["id"] for image in truth["images"]), known, Path(path)
+    )
+    if (faults or wrong) and warn is not None:
+        warn(f"{path}: left out or renumbered: {tally(faults + wrong)}")
     if image_ids is not None:
         wanted = set(image_ids.tolist())
         truth["images"] = [image for image in truth["images"] if image["id"] in wanted]

@@ -39,6 +39,8 @@ class SequenceBuilder:
     class_corruption what the model reads in place of the class tokens it has to predict; never changes the labels
     noise_weight     weight of a noise object's class token
     eos_weight       weight of EOS
+    box_jitter       every edge of a real box is moved by up to this share of the box's width or height (0: not at all)
+    mix_rate         probability that noise objects are scattered among the real ones instead of following them
     """
 
     tokenizer: Tokenizer
@@ -48,6 +50,8 @@ class SequenceBuilder:
     class_corruption: ClassCorruption = "rand_n_fake_cls"
     noise_weight: float = 1.0
     eos_weight: float = 0.1
+    box_jitter: float = 0.0
+    mix_rate: float = 0.0
 
     @property
     def length(self) -> int:
@@ -67,6 +71,8 @@ class SequenceBuilder:
         num_noise = self.max_objects - len(boxes) if self.noise_objects else 0
         extent = np.array([*content, *content])
         noise = noise_boxes(boxes / extent, num_noise, rng) * extent
+        if self.box_jitter:
+            boxes = np.clip(_moved(boxes, self.box_jitter, rng), 0.0, extent)
 
         tokens = self.tokenizer.encode(
             np.concatenate([boxes, noise]), np.concatenate([labels, np.full(num_noise, NOISE_LABEL)])
@@ -74,6 +80,9 @@ class SequenceBuilder:
         weights = np.ones(tokens.shape, dtype=np.float32)
         weights[len(boxes) :, :CLASS_SLOT] = 0.0
         weights[len(boxes) :, CLASS_SLOT] = self.noise_weight
+        if self.mix_rate and rng.random() < self.mix_rate:
+            mixed = rng.permutation(len(tokens))
+            tokens, weights = tokens[mixed], weights[mixed]
         read = tokens.copy()
         read[:, CLASS_SLOT] = self._corrupt(tokens[:, CLASS_SLOT], rng)
         return self._shift(read.reshape(-1), tokens.reshape(-1), weights.reshape(-1))
@@ -131,9 +140,13 @@ def _random_boxes(count: int, rng: np.random.Generator) -> np.ndarray:
 
 def _jittered(boxes: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
     """Real boxes with each edge moved by up to a tenth of the box's width or height."""
-    picked = _pick(boxes, count, rng)
-    size = np.tile(picked[:, 2:] - picked[:, :2], 2)
-    return picked + size * _truncated_normal((count, 4), 0.05, rng)
+    return _moved(_pick(boxes, count, rng), 0.1, rng)
+
+
+def _moved(boxes: np.ndarray, most: float, rng: np.random.Generator) -> np.ndarray:
+    """Each edge moved by up to `most` of the box's width or height, normally distributed."""
+    size = np.tile(boxes[:, 2:] - boxes[:, :2], 2)
+    return boxes + size * _truncated_normal((len(boxes), 4), most / 2, rng)
 
 
 def _pick(boxes: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:

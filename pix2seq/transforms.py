@@ -40,49 +40,44 @@ class Canvas:
 
 @dataclass(frozen=True)
 class TrainTransform:
-    """The authors' augmentation: scale jitter, crop with one shared offset, flip, optional colour jitter, padding.
+    """The authors' augmentation: scale jitter, crop with one shared offset, flip, padding.
 
     scale_min, scale_max   range of the scale: at 1 the picture just fits the canvas
     flip                   probability of a horizontal flip
-    color_jitter           strength of SimCLR's colour jitter (0 is off, the default for detection)
+    independent_crop       the crop's two offsets are drawn each for itself; with scales from 0.1 to 2 this is the
+                           large-scale jitter of Ghiasi et al. (2021)
+    iou_crop               first SSD's crop, with torchvision's figures: a part of the picture that keeps enough of at
+                           least one object; objects whose centre is outside are gone
     """
 
     image_size: int
     scale_min: float = 0.3
     scale_max: float = 2.0
     flip: float = 0.5
-    color_jitter: float = 0.0
+    independent_crop: bool = False
+    iou_crop: bool = False
 
-    def __call__(self, image: torch.Tensor, boxes: np.ndarray, rng: np.random.Generator) -> Canvas:
+    def __call__(self, image, boxes: np.ndarray, rng: np.random.Generator) -> Canvas:
+        """`image`: uint8 (3, H, W), or what has such a `shape` and gives such `pixels(at_least)`: see data.Picture."""
         side = self.image_size
         boxes = BoundingBoxes(torch.from_numpy(boxes), format="XYXY", canvas_size=tuple(image.shape[-2:]))
+        if self.iou_crop and len(boxes):
+            image, boxes = _iou_crop(image, boxes, rng)
 
         target = side * rng.uniform(self.scale_min, self.scale_max)
         size = fitted_size(image.shape[-2:], target)
-        image = F.resize(image, size, antialias=False)
+        pixels = F.resize(_pixels(image, size), size, antialias=False)
         boxes = F.resize(boxes, size)
 
-        shared = rng.random()
-        top, left = (int(max(length - side, 0) * shared) for length in size)
+        offsets = rng.random(2) if self.independent_crop else [rng.random()] * 2
+        top, left = (int(max(length - side, 0) * offset) for length, offset in zip(size, offsets, strict=True))
         height, width = min(size[0], side), min(size[1], side)
-        image = F.crop(image, top, left, height, width)
+        pixels = F.crop(pixels, top, left, height, width)
         boxes = F.crop(boxes, top, left, height, width)
 
         if rng.random() < self.flip:
-            image, boxes = F.horizontal_flip(image), F.horizontal_flip(boxes)
-        if self.color_jitter:
-            image = self._jitter_colors(image, rng)
-        return _pad(image, boxes, side)
-
-    def _jitter_colors(self, image: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
-        strong, hue = 0.8 * self.color_jitter, 0.2 * self.color_jitter
-        jitter = v2.Compose(
-            [v2.RandomApply([v2.ColorJitter(strong, strong, strong, hue)], p=0.8), v2.RandomGrayscale(p=0.2)]
-        )
-        # torchvision draws from torch's global generator: lend it a seed of ours and put its state back.
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(rng.integers(2**63)))
-            return jitter(image)
+            pixels, boxes = F.horizontal_flip(pixels), F.horizontal_flip(boxes)
+        return _pad(pixels, boxes, side)
 
 
 @dataclass(frozen=True)
@@ -91,11 +86,13 @@ class EvalTransform:
 
     image_size: int
 
-    def __call__(self, image: torch.Tensor, boxes: np.ndarray | None = None) -> Canvas:
+    def __call__(self, image, boxes: np.ndarray | None = None) -> Canvas:
+        """`image`: as TrainTransform's."""
         boxes = torch.zeros(0, 4) if boxes is None else torch.from_numpy(boxes)
         boxes = BoundingBoxes(boxes, format="XYXY", canvas_size=tuple(image.shape[-2:]))
         size = fitted_size(image.shape[-2:], self.image_size)
-        return _pad(F.resize(image, size, antialias=True), F.resize(boxes, size), self.image_size)
+        pixels = F.resize(_pixels(image, size), size, antialias=True)
+        return _pad(pixels, F.resize(boxes, size), self.image_size)
 
 
 def fitted_size(size: tuple[int, int], side: float) -> tuple[int, int]:
@@ -117,6 +114,23 @@ def to_original_pixels(
     scale = [side / length * original for length, original in zip(size, original_size, strict=True)]
     limit = np.array([original_size[1], original_size[0]] * 2, dtype=np.float64)
     return np.clip(boxes * np.array([scale[1], scale[0]] * 2), 0, limit)
+
+
+def _pixels(image, at_least: tuple[int, int] | None = None) -> torch.Tensor:
+    return image if isinstance(image, torch.Tensor) else image.pixels(at_least)
+
+
+def _iou_crop(image, boxes: BoundingBoxes, rng: np.random.Generator) -> tuple[torch.Tensor, BoundingBoxes]:
+    # torchvision draws from torch's global generator: lend it a seed of ours and put its state back.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(rng.integers(2**63)))
+        crop = v2.RandomIoUCrop().make_params([torch.empty(image.shape, device="meta"), boxes])
+    if not crop:  # one of the choices is to leave the picture whole
+        return image, boxes
+    centre_inside = crop.pop("is_within_crop_area")
+    boxes = F.crop(boxes, **crop)
+    boxes[~centre_inside] = 0  # without area: `_pad` leaves it out
+    return F.crop(_pixels(image), **crop), boxes
 
 
 def _pad(image: torch.Tensor, boxes: BoundingBoxes, side: int) -> Canvas:

@@ -96,6 +96,44 @@ def draw_examples(
     return grid([drawn[start : start + 4] for start in range(0, len(drawn), 4)], cell=CELL)
 
 
+def sentence_table(
+    lines: Sequence[tuple[Sequence[str], Sequence[bool], str, str]], rest: str, side: int
+) -> Image.Image:
+    """A sentence as a table in a square of `side` pixels, an object a line: (its tokens as words, whether each has
+    weight, its colour, what it is). `rest` tells what is left out."""
+    sheet = Image.new("RGB", (side, side), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
+    columns = (0, 0.115, 0.23, 0.345, 0.46, 0.72)  # of the side: where the cells begin, and what the line is
+    for left, name in zip(columns, ("y1", "x1", "y2", "x2", "class"), strict=False):
+        draw.text((left * side + 4, 4), name, fill="#777777", font=font)
+    y = 24
+    for cells, weighted, color, meaning in lines:
+        for left, right, cell, has_weight in zip(columns, columns[1:], cells, weighted, strict=False):
+            box = (left * side, y, right * side - 4, y + 26)
+            draw.rectangle(box, fill=color if has_weight else "#EEEEEE")
+            while len(cell) > 1 and draw.textlength(cell, font) > box[2] - box[0] - 8:
+                cell = cell.rstrip("…")[:-1] + "…"
+            draw.text((box[0] + 5, y + 6), cell, fill="black" if has_weight else "#999999", font=font)
+        draw.text((columns[-1] * side + 6, y + 6), meaning, fill="black" if all(weighted) else "#777777", font=font)
+        y += 32
+    if rest:
+        draw.text((4, y + 4), f"... {rest}", fill="#777777", font=font)
+    return sheet
+
+
+def paragraph(text: str, width: int, font_size: int = 14) -> Image.Image:
+    """Text broken into lines of at most `width` pixels, on white."""
+    font, lines = ImageFont.load_default(font_size), [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        lines = [*lines[:-1], longer] if font.getlength(longer) <= width - 2 * MARGIN else [*lines, word]
+    sheet = Image.new("RGB", (width, len(lines) * (font_size + 6) + 2 * MARGIN), "white")
+    draw = ImageDraw.Draw(sheet)
+    for row, line in enumerate(lines):
+        draw.text((MARGIN, MARGIN + row * (font_size + 6)), line, fill="black", font=font)
+    return sheet
+
+
 def _dashed_rectangle(draw: ImageDraw.ImageDraw, box: tuple[float, float, float, float], color: str) -> None:
     x1, y1, x2, y2 = box
     dash = 4

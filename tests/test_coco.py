@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pix2seq.coco import Categories, Split, coco_split, load_annotations
+from pix2seq.data import Categories, Split, find_split, load_annotations
 from pix2seq.errors import UserError
 from pix2seq.scoring import load_ground_truth
 
@@ -73,7 +73,7 @@ def test_the_files_order_and_names_are_kept(tmp_path):
     annotations = load_annotations(split)
     assert len(annotations) == 3
     assert annotations.image_ids.tolist() == [700, 5, 42]
-    assert annotations.path(1) == split.images / "a.png"
+    assert annotations.name(1) == f"{split.images}/a.png"
 
 
 def test_images_without_objects_are_kept(tmp_path):
@@ -139,7 +139,7 @@ def test_subset(tmp_path):
     part = annotations.subset([2, 1])
     assert len(part) == 2
     assert part.image_ids.tolist() == [42, 5]
-    assert part.path(0).name == "c.png"
+    assert part.name(0).endswith("/c.png")
     np.testing.assert_array_equal(part.objects(0)[0], annotations.objects(2)[0])
     assert part.objects(1)[0].shape == (0, 4)
     one = annotations.subset([0])
@@ -153,20 +153,20 @@ def test_subset(tmp_path):
 
 
 def test_both_layouts_are_found(tmp_path, shapes_root):
-    found = coco_split(shapes_root, "train")
+    found = find_split("train", shapes_root)
     assert found == Split(shapes_root / "images/train2017", shapes_root / "annotations" / "instances_train2017.json")
     (tmp_path / "annotations").mkdir()
     (tmp_path / "annotations/instances_val2017.json").write_text("{}")
     (tmp_path / "val2017").mkdir()
-    assert coco_split(str(tmp_path), "val").images == tmp_path / "val2017"
+    assert find_split("val", str(tmp_path)).images == tmp_path / "val2017"
 
 
 def test_a_missing_root(tmp_path):
-    assert complaint(coco_split, tmp_path / "nowhere", "val") == f"--root {tmp_path}/nowhere: no such folder"
+    assert complaint(find_split, "val", tmp_path / "nowhere") == f"--root {tmp_path}/nowhere: no such folder"
 
 
 def test_a_root_without_annotations(tmp_path):
-    message = complaint(coco_split, tmp_path, "val")
+    message = complaint(find_split, "val", tmp_path)
     assert str(tmp_path) in message
     assert "annotations/instances_val2017.json is missing" in message
 
@@ -174,7 +174,7 @@ def test_a_root_without_annotations(tmp_path):
 def test_a_root_without_images(tmp_path):
     (tmp_path / "annotations").mkdir()
     (tmp_path / "annotations/instances_val2017.json").write_text("{}")
-    message = complaint(coco_split, tmp_path, "val")
+    message = complaint(find_split, "val", tmp_path)
     assert str(tmp_path) in message
     assert "neither images/val2017 nor val2017" in message
 

@@ -9,8 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pix2seq.coco import Categories, Split, coco_split, load_annotations
-from pix2seq.data import EvalDataset
+from pix2seq.data import Categories, EvalDataset, Split, find_split, load_annotations
 from pix2seq.decoding import DecodingOptions, Detections, generate
 from pix2seq.evaluation import coco_results, oracle_predictions, predict, prediction_picture
 from pix2seq.scoring import coco_metrics, load_ground_truth
@@ -45,7 +44,7 @@ def test_no_detections_give_no_results():
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_the_oracle_scores_nearly_one(shapes_root, split):
     """The whole way there and back: file, transform, tokens, boxes, file. Anything off by a pixel shows here."""
-    found = coco_split(shapes_root, split)
+    found = find_split(split, shapes_root)
     data = EvalDataset(load_annotations(found), EvalTransform(640))
     predictions = oracle_predictions(data, Tokenizer(4, 1000))
     assert coco_metrics(load_ground_truth(found.json), predictions)["AP"] >= 0.99
@@ -108,7 +107,7 @@ class Oracle(torch.nn.Module):
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
 @pytest.mark.parametrize("training", [True, False])
 def test_predict_evaluates_every_image_in_order(shapes_root, batch_size, training):
-    split = coco_split(shapes_root, "val")
+    split = find_split("val", shapes_root)
     data = EvalDataset(load_annotations(split), EvalTransform(80))
     model = Oracle(data, Tokenizer(4, 1000), max_objects=6).train(training)
     predictions = predict(model, data, DecodingOptions(max_objects=6, top_p=0), batch_size, ONE_PROCESS)
@@ -121,21 +120,21 @@ def test_predict_evaluates_every_image_in_order(shapes_root, batch_size, trainin
 
 
 def test_predict_on_some_images_only(shapes_root):
-    data = EvalDataset(load_annotations(coco_split(shapes_root, "val")).subset([3, 1]), EvalTransform(64))
+    data = EvalDataset(load_annotations(find_split("val", shapes_root)).subset([3, 1]), EvalTransform(64))
     model = Oracle(data, Tokenizer(4, 100), max_objects=6)
     predictions = predict(model, data, DecodingOptions(max_objects=6), 2, ONE_PROCESS)
     assert [row["image_id"] for row in predictions] == [4] * 6 + [2] * 6
 
 
 def test_predict_does_not_depend_on_the_batch_size(shapes_root, make_model):
-    data = EvalDataset(load_annotations(coco_split(shapes_root, "val")), EvalTransform(64))
+    data = EvalDataset(load_annotations(find_split("val", shapes_root)), EvalTransform(64))
     model = make_model(decoder_layers=1)
     options = DecodingOptions(max_objects=2, top_p=0)
     one, five = (predict(model, data, options, batch_size, ONE_PROCESS) for batch_size in (1, 5))
     assert [row["bbox"] for row in one] == [row["bbox"] for row in five]
     assert [row["score"] for row in one] == pytest.approx([row["score"] for row in five], abs=1e-5)
     assert {row["category_id"] for row in one} <= {1, 3, 7, 11}
-    truth = load_ground_truth(coco_split(shapes_root, "val").json)
+    truth = load_ground_truth(find_split("val", shapes_root).json)
     assert 0 <= coco_metrics(truth, one)["AP"] < 0.5
 
 
@@ -143,7 +142,7 @@ def test_predict_does_not_depend_on_the_batch_size(shapes_root, make_model):
 
 
 def test_prediction_pictures(shapes_root):
-    annotations = load_annotations(coco_split(shapes_root, "val"))
+    annotations = load_annotations(find_split("val", shapes_root))
     assert annotations.categories == Categories((1, 3, 7, 11), ("ellipse", "rectangle", "triangle", "cross"))
     rows = [{"image_id": 1, "category_id": 7, "bbox": [5.0, 5, 20, 20], "score": score} for score in (0.9, 0.1)]
     empty = np.asarray(prediction_picture(annotations, [], 2))

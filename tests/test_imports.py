@@ -24,13 +24,14 @@ ALLOWED = {
     "run_folder": {"launcher", "pix2seq"},
     "command_line": {"errors"},
     "config": {"command_line", "sizes"},
-    "coco": {"errors"},
     "checkpoint": {"errors"},
     "cost": set(),
+    "colors": set(),
+    "charts": {"visualize"},
     # level 1
     "sequence": {"tokenizer"},
     "metrics": {"tokenizer"},
-    "scoring": {"coco", "errors"},
+    "scoring": {"data.coco", "data.faults", "errors"},
     "trainer_state": {"errors", "metrics", "sharding"},
     "decoding": {"tokenizer"},
     # level 2
@@ -48,30 +49,49 @@ ALLOWED = {
     "model.build": {"errors", "tokenizer", "model.backbone", "model.configuration", "model.detector"},
     "model.load": {"checkpoint", "decoding", "errors", "model.configuration", "model.detector"},
     "model.transfer": {"tokenizer", "model.build", "model.detector"},
-    "data": {"sequence", "transforms", "coco", "errors"},
+    "data": {"data.coco", "data.datasets", "data.loading", "data.sources"},
+    "data.faults": set(),
+    "data.sources": {"errors"},
+    "data.images": {"errors"},
+    "data.coco": {"errors", "data.faults", "data.images", "data.sources"},
+    "data.datasets": {"colors", "errors", "sequence", "transforms", "data.coco", "data.images"},
+    "data.loading": {"data.datasets"},
+    "data.unreadable": {"errors", "data.coco"},
+    # what the commands do
+    "data.check": {"charts", "errors", "visualize", *(f"data.{m}" for m in ("coco", "faults", "images", "sources"))},
+    "data.show": {"colors", "tokenizer", "visualize", "data.datasets", "data.images"},
+    "data.convert": {"errors"},
+    "data.shards": {"errors", "data.coco", "data.images", "data.sources"},
     "processing": {"sequence", "tokenizer", "transforms"},
     # level 3
     "sharding": {"model"},
     # level 4: what a run shows
     "reporting": {
-        *("data", "decoding", "evaluation", "preemption", "run_folder", "scoring", "tokenizer", "visualize"),
+        *("colors", "data", "decoding", "evaluation", "preemption", "run_folder", "scoring", "tokenizer", "visualize"),
     },
-    "evaluation": {"coco", "data", "decoding", "preemption", "tokenizer", "transforms", "visualize"},
+    "evaluation": {"data", "data.images", "decoding", "preemption", "tokenizer", "transforms", "visualize"},
     # level 6: what is left behind
     "saving": {"assembly", "checkpoint", "command_line", "config", "model", "processing", "trainer_state"},
     # level 5: from the flags to a run
     "assembly": {
-        *("checkpoint", "coco", "command_line", "config", "data", "decoding", "errors", "metrics", "model"),
+        *("checkpoint", "colors", "command_line", "config", "data", "decoding", "errors", "metrics", "model"),
+        *("data.faults", "data.unreadable"),
         *("optimizer", "preemption", "reporting", "run_folder", "scoring", "sequence", "sharding", "tokenizer"),
         *("trainer_state", "transforms"),
     },
+    # the command line of the data package, an entry point: `train.py --check_data` is its check
+    "data.commands": {
+        *("assembly", "command_line", "config", "errors"),
+        *(f"data.{module}" for module in ("check", "coco", "convert", "faults", "shards", "show")),
+    },
+    "data.__main__": {"data.commands"},
 }
 LEVEL_0 = (
     "tokenizer",
     "transforms",
     "visualize",
     "config",
-    "coco",
+    "data.coco",
     "preemption",
     "checkpoint",
     "sizes",
@@ -145,5 +165,5 @@ def test_outside_packages_stay_in_their_place(module):
 
 def test_the_codec_and_the_sentences_need_no_torch():
     """They run in workers and notebooks, and "knows numbers only" should stay true."""
-    for module in ("tokenizer", "sequence", "coco", "errors", "checkpoint"):
+    for module in ("tokenizer", "sequence", "data.faults", "errors", "checkpoint"):
         assert not outside(module) & {"torch", "torchvision", "transformers"}

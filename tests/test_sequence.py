@@ -342,3 +342,55 @@ def test_labels_decode_to_the_objects():
     assert np.abs(boxes[:3] - BOXES).max() <= 0.5 / 999 + 1e-12
     assert labels[:3].tolist() == LABELS.tolist()
     assert (labels[3:] == NOISE_LABEL).all()
+
+
+# -- options ---------------------------------------------------------------------------------------
+
+
+def test_box_jitter_moves_edges_by_up_to_its_share_and_not_the_noise():
+    boxes, labels = np.array([[0.2, 0.3, 0.6, 0.7], [0.0, 0.0, 1.0, 0.5]]), np.array([0, 1])
+    tokenizer = Tokenizer(2, 2000)
+    moved = []
+    for seed in range(200):
+        build = SequenceBuilder(tokenizer, 4, order="none", box_jitter=0.1)
+        found, kinds = tokenizer.decode(build(boxes, labels, np.random.default_rng(seed))["labels"])
+        assert kinds.tolist() == [0, 1, NOISE_LABEL, NOISE_LABEL]
+        assert (found >= 0).all()
+        assert (found <= 1).all()
+        moved.append((found[0] - boxes[0]) / 0.4)
+    moved = np.array(moved)
+    assert 0.085 < np.abs(moved).max() <= 0.1 + 1e-3
+    assert 0.035 < moved.std() < 0.05  # sigma is half of it, cut at two sigma
+    assert abs(moved.mean()) < 0.01
+
+
+def test_box_jitter_stays_inside_the_picture():
+    build = SequenceBuilder(Tokenizer(1, 1000), 1, box_jitter=0.2)
+    for seed in range(50):
+        arrays = build(np.array([[0.0, 0.0, 0.5, 0.25]]), np.zeros(1, int), np.random.default_rng(seed), (0.5, 0.25))
+        (box,), _ = build.tokenizer.decode(arrays["labels"])
+        assert box[2] <= 0.5 + 1e-3
+        assert box[3] <= 0.25 + 1e-3
+
+
+@pytest.mark.parametrize("mix_rate", [0.0, 0.5, 1.0])
+def test_mixed_noise_stands_among_the_objects_with_its_own_weights(mix_rate):
+    boxes, labels = np.array([[0.2, 0.3, 0.6, 0.7]] * 3), np.array([0, 1, 2])
+    tokenizer, mixed = Tokenizer(3, 100), 0
+    build = SequenceBuilder(tokenizer, 8, mix_rate=mix_rate, noise_weight=0.5)
+    for seed in range(100):
+        arrays = build(boxes, labels, np.random.default_rng(seed))
+        _, kinds = tokenizer.decode(arrays["labels"])
+        assert sorted(kinds.tolist()) == [NOISE_LABEL] * 5 + [0, 1, 2]
+        weights = arrays["weights"].reshape(8, 5)
+        assert (weights[kinds >= 0] == 1).all()
+        assert (weights[kinds < 0] == [0, 0, 0, 0, 0.5]).all()
+        mixed += (kinds[:3] < 0).any()
+    assert abs(mixed / 100 - mix_rate) < 0.15
+
+
+def test_options_that_are_off_draw_nothing():
+    boxes, labels = np.array([[0.2, 0.3, 0.6, 0.7]] * 3), np.array([0, 1, 2])
+    plain = SequenceBuilder(Tokenizer(3, 100), 8)(boxes, labels, np.random.default_rng(4))
+    off = SequenceBuilder(Tokenizer(3, 100), 8, box_jitter=0, mix_rate=0)(boxes, labels, np.random.default_rng(4))
+    assert all(np.array_equal(plain[name], off[name]) for name in plain)

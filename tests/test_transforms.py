@@ -227,7 +227,7 @@ def test_fitted_size_keeps_the_aspect_and_fills_the_longer_side():
 
 def test_identical_generators_give_identical_results():
     image, boxes = coordinates(100), np.array([[10.0, 20, 60, 70]])
-    transform = TrainTransform(64, color_jitter=0.5)
+    transform = TrainTransform(64, iou_crop=True)
     for seed in range(5):
         first, again = run(transform, image, boxes, seed), run(transform, image, boxes, seed)
         assert torch.equal(first.image, again.image)
@@ -239,30 +239,46 @@ def test_the_given_image_and_boxes_are_not_changed():
     image, boxes = coordinates(100), np.array([[-5.0, 20, 160, 70]])
     EvalTransform(100)(image, boxes)
     for seed in range(5):
-        TrainTransform(100, 1, 1, color_jitter=1.0)(image, boxes, rng(seed))
+        TrainTransform(100, 1, 1, iou_crop=True)(image, boxes, rng(seed))
     assert torch.equal(image, coordinates(100))
     assert boxes.tolist() == [[-5.0, 20, 160, 70]]
 
 
-def test_color_jitter_draws_from_the_given_generator_only():
-    image = coordinates(64)
-    plain = [run(TrainTransform(64, 1, 1, flip=0), image, [], seed).image for seed in range(12)]
-    torch.manual_seed(0)
-    before = torch.random.get_rng_state()
-    first = [run(TrainTransform(64, 1, 1, flip=0, color_jitter=0.5), image, [], seed).image for seed in range(12)]
-    assert torch.equal(torch.random.get_rng_state(), before)
-    torch.manual_seed(99)
-    again = [run(TrainTransform(64, 1, 1, flip=0, color_jitter=0.5), image, [], seed).image for seed in range(12)]
-    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    changed = [not torch.equal(a, b) for a, b in zip(plain, first, strict=True)]
-    assert sum(changed) >= 7  # jitter has probability 0.8
-    assert len({image.sum().item() for image in first}) >= 7
+# -- options ---------------------------------------------------------------------------------------
 
 
-def test_color_jitter_moves_nothing():
+def test_an_independent_crop_draws_each_offset_for_itself():
+    """The authors' shares one: crops of a square picture lie on its diagonal. Large-scale jitter's do not."""
+    for independent in (False, True):
+        transform = TrainTransform(32, 2, 2, flip=0, independent_crop=independent)
+        boxes = [(x, y, x + 1, y + 1) for x in range(32) for y in range(32)]
+        seen = [run(transform, coordinates(32), boxes, seed).kept for seed in range(8)]
+        corners = [(int(kept[0]) // 32, int(kept[0]) % 32) for kept in seen]  # of the part that is left
+        on_the_diagonal = [x == y for x, y in corners]
+        assert all(on_the_diagonal) != independent
+
+
+def test_an_iou_crop_keeps_boxes_on_what_they_enclose_and_drops_those_whose_centre_is_outside():
     image, box = painted((100, 100), (20, 30, 70, 80)), (20, 30, 70, 80)
-    for seed in range(8):
-        plain = run(TrainTransform(64, color_jitter=0), image, [box], seed)
-        jittered = run(TrainTransform(64, color_jitter=0.5), image, [box], seed)
-        np.testing.assert_array_equal(plain.boxes, jittered.boxes)
-        assert plain.size == jittered.size
+    transform = TrainTransform(100, 1, 1, flip=0, iou_crop=True)
+    before = torch.random.get_rng_state()
+    cropped = 0
+    for seed in range(40):
+        canvas = run(transform, image, [box], seed)
+        assert canvas.kept.tolist() == [0]  # some overlap with an object is what the crop is chosen for
+        x1, y1, x2, y2 = canvas.boxes[0] * 100
+        inside = canvas.image[:, round(y1) + 2 : round(y2) - 2, round(x1) + 2 : round(x2) - 2].float()
+        assert inside.numel()
+        assert (inside.flatten(1).std(1) < 2).all()  # nothing but paint
+        cropped += abs((x2 - x1) - 50) > 2
+    assert cropped > 15
+    assert torch.equal(torch.random.get_rng_state(), before)
+    far = run(transform, image, [box, (0, 0, 4, 4)], 3)
+    assert far.kept.tolist() in ([0], [0, 1], [1])
+    lost = [run(transform, image, [box, (0, 0, 4, 4)], seed) for seed in range(40)]
+    assert 5 < sum(len(canvas.kept) == 1 for canvas in lost) < 40
+
+
+def test_an_iou_crop_of_a_picture_without_objects_leaves_it():
+    plain = run(TrainTransform(64), coordinates(64), [], 5)
+    assert torch.equal(run(TrainTransform(64, iou_crop=True), coordinates(64), [], 5).image, plain.image)

@@ -1,75 +1,16 @@
-"""Training examples and evaluation images, their samplers and loaders.
+"""In which order examples come, and the loaders that make them.
 
-Randomness is keyed, not remembered: what the c-th copy of image i looks like in epoch e depends on (seed, e, i, c)
-alone, whichever worker or rank makes it, and the order of an epoch on (seed, e).
+The order of an epoch depends on (seed, epoch) alone.
 """
 
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
-import torch
-from PIL import Image
-from torch.utils.data import DataLoader, Dataset, Sampler
-from torchvision.transforms.v2.functional import pil_to_tensor
+from torch.utils.data import DataLoader, Sampler
 
-from pix2seq.coco import Annotations
-from pix2seq.errors import UserError
-from pix2seq.sequence import SequenceBuilder
-from pix2seq.transforms import EvalTransform, TrainTransform
-
-
-def load_image(path: Path) -> torch.Tensor:
-    """An image file as uint8 RGB (3, H, W). Raises UserError naming the file."""
-    try:
-        with Image.open(path) as image:
-            return pil_to_tensor(image.convert("RGB"))
-    # Pillow raises the middle two for damaged chunks and headers.
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: cannot be read as an image ({error})") from None
-
-
-@dataclass
-class TrainDataset(Dataset):
-    """Augmented training examples. Keys are (epoch, index, copy): see StepSampler."""
-
-    annotations: Annotations
-    transform: TrainTransform
-    build: SequenceBuilder
-    seed: int
-
-    def __getitem__(self, key: tuple[int, int, int]) -> dict:
-        """pixel_values uint8 (3, S, S), image_id, and SequenceBuilder's input_ids, labels, weights, each (L,)."""
-        epoch, index, copy = key
-        rng = np.random.default_rng((self.seed, epoch, index, copy))
-        boxes, labels = self.annotations.objects(index)
-        canvas = self.transform(load_image(self.annotations.path(index)), boxes, rng)
-        sentence = self.build(canvas.boxes, labels[canvas.kept], rng, canvas.content)
-        return {"pixel_values": canvas.image, "image_id": self.annotations.image_ids[index]} | sentence
-
-
-@dataclass
-class EvalDataset(Dataset):
-    """Whole images without their annotations, and what is needed to bring boxes back to their pixels."""
-
-    annotations: Annotations
-    transform: EvalTransform
-
-    def __len__(self) -> int:
-        return len(self.annotations)
-
-    def __getitem__(self, index: int) -> dict:
-        """pixel_values uint8 (3, S, S), image_id, size and original_size (height, width): see transforms.Canvas."""
-        image = load_image(self.annotations.path(index))
-        canvas = self.transform(image)
-        return {
-            "pixel_values": canvas.image,
-            "image_id": self.annotations.image_ids[index],
-            "size": np.array(canvas.size),
-            "original_size": np.array(image.shape[-2:]),
-        }
+from pix2seq.data.datasets import EvalDataset, TrainDataset
 
 
 @dataclass

@@ -1,0 +1,120 @@
+"""Datasets from the command line: `python -m pix2seq.data COMMAND ...`
+
+    check --root DIR              what is in it, and everything that is wrong with it
+    show --root DIR               what the model will see, decoded back from its tokens
+    convert DIR OUT               YOLO or Pascal VOC -> COCO annotation files; the images stay where they are
+    shard --root DIR --output OUT the training images packed into WebDataset shards
+
+check, show and shard take the flags of train.py, recipes included. --help after a command lists its own.
+"""
+
+import argparse
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from pix2seq.assembly import find_splits, load_data
+from pix2seq.command_line import parse
+from pix2seq.config import Arguments, flag
+from pix2seq.data.check import check
+from pix2seq.data.coco import load_annotations
+from pix2seq.data.convert import convert
+from pix2seq.data.faults import ERROR
+from pix2seq.data.shards import write_shards
+from pix2seq.data.show import show
+from pix2seq.errors import UserError
+
+
+def check_data(args: Arguments) -> int:
+    """Prints what is in a dataset and what is wrong with it, and writes it into the run folder; the exit code."""
+    report = check(*find_splits(args), args.follow_links, args.max_objects, args.num_workers)
+    folder = Path(args.output_dir) / "data"
+    print(report)
+    try:
+        report.write(folder)
+    except OSError as error:
+        raise UserError(f"--output_dir {args.output_dir}: cannot be written to ({error.strerror})") from None
+    print(f"written to {folder}: check.json" + (", check.png" if report.picture is not None else ""))
+    return 2 if report.of(ERROR) else 0
+
+
+@dataclass
+class ShowArguments(Arguments):
+    output: str = flag("show.png", "picture to write")
+    num_images: int = flag(4, "images shown, a row each")
+    first: int = flag(0, "number of the first of them, in the annotation file's order")
+    epoch: int = flag(0, "whose augmentation is shown")
+
+
+def show_data(args: ShowArguments) -> int:
+    dataset, _ = load_data(args)
+    total = len(dataset.annotations)
+    indices = range(args.first, min(args.first + args.num_images, total))
+    if not indices or args.first < 0:
+        raise UserError(f"--first {args.first} --num_images {args.num_images}: none of the {total} images")
+    try:
+        show(dataset, indices, args.epoch).save(args.output)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--output {args.output}: cannot be written ({error})") from None
+    print(f"written to {args.output}")
+    return 0
+
+
+@dataclass
+class ShardArguments(Arguments):
+    output: str | None = flag(None, "folder for the shards")
+    shard_mb: float = flag(512, "megabytes of a shard")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.output is None:
+            raise ValueError("--output: missing (the folder for the shards)")
+        if not self.shard_mb > 0:
+            raise ValueError(f"--shard_mb {self.shard_mb}: must be above 0")
+
+
+def shard_data(args: ShardArguments) -> int:
+    train, _ = find_splits(args)
+    try:
+        written = write_shards(load_annotations(train, None, args.follow_links), Path(args.output), args.shard_mb)
+    except OSError as error:
+        raise UserError(f"--output {args.output}: cannot be written to ({error.strerror})") from None
+    print(
+        f"{written['images']} images in {written['shards']} shards; "
+        f"train.py reads them with --train_shards {args.output}"
+    )
+    return 0
+
+
+def convert_data(words: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m pix2seq.data convert", description=convert.__doc__)
+    parser.add_argument("source", type=Path, help="folder with data.yaml, or with Pascal VOC's XML files")
+    parser.add_argument("output", type=Path, help="folder for the COCO annotation files")
+    args = parser.parse_args(words)
+    flags = []
+    for part in convert(args.source, args.output):
+        print(f"{part.name}: {part.num_images} images, {part.num_objects} objects -> {part.json}")
+        if part.name in ("train", "val"):
+            flags.append(f"--{part.name}_images {part.images} --{part.name}_json {part.json}")
+    print(f"train.py reads them with {' '.join(flags)}")
+    return 0
+
+
+COMMANDS = {
+    "check": lambda words: check_data(parse(Arguments, words)),
+    "show": lambda words: show_data(parse(ShowArguments, words)),
+    "convert": convert_data,
+    "shard": lambda words: shard_data(parse(ShardArguments, words)),
+}
+
+
+def main(words: list[str]) -> int:
+    """Runs a command; the exit code. A mistake of the user is told in one line."""
+    if not words or words[0] not in COMMANDS:
+        print(__doc__, file=sys.stdout if words in (["-h"], ["--help"]) else sys.stderr)
+        return 0 if words in (["-h"], ["--help"]) else 2
+    try:
+        return COMMANDS[words[0]](words[1:])
+    except UserError as error:
+        print(f"pix2seq.data {words[0]}: error: {error}", file=sys.stderr)
+        return 2

@@ -1,0 +1,264 @@
+"""Picture files: where they lie, what their headers say, and their pixels.
+
+A store (`Folder`, `Zip`, `Shards`) finds pictures by the names an annotation file gives them and reads their bytes. It
+opens nothing that lies outside it. `Picture` is what is in those bytes.
+"""
+
+import io
+import json
+import os
+import struct
+import unicodedata
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torchvision.io import ImageReadMode, decode_jpeg
+from torchvision.transforms.v2.functional import pil_to_tensor
+
+from pix2seq.errors import UserError
+
+# Kinds of files that are opened. Pillow knows more, some of which start other programs.
+Image.init()
+FORMATS = [f for f in ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "AVIF", "JPEG2000") if f in Image.OPEN]
+# Decoding takes 3 bytes a pixel, and a file of some kilobytes may claim any number of them.
+MAX_PIXELS = 100_000_000
+EXIF_ORIENTATION = 0x0112
+SHARDS_INDEX = "shards.json"
+
+
+class BadImage(ValueError):
+    """A picture that cannot be used. `kind`: see faults.KINDS. The message says why, in one line, and not which."""
+
+    def __init__(self, kind: str, why: str):
+        super().__init__(kind, why)
+        self.kind, self.why = kind, " ".join(str(why).split())
+
+    def __str__(self) -> str:
+        return self.why
+
+
+class Picture:
+    """A picture of which only the header has been read. Raises BadImage.
+
+    annotated   (height, width) as the annotations say, if they do. Boxes are drawn on what a viewer shows: a picture
+                whose EXIF tag turns it is turned if, and only if, that gives it the size its annotations speak of.
+    shape       (3, height, width) of its pixels
+    """
+
+    def __init__(self, data: np.ndarray, annotated: tuple[int, int] | None = None):
+        if len(data) == 0:
+            raise BadImage("unreadable-file", "it is empty (0 bytes)")
+        self._data = data
+        self.header = self._open()
+        width, height = self.header.size
+        if width * height > MAX_PIXELS:
+            raise BadImage(
+                "too-many-pixels", f"{width} x {height} pixels, more than the {MAX_PIXELS / 1e6:.0f} million allowed"
+            )
+        self.turned = annotated == (width, height) != (height, width) and self.orientation >= 5
+        self.shape = (3, width, height) if self.turned else (3, height, width)
+
+    def _open(self) -> Image.Image:
+        try:
+            return Image.open(io.BytesIO(self._data), formats=FORMATS)
+        except Image.DecompressionBombError as error:
+            raise BadImage("too-many-pixels", error) from None
+        except Image.UnidentifiedImageError:
+            raise BadImage("unreadable-file", f"not an image, or none of {', '.join(FORMATS)}") from None
+        # Pillow raises the last two for damaged chunks and headers.
+        except (OSError, ValueError, SyntaxError) as error:
+            raise BadImage("unreadable-file", error) from None
+
+    @property
+    def orientation(self) -> int:
+        """EXIF's: 1 is as stored, 5 to 8 swap the sides."""
+        try:
+            return int(self.header.getexif().get(EXIF_ORIENTATION, 1))
+        except (OSError, ValueError, SyntaxError, TypeError, struct.error):
+            return 1
+
+    def pixels(self, at_least: tuple[int, int] | None = None) -> torch.Tensor:
+        """uint8 RGB (3, H, W): the whole size, or a half, quarter or eighth of it if that is no smaller than
+        (height, width) `at_least` and the file is a JPEG, which can be decoded at these for less."""
+        image = self.header
+        try:
+            if image.format == "JPEG" and image.mode in ("RGB", "L") and not self.turned:
+                reduced = at_least is not None and all(
+                    2 * wanted <= length for wanted, length in zip(at_least, self.shape[1:], strict=True)
+                )
+                if not reduced:
+                    return decode_jpeg(torch.from_numpy(self._data), mode=ImageReadMode.RGB)
+                image = self._open()  # a picture may be decoded more than once, at other sizes
+                image.draft("RGB", (at_least[1], at_least[0]))
+            return pil_to_tensor(_as_rgb(ImageOps.exif_transpose(image) if self.turned else image))
+        # torchvision raises the last for damaged files.
+        except (OSError, ValueError, SyntaxError, RuntimeError) as error:
+            raise BadImage("unreadable-file", error) from None
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):  # Pillow would cut these off at 255
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise BadImage("unreadable-file", "32 bits a pixel, of which nobody knows what is white")
+    return image.convert("RGB")
+
+
+class Folder:
+    """Pictures as files below a folder.
+
+    follow_links   also open those that symbolic links bring in from elsewhere
+    """
+
+    def __init__(self, path: Path, follow_links: bool = False):
+        self.path, self.follow_links = path, follow_links
+
+    def locate(self, names: list[str]) -> tuple[np.ndarray, dict[int, BadImage]]:
+        """For each name the place to `read`, and of those that must not or cannot be read, by index, why. Names that
+        are there in another form of Unicode are found, and told as "other-unicode-form"."""
+        places, faults, listings = [], {}, {}
+        for index, name in enumerate(names):
+            folder, _, file = name.rpartition("/")
+            parts = name.replace("\\", "/").split("/")
+            if os.path.isabs(name) or name[1:2] == ":" or ".." in parts or "\0" in name:
+                faults[index] = BadImage("path-outside", "leads out of the folder of images")
+                file = ""
+            else:
+                if folder not in listings:
+                    listings[folder] = self._listing(folder)
+                found = listings[folder]
+                if file not in found:
+                    near = (
+                        {unicodedata.normalize("NFC", other): other for other in found} if not file.isascii() else {}
+                    )
+                    other = near.get(unicodedata.normalize("NFC", file))
+                    kind, why = ("missing-file", f"not in {self.path}")
+                    if other is not None:
+                        kind, why = "other-unicode-form", "the letters with marks on them are coded otherwise on disk"
+                    faults[index], file = BadImage(kind, why), other or ""
+                if file and not found[file]:
+                    why = "a symbolic link out of the folder of images (--follow_links allows it)"
+                    faults[index], file = BadImage("path-outside", why), ""
+            places.append(f"{folder}/{file}".lstrip("/") if file else "")
+        # Not a list: workers that look at Python objects copy them, and their memory grows.
+        return np.array(places, dtype=np.dtypes.StringDType()), faults
+
+    def _listing(self, folder: str) -> dict[str, bool]:
+        """The files in one folder, and whether they may be opened. One listing answers for all of them."""
+        base = os.path.realpath(self.path)
+
+        def inside(path) -> bool:
+            return self.follow_links or os.path.commonpath([base, os.path.realpath(path)]) == base
+
+        try:
+            with os.scandir(self.path / folder) as entries:
+                allowed = inside(self.path / folder)
+                return {
+                    entry.name: allowed and (not entry.is_symlink() or inside(entry.path))
+                    for entry in entries
+                    if entry.is_file()
+                }
+        except OSError:
+            return {}
+
+    def read(self, place: str) -> np.ndarray:
+        try:
+            return np.fromfile(self.path / place, dtype=np.uint8)
+        except OSError as error:
+            raise BadImage("unreadable-file", error.strerror or error) from None
+
+
+class _Packed:
+    """Pictures inside a few large files. Rows say where: see the subclasses."""
+
+    def __init__(self, path: Path, files: list[Path], names: list[str], rows: np.ndarray):
+        self.path, self._files, self._names, self._rows = path, files, names, rows
+        self._descriptors: dict[int, int] = {}
+
+    def __getstate__(self):  # for workers that are not forked
+        return self.__dict__ | {"_descriptors": {}, "_names": [], "_rows": None}
+
+    def locate(self, names: list[str]) -> tuple[np.ndarray, dict[int, BadImage]]:
+        """As Folder's; places are rows of numbers."""
+        row_of = {name: row for row, name in enumerate(self._names)}
+        for row, name in enumerate(self._names):  # COCO's archives put all files into a folder of their own
+            row_of.setdefault(name.partition("/")[2], row)
+        rows = [row_of.get(name, -1) for name in names]
+        missing = {i: BadImage("missing-file", f"not in {self.path}") for i, row in enumerate(rows) if row < 0}
+        places = np.append(self._rows, np.full((1, self._rows.shape[1]), -1), axis=0)[rows]
+        return places, missing
+
+    def _bytes(self, file: int, offset: int, size: int) -> np.ndarray:
+        if file not in self._descriptors:
+            self._descriptors[file] = os.open(self._files[file], os.O_RDONLY)
+        data = np.empty(size, dtype=np.uint8)
+        # Workers share the file's position if they are forked, so nobody moves it.
+        count = os.preadv(self._descriptors[file], [data], offset)
+        if count != size:
+            raise BadImage("unreadable-file", f"{self._files[file]} ends before it does")
+        return data
+
+
+class Zip(_Packed):
+    """Pictures in a zip archive that is left as it is. Rows: header's offset, bytes packed, bytes, method, CRC."""
+
+    def __init__(self, path: Path):
+        try:
+            with zipfile.ZipFile(path) as archive:
+                members = [member for member in archive.infolist() if not member.is_dir()]
+        except (OSError, zipfile.BadZipFile) as error:
+            raise UserError(f"{path}: cannot be read as a zip archive ({error})") from None
+        rows = [(m.header_offset, m.compress_size, m.file_size, m.compress_type, m.CRC) for m in members]
+        super().__init__(path, [path], [m.filename for m in members], np.array(rows, dtype=np.int64).reshape(-1, 5))
+
+    def read(self, place: np.ndarray) -> np.ndarray:
+        offset, packed, size, method, checksum = place.tolist()
+        if size > 4 * MAX_PIXELS or method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise BadImage("unreadable-file", f"{size} bytes, packed by method {method}: cannot be unpacked")
+        name_length, extra_length = struct.unpack("<HH", self._bytes(0, offset + 26, 4))
+        data = self._bytes(0, offset + 30 + name_length + extra_length, packed)
+        if method == zipfile.ZIP_DEFLATED:
+            try:
+                data = np.frombuffer(bytearray(zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, size)), np.uint8)
+            except zlib.error as error:
+                raise BadImage("unreadable-file", error) from None
+        if zlib.crc32(data) != checksum:
+            raise BadImage("unreadable-file", f"damaged: not what was put into {self.path}")
+        return data
+
+
+class Shards(_Packed):
+    """Pictures in WebDataset shards, by the index shards.py wrote beside them. Rows: shard, offset, bytes."""
+
+    def __init__(self, path: Path):
+        try:
+            index = json.loads((path / SHARDS_INDEX).read_bytes())
+            files, sizes = [path / name for name in index["files"]], index["sizes"]
+            names, rows = index["names"], np.array(index["rows"], dtype=np.int64).reshape(-1, 3)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path / SHARDS_INDEX}: cannot be read as an index of shards ({error!r})") from None
+        for file, size in zip(files, sizes, strict=True):
+            found = file.stat().st_size if file.is_file() else None
+            if found != size:
+                state = "is missing" if found is None else f"has {found} bytes"
+                raise UserError(f"{file}: {state}, and {size} bytes were written; copy it again")
+        super().__init__(path, files, names, rows)
+
+    def read(self, place: np.ndarray) -> np.ndarray:
+        return self._bytes(*place.tolist())
+
+
+Store = Folder | Zip | Shards
+
+
+def open_store(path: Path, follow_links: bool = False) -> Store:
+    """The pictures at a path: a folder of them, a zip archive, or a folder of shards. Raises UserError."""
+    if path.is_dir():
+        return Shards(path) if (path / SHARDS_INDEX).is_file() else Folder(path, follow_links)
+    if path.suffix == ".zip" and path.is_file():
+        return Zip(path)
+    raise UserError(f"{path}: no such folder of images")

@@ -1,0 +1,92 @@
+"""Images packed into WebDataset shards: few large files instead of many small ones, for network file systems and for
+data that is copied around. Any reader of WebDataset takes them; this project reads them by an index, in any order,
+so that training on shards is training on the files."""
+
+import io
+import json
+import os
+import tarfile
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from pix2seq.data.coco import Annotations, read_json
+from pix2seq.data.images import SHARDS_INDEX, BadImage
+from pix2seq.data.sources import SHARDS_JSON
+from pix2seq.errors import UserError
+
+
+def write_shards(annotations: Annotations, output: Path, shard_mb: float = 512) -> dict[str, int]:
+    """Packs the images of one split into `output`: NNNNNN.tar of about `shard_mb` megabytes each, which hold for every
+    image its file, unchanged, and its objects as JSON; the annotation file, and the index, which is written last.
+
+    Returns the numbers of images and shards. Raises UserError if an image cannot be read or the folder holds something
+    else. A folder that was left half written is written anew.
+    """
+    if output.exists() and any(path.name not in _ours(output) for path in output.iterdir()):
+        raise UserError(f"{output}: is not empty and holds something else than shards; name another folder")
+    output.mkdir(parents=True, exist_ok=True)
+    for name in _ours(output):
+        (output / name).unlink(missing_ok=True)
+    content = read_json(annotations.split.json)
+    names = annotations.file_names.tolist()
+    files, rows, index = [], [], 0
+    bar = tqdm(total=len(names), desc="packing", disable=None)
+    while index < len(names):
+        files.append(f"{len(files):06d}.tar")
+        written = 0
+        with tarfile.open(output / files[-1], "w", format=tarfile.PAX_FORMAT) as shard:
+            while index < len(names) and written < shard_mb * 1e6:
+                data = _file(annotations, index)
+                key = f"{index:09d}"
+                offset = _add(shard, f"{key}{Path(names[index]).suffix.lower() or '.img'}", data)
+                _add(shard, f"{key}.json", json.dumps(_about(annotations, index), ensure_ascii=False).encode())
+                rows.append((len(files) - 1, offset, len(data)))
+                written += len(data)
+                index += 1
+                bar.update()
+    bar.close()
+    (output / SHARDS_JSON).write_text(json.dumps(content))
+    sizes = [(output / name).stat().st_size for name in files]
+    temporary = output / f".{SHARDS_INDEX}"
+    temporary.write_text(json.dumps({"files": files, "sizes": sizes, "names": names, "rows": rows}))
+    os.replace(temporary, output / SHARDS_INDEX)
+    return {"images": len(names), "shards": len(files)}
+
+
+def _file(annotations: Annotations, index: int) -> bytes:
+    """The bytes of an image that can be decoded."""
+    try:
+        annotations.picture(index).pixels()
+        return annotations.store.read(annotations.places[index]).tobytes()
+    except BadImage as bad:
+        raise UserError(
+            f"{annotations.name(index)}: {bad}; mend or remove it first (`python -m pix2seq.data check` lists all)"
+        ) from None
+
+
+def _about(annotations: Annotations, index: int) -> dict:
+    """An image and its objects, boxes xywh, for other readers of the shards."""
+    part = slice(annotations.offsets[index], annotations.offsets[index + 1])
+    boxes = annotations.boxes[part].astype(np.float64)
+    boxes[:, 2:] -= boxes[:, :2]
+    objects = [
+        {"category_id": annotations.categories.ids[label], "bbox": box, "iscrowd": int(crowd)}
+        for label, box, crowd in zip(annotations.labels[part], boxes.tolist(), annotations.crowd[part], strict=True)
+    ]
+    about = {"image_id": int(annotations.image_ids[index]), "file_name": str(annotations.file_names[index])}
+    return about | {"annotations": objects}
+
+
+def _ours(output: Path) -> set[str]:
+    shards = {path.name for path in output.glob("[0-9][0-9][0-9][0-9][0-9][0-9].tar")}
+    return shards | {SHARDS_JSON, SHARDS_INDEX, f".{SHARDS_INDEX}"}
+
+
+def _add(shard: tarfile.TarFile, name: str, data: bytes) -> int:
+    """Appends a member; where its bytes begin."""
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    shard.addfile(member, io.BytesIO(data))
+    return shard.offset - -(-len(data) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
