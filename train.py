@@ -204,6 +204,7 @@ def loop(training: Training) -> None:
         bar.update()
         if training.is_due(args.log_every) or training.is_last_step:
             log(training, grad_norm, bar)
+        training.unreadable.enforce()
         with meter.paused():
             report(training)
             if stopping and not training.is_last_step:
@@ -294,12 +295,11 @@ def skip_step(
 
 
 def note_unreadable(training: Training, lines: set[str]) -> None:
-    """Names the images that could not be read and were replaced. All ranks come to know of all of them, so that too
-    many raise TooManyUnreadable on all of them."""
+    """Names the images that could not be read and were replaced. All ranks come to know of all of them."""
     everyones = set().union(*gather_object([lines])) - training.unreadable.lines
     for line in sorted(everyones):
         training.folder.log(f"replaced by another image: {line}")
-    training.unreadable.add(everyones)
+    training.unreadable.lines |= everyones
 
 
 def log(training: Training, grad_norm: torch.Tensor, bar: tqdm) -> None:

@@ -87,7 +87,7 @@ def test_crowds_and_boxes_without_area_are_left_out_of_training_and_counted(tmp_
     assert len(annotations.boxes) == 6
     assert annotations.crowd.sum() == 1
     assert annotations.trainable.sum() == 3
-    summary = annotations.summary(max_objects=1)
+    summary, faults = annotations.summary(max_objects=1)
     assert "\n" not in summary
     for part in (
         "3 images (1 without objects)",
@@ -98,7 +98,9 @@ def test_crowds_and_boxes_without_area_are_left_out_of_training_and_counted(tmp_
         "1 images have more than 1 objects",
     ):
         assert part in summary
-    assert "more than" not in annotations.summary(max_objects=2)
+    assert "1 zero-size" in faults
+    assert "1 negative-size" in faults
+    assert "more than" not in annotations.summary(max_objects=2)[0]
 
 
 def test_they_are_kept_in_the_ground_truth(tmp_path):
@@ -120,18 +122,7 @@ def test_reading_changes_nothing_in_the_file(tmp_path):
 def test_a_file_without_annotations(tmp_path):
     annotations = load_annotations(write(tmp_path, content() | {"annotations": []}))
     assert annotations.objects(2)[0].shape == (0, 4)
-    assert "3 images (3 without objects), 0 objects" in annotations.summary(100)
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e300, True])
-def test_boxes_that_are_not_finite_are_named(tmp_path, bad):
-    value = content()
-    value["annotations"][0]["bbox"][2] = bad
-    split = write(tmp_path, value)
-    for load in (load_annotations, lambda split: load_ground_truth(split.json)):
-        message = complaint(load, split)
-        assert "annotation" in message
-        assert "four finite numbers" in message
+    assert "3 images (3 without objects), 0 objects" in annotations.summary(100)[0]
 
 
 def test_subset(tmp_path):
@@ -146,7 +137,7 @@ def test_subset(tmp_path):
     np.testing.assert_array_equal(one.objects(0)[0], annotations.objects(0)[0])
     np.testing.assert_array_equal(one.objects(0)[1], annotations.objects(0)[1])
     assert one.categories == annotations.categories
-    assert "1 crowd boxes, 2 boxes without area" in one.summary(100)
+    assert "1 crowd boxes, 2 boxes without area" in one.summary(100)[0]
 
 
 # -- where things lie ------------------------------------------------------------------------------
@@ -199,29 +190,108 @@ def _set(path: str, value):
 @pytest.mark.parametrize(
     ("edit", "says"),
     [
-        (_set("annotations.1.category_id", 4), ["annotation 2", "category 4", "3, 17, 90"]),
-        (_set("annotations.1.category_id", None), ["annotation 2", "category None"]),
-        (_set("annotations.5.image_id", 43), ["annotation 6", "image 43"]),
-        (_set("annotations.0.bbox", [1, 2, 3]), ["annotation 1", "[1, 2, 3]", "four finite numbers"]),
-        (_set("annotations.0.bbox", [1, 2, 3, "4"]), ["annotation 1", "'4'", "four finite numbers"]),
-        (_set("annotations.0.bbox", None), ["annotation 1", "None", "four finite numbers"]),
-        (_set("images.1.id", 42), ["image id appears twice"]),
-        (_set("images.1.id", "5"), ["whole number 'id'", "a.png"]),
-        (_set("images.1.file_name", None), ["'file_name'", "5"]),
         (_set("images", []), ["holds no images"]),
+        (_set("images", [{"file_name": "a.png"}]), ["holds no images that can be used", "1 image-entry"]),
         (_set("categories", []), ["holds no categories"]),
         (_set("categories.1.id", 90), ["category id appears twice", "90"]),
         (_set("categories.1.name", None), ["lacks", "'name'", "3"]),
         (_set("annotations", None), ["no list 'annotations'"]),
-        (_set("images.0.file_name", "gone.png"), ["1 of 3 images are missing", "gone.png", "pictures"]),
+        (_set("annotations", [3]), ["no list 'annotations'"]),
     ],
 )
-def test_faults_are_named(tmp_path, edit, says):
+def test_what_makes_a_file_useless_is_named(tmp_path, edit, says):
     split = write(tmp_path, edit(content()))
     message = complaint(load_annotations, split)
     assert str(split.json) in message
     for part in says:
         assert part in message
+
+
+LEFT_OUT = [
+    (_set("annotations.1.category_id", 4), "unknown-category", "annotation 2", ["category 4", "3, 17, 90"]),
+    (_set("annotations.1.category_id", None), "unknown-category", "annotation 2", ["category None"]),
+    (_set("annotations.5.image_id", 43), "unknown-image", "annotation 6", ["image 43"]),
+    (_set("annotations.0.bbox", [1, 2, 3]), "bbox-invalid", "annotation 1", ["[1, 2, 3]", "four finite numbers"]),
+    (_set("annotations.0.bbox", [1, 2, 3, "4"]), "bbox-invalid", "annotation 1", ["'4'"]),
+    (_set("annotations.0.bbox", None), "bbox-invalid", "annotation 1", ["None"]),
+    *(
+        (_set("annotations.0.bbox", [1, 2, bad, 4]), "bbox-invalid", "annotation 1", [])
+        for bad in (float("nan"), float("inf"), 1e300, True)
+    ),
+    (_set("images.1.id", "5"), "image-entry", "", ["'id'", "a.png"]),
+    (_set("images.1.file_name", None), "image-entry", "", ["'file_name'", "5"]),
+    (_set("images.1.id", 42), "duplicate-image-id", "image 42", ["'c.png'", "'a.png'"]),
+]
+
+
+@pytest.mark.parametrize(("edit", "kind", "entry", "says"), LEFT_OUT)
+def test_entries_that_cannot_be_used_are_left_out_and_named(tmp_path, edit, kind, entry, says):
+    """From training and from the ground truth alike, and nothing else is."""
+    split = write(tmp_path, edit(content()))
+    annotations = load_annotations(split)
+    (fault,) = [fault for fault in annotations.faults if fault.kind == kind]
+    assert (fault.severity, fault.file, fault.entry) == ("error", str(split.json), entry)
+    for part in says:
+        assert part in fault.value
+    lost = kind not in ("image-entry", "duplicate-image-id")
+    assert len(annotations.boxes) == 6 - lost
+    assert len(annotations) == 3 - (not lost)
+    assert kind in annotations.summary(100)[1]
+    told = []
+    truth = load_ground_truth(split.json, warn=told.append)
+    assert len(truth["annotations"]) == 6 - lost
+    assert [image["id"] for image in truth["images"]] == annotations.image_ids.tolist()
+    assert len(told) == 1
+    assert kind in told[0]
+    json.dumps(truth, allow_nan=False)
+
+
+def test_faults_that_are_used_all_the_same(tmp_path):
+    value = content()
+    value["annotations"][0]["id"] = value["annotations"][1]["id"]
+    value["images"][1]["file_name"] = "b.png"
+    annotations = load_annotations(write(tmp_path, value))
+    assert len(annotations) == 3
+    assert len(annotations.boxes) == 6
+    kinds = {fault.kind: fault for fault in annotations.faults}
+    assert kinds["duplicate-annotation-id"].entry == "annotation 2"
+    assert kinds["duplicate-file"].entry == "image 5"
+    assert {fault.severity for fault in (kinds["duplicate-annotation-id"], kinds["duplicate-file"])} == {"warning"}
+
+
+def test_boxes_are_compared_to_the_edges_of_their_images(tmp_path):
+    value = content()  # all images are 20 x 10
+    boxes = {10: [0, 0, 20.9, 10.9], 11: [-0.9, 0, 5, 5], 12: [15, 5, 8, 3], 13: [20, 0, 5, 5], 14: [-9, 0, 9, 5]}
+    boxes |= {15: [10, 5, 19, 9]}
+    value["annotations"] += [
+        {"id": number, "image_id": 5, "category_id": 3, "bbox": box} for number, box in boxes.items()
+    ]
+    found = {fault.entry: (fault.kind, fault.value) for fault in load_annotations(write(tmp_path, value)).faults}
+    assert "annotation 10" not in found  # rounding
+    assert "annotation 11" not in found
+    assert found["annotation 12"] == ("beyond-edge", "bbox [15, 5, 8, 3], image 20 x 10")
+    assert found["annotation 13"][0] == found["annotation 14"][0] == "outside-image"
+    assert "as x1, y1, x2, y2 it would fit" in found["annotation 15"][1]
+
+
+@pytest.mark.parametrize(
+    ("form", "told"), [("xywh", set()), ("xyxy", {"boxes-xyxy"}), ("cxcywh", {"boxes-fractions"})]
+)
+def test_boxes_of_another_form_are_suspected(tmp_path, form, told):
+    rng = np.random.default_rng(0)
+    corners = np.sort(rng.random((40, 2, 2)), axis=1).reshape(-1, 4)  # x1, y1, x2, y2 in [0, 1]
+    size = corners[:, 2:] - corners[:, :2]
+    boxes = {
+        "xywh": np.hstack([corners[:, :2], size]) * [20, 10, 20, 10],
+        "xyxy": corners * [20, 10, 20, 10],
+        "cxcywh": np.hstack([corners[:, :2] + size / 2, size]),
+    }[form]
+    value = content()
+    value["annotations"] = [
+        {"id": n + 1, "image_id": 5, "category_id": 3, "bbox": box} for n, box in enumerate(boxes.tolist())
+    ]
+    kinds = {fault.kind for fault in load_annotations(write(tmp_path, value)).faults}
+    assert kinds & {"boxes-xyxy", "boxes-fractions"} == told
 
 
 @pytest.mark.parametrize("text", ["", "{", "\x00\xff", '{"images": [}'])
@@ -242,23 +312,6 @@ def test_a_missing_file_is_named(tmp_path):
     split = Split(tmp_path, tmp_path / "gone.json")
     for load, argument in ((load_annotations, split), (load_ground_truth, split.json)):
         assert complaint(load, argument).startswith(f"{tmp_path}/gone.json: cannot be read")
-
-
-def test_many_missing_images_are_counted_not_listed(tmp_path):
-    value = content()
-    value["images"] += [{"id": 1000 + i, "file_name": f"none{i}.png"} for i in range(50)]
-    message = complaint(load_annotations, write(tmp_path, value))
-    assert "50 of 53 images are missing" in message
-    assert "none0.png" in message
-    assert "and 47 more" in message
-
-
-def test_images_in_subfolders_are_found(tmp_path):
-    split = write(tmp_path, content())
-    (split.images / "deep").mkdir()
-    Image.new("RGB", (20, 10)).save(split.images / "deep/a.png")
-    split.json.write_text(json.dumps(_set("images.1.file_name", "deep/a.png")(content())))
-    assert load_annotations(split).path(1).is_file()
 
 
 def test_validation_may_use_only_the_classes_of_training(tmp_path):

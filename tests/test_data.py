@@ -81,10 +81,11 @@ def test_workers_change_nothing(dataset):
     """A bug others shipped: workers forked one generator and all made the same "random" crops."""
     loaders = [
         train_loader(dataset, StepSampler(len(dataset.annotations), 3, seed=1), num_workers, pin_memory=False)
-        for num_workers in (0, 2)
+        for num_workers in (0, 2, 4)
     ]
-    for alone, shared in zip(*(take(loader, 6) for loader in loaders), strict=True):
-        assert same(alone, shared)
+    for alone, two, four in zip(*(take(loader, 6) for loader in loaders), strict=True):
+        assert same(alone, two)
+        assert same(alone, four)
         assert alone["pixel_values"].shape == (3, 3, 48, 48)
 
 

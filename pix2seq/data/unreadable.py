@@ -26,7 +26,8 @@ class UnreadableImages:
     def of(cls, annotations: Annotations, share: float) -> "UnreadableImages":
         """Those known before any file is opened. Raises TooManyUnreadable if they are more than a `share`."""
         unreadable = cls(share * len(annotations))
-        unreadable.add(f"{annotations.name(index)}: {bad}" for index, bad in annotations.bad_images.items())
+        unreadable.lines |= {f"{annotations.name(index)}: {bad}" for index, bad in annotations.bad_images.items()}
+        unreadable.enforce()
         return unreadable
 
     def new(self, micro_batches: list[dict]) -> set[str]:
@@ -34,8 +35,8 @@ class UnreadableImages:
         said = {line for batch in micro_batches for text in batch["unreadable"] for line in text.splitlines()}
         return said - self.lines
 
-    def add(self, lines) -> None:
-        self.lines |= set(lines)
+    def enforce(self) -> None:
+        """Raises TooManyUnreadable."""
         if len(self.lines) > self.most:
             shown = sorted(self.lines)
             more = f" and {len(shown) - LISTED} more" if len(shown) > LISTED else ""

@@ -1,0 +1,322 @@
+"""Picture files: found only where they may lie, refused from the header where they must be, and read as RGB."""
+
+import io
+import json
+import os
+import pickle
+import struct
+import unicodedata
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms.v2.functional import pil_to_tensor
+
+from pix2seq.data.images import BadImage, Folder, Picture, Zip, open_store
+from pix2seq.errors import UserError
+
+
+def encoded(image: Image.Image, form: str, **kwargs) -> np.ndarray:
+    buffer = io.BytesIO()
+    image.save(buffer, form, **kwargs)
+    return np.frombuffer(bytearray(buffer.getvalue()), dtype=np.uint8)
+
+
+def photo(width: int, height: int) -> Image.Image:
+    """Smooth, so that JPEG loses little of it."""
+    y, x = np.mgrid[0:height, 0:width]
+    channels = (x * 255 / width, y * 255 / height, 128 + 100 * np.sin(x / 9))
+    return Image.fromarray(np.stack(channels, axis=-1).astype(np.uint8))
+
+
+def refusal(call, *args) -> BadImage:
+    with pytest.raises(BadImage) as error:
+        call(*args)
+    assert "\n" not in str(error.value)
+    return error.value
+
+
+# -- pixels ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "LA", "1", "CMYK"])
+def test_any_kind_of_picture_is_read_as_rgb(mode):
+    white = Image.new("RGB", (30, 20), (255, 255, 255)).convert(mode)
+    image = Picture(encoded(white, "JPEG" if mode == "CMYK" else "PNG")).pixels()
+    assert image.shape == (3, 20, 30)
+    assert image.dtype == torch.uint8
+    assert (image > 250).all()
+
+
+def test_a_jpeg_has_pillows_pixels():
+    image = photo(90, 70)
+    for kind in (image, image.convert("L"), image.convert("CMYK")):
+        data = encoded(kind, "JPEG", quality=90)
+        expected = pil_to_tensor(Image.open(io.BytesIO(data)).convert("RGB"))
+        assert (Picture(data).pixels().int() - expected.int()).abs().max() <= 1
+
+
+def test_16_bits_are_scaled_and_not_cut_off():
+    """Pillow's own conversion makes everything above 255 of 65,535 white."""
+    levels = np.linspace(0, 65535, 200).astype(np.uint16).reshape(10, 20)
+    image = Picture(encoded(Image.fromarray(levels), "PNG")).pixels()
+    assert (image[0] == torch.from_numpy((levels >> 8).astype(np.uint8))).all()
+
+
+def test_32_bits_are_refused():
+    for pixels in (np.ones((4, 5), np.float32), np.ones((4, 5), np.int32)):
+        bad = refusal(Picture(encoded(Image.fromarray(pixels), "TIFF")).pixels)
+        assert bad.kind == "unreadable-file"
+
+
+@pytest.mark.parametrize(
+    ("at_least", "scale"), [(None, 1), ((201, 100), 1), ((200, 300), 2), ((60, 100), 4), ((1, 1), 8)]
+)
+def test_a_jpeg_is_decoded_no_larger_than_it_has_to_be(at_least, scale):
+    data = encoded(photo(600, 400), "JPEG", quality=95)
+    picture = Picture(data)
+    image = picture.pixels(at_least)
+    assert picture.shape == (3, 400, 600)
+    assert image.shape == (3, 400 // scale, 600 // scale)
+    small = pil_to_tensor(photo(600, 400).resize((600 // scale, 400 // scale), Image.Resampling.BOX))
+    assert (image.int() - small.int()).abs().float().mean() < 3
+    assert picture.pixels().shape == (3, 400, 600)  # whatever it was asked for before
+
+
+@pytest.mark.parametrize("size", [(601, 401), (7, 900), (1, 1)])
+def test_a_reduced_jpeg_is_never_smaller_than_asked(size):
+    picture = Picture(encoded(photo(*size), "JPEG"))
+    for length in (1, 2, 3, 50, 100, 199, 200, 201):
+        at_least = (min(length, size[1]), min(length * 2, size[0]))
+        image = picture.pixels(at_least)
+        assert image.shape[1] >= at_least[0]
+        assert image.shape[2] >= at_least[1]
+
+
+def test_other_formats_are_not_reduced():
+    assert Picture(encoded(photo(64, 64), "PNG")).pixels((8, 8)).shape == (3, 64, 64)
+
+
+# -- turned pictures -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_picture_is_turned_if_that_gives_it_its_annotated_size(form, orientation):
+    """Annotation tools differ in what they do with EXIF's tag, and the annotated size tells what this one did."""
+    image, exif = photo(30, 20), Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(image, form, exif=exif)
+    for annotated in (None, (20, 30), (77, 77)):
+        picture = Picture(data, annotated)
+        assert not picture.turned
+        assert picture.shape == picture.pixels().shape == (3, 20, 30)
+    picture = Picture(data, (30, 20))
+    assert picture.orientation == orientation
+    assert picture.turned == (orientation >= 5)
+    if picture.turned:
+        assert picture.shape == picture.pixels().shape == (3, 30, 20)
+        shown = {5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE}
+        expected = pil_to_tensor(image.transpose(shown.get(orientation, Image.Transpose.ROTATE_90)))
+        assert (picture.pixels().int() - expected.int()).abs().float().mean() < 6
+
+
+def test_a_square_picture_is_not_turned():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert not Picture(encoded(photo(20, 20), "JPEG", exif=exif), (20, 20)).turned
+
+
+# -- refused ---------------------------------------------------------------------------------------
+
+
+def test_what_is_no_picture_is_told():
+    assert "0 bytes" in str(refusal(Picture, np.zeros(0, np.uint8)))
+    assert "not an image" in str(refusal(Picture, np.frombuffer(b"no picture", np.uint8)))
+    postscript = np.frombuffer(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", np.uint8)
+    assert "not an image" in str(refusal(Picture, postscript))  # Pillow would start Ghostscript
+    assert refusal(Picture, postscript).kind == "unreadable-file"
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG"])
+def test_a_picture_that_was_cut_off_is_told(form):
+    whole = encoded(photo(200, 200), form)
+    picture = Picture(whole[: len(whole) // 2])
+    assert refusal(picture.pixels).kind == "unreadable-file"
+    if form == "JPEG":
+        assert refusal(picture.pixels, (20, 20)).kind == "unreadable-file"  # reduced, by the other decoder
+
+
+def test_broken_chunks_of_a_png_are_told():
+    """Pillow reports these as SyntaxError and ValueError, which must not escape from a worker as a traceback."""
+    whole = encoded(Image.effect_noise((400, 400), 80), "PNG", compress_level=0).tobytes()
+    second = whole.index(b"IDAT", whole.index(b"IDAT") + 4)
+    wrong_name = whole[:second] + b"(\xfcM\xad" + whole[second + 4 :]
+    short_header = whole[:8] + b"\x00\x00\x00\x05" + whole[12:]
+    for content in (wrong_name, short_header):
+        bad = refusal(lambda data=content: Picture(np.frombuffer(data, np.uint8)).pixels())
+        assert bad.kind == "unreadable-file"
+
+
+@pytest.mark.parametrize("side", [12_000, 20_000])
+def test_a_decompression_bomb_is_refused_by_its_header(side, monkeypatch):
+    """A few kilobytes that would unfold to gigabytes; the larger one is what Pillow itself refuses."""
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    bomb = (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(bytes(10**6)))
+        + chunk(b"IEND", b"")
+    )
+    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
+    assert refusal(Picture, np.frombuffer(bomb, np.uint8)).kind == "too-many-pixels"
+
+
+# -- folders ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """pictures/ with files of its own and links, beside an outside/ it must not be left for."""
+    (tmp_path / "pictures/deep").mkdir(parents=True)
+    (tmp_path / "outside").mkdir()
+    for name in ("pictures/a.jpg", "pictures/deep/b.jpg", "pictures/größe 猫.jpg", "outside/secret.jpg"):
+        (tmp_path / name).write_bytes(encoded(photo(8, 8), "JPEG").tobytes())
+    (tmp_path / "pictures/inside.jpg").symlink_to("deep/b.jpg")
+    (tmp_path / "pictures/leak.jpg").symlink_to(tmp_path / "outside/secret.jpg")
+    (tmp_path / "pictures/leaks").symlink_to(tmp_path / "outside")
+    (tmp_path / "pictures/dead.jpg").symlink_to("nowhere.jpg")
+    return tmp_path / "pictures"
+
+
+OUTSIDE = (
+    "../outside/secret.jpg",
+    "deep/../../outside/secret.jpg",
+    "leak.jpg",
+    "leaks/secret.jpg",
+    "C:/x.jpg",
+    "a\0b",
+)
+
+
+def test_names_are_found_in_folders_and_by_links_that_stay_inside(folder):
+    names = ["a.jpg", "deep/b.jpg", "größe 猫.jpg", "inside.jpg"]
+    places, faults = Folder(folder).locate(names)
+    assert faults == {}
+    assert places.tolist() == names
+    assert all(Picture(Folder(folder).read(place)).shape == (3, 8, 8) for place in places)
+
+
+def test_nothing_outside_is_found(folder):
+    names = [*OUTSIDE, str(folder / "a.jpg"), "..\\outside\\secret.jpg"]
+    places, faults = Folder(folder).locate(names)
+    assert places.tolist() == [""] * len(names)
+    assert {bad.kind for bad in faults.values()} == {"path-outside"}
+    assert len(faults) == len(names)
+
+
+def test_links_may_be_followed_but_paths_may_not_climb(folder):
+    places, faults = Folder(folder, follow_links=True).locate(list(OUTSIDE))
+    assert places.tolist() == ["", "", "leak.jpg", "leaks/secret.jpg", "", ""]
+    assert sorted(faults) == [0, 1, 4, 5]
+
+
+def test_a_folder_that_is_a_link_itself_is_fine(folder, tmp_path):
+    (tmp_path / "link").symlink_to(folder)
+    places, faults = Folder(tmp_path / "link").locate(["a.jpg", "leak.jpg"])
+    assert places.tolist() == ["a.jpg", ""]
+    assert list(faults) == [1]
+
+
+def test_missing_files_are_told(folder):
+    names = ["none.jpg", "deep", "deep/none.jpg", "nowhere/none.jpg", "dead.jpg", "a.jpg/x"]
+    places, faults = Folder(folder).locate(names)
+    assert places.tolist() == [""] * 6
+    assert {bad.kind for bad in faults.values()} == {"missing-file"}
+
+
+def test_another_form_of_unicode_is_found(folder):
+    """macOS decomposes file names: the letter and its two dots apart."""
+    apart = unicodedata.normalize("NFD", "größe 猫.jpg")
+    assert apart != "größe 猫.jpg"
+    places, faults = Folder(folder).locate([apart, "a.jpg"])
+    assert places.tolist() == ["größe 猫.jpg", "a.jpg"]
+    assert faults[0].kind == "other-unicode-form"
+
+
+def test_a_file_that_vanishes_or_is_forbidden_is_told(folder):
+    store = Folder(folder)
+    places, _ = store.locate(["a.jpg"])
+    (folder / "a.jpg").unlink()
+    assert refusal(store.read, places[0]).kind == "unreadable-file"
+
+
+# -- archives --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+@pytest.mark.parametrize("prefix", ["", "train2017/"])
+def test_pictures_are_read_from_a_zip_archive(tmp_path, method, prefix):
+    files = {f"{n}.jpg": encoded(photo(20 + n, 10), "JPEG").tobytes() for n in range(5)}
+    with zipfile.ZipFile(tmp_path / "train2017.zip", "w", method) as archive:
+        if prefix:
+            archive.mkdir(prefix)
+        for name, data in files.items():
+            archive.writestr(prefix + name, data)
+    store = open_store(tmp_path / "train2017.zip")
+    places, faults = store.locate(["3.jpg", "../0.jpg", "1.jpg", "none.jpg"])
+    assert {index: bad.kind for index, bad in faults.items()} == {1: "missing-file", 3: "missing-file"}
+    for copy in (store, pickle.loads(pickle.dumps(store))):  # as a worker that is not forked gets it
+        assert copy.read(places[0]).tobytes() == files["3.jpg"]
+        assert copy.read(places[2]).tobytes() == files["1.jpg"]
+
+
+def test_damage_in_a_zip_archive_is_told(tmp_path):
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("1.jpg", bytes(range(256)) * 40)
+    whole = path.read_bytes()
+    places, _ = Zip(path).locate(["1.jpg"])
+    for offset in range(36, 100, 9):
+        path.write_bytes(whole[:offset] + bytes([whole[offset] ^ 255]) + whole[offset + 1 :])
+        assert refusal(Zip(path).read, places[0]).kind == "unreadable-file"
+    path.write_bytes(whole[:60])
+    with pytest.raises(UserError, match="cannot be read as a zip archive"):
+        open_store(path)
+
+
+def test_workers_may_read_one_archive_at_once(tmp_path):
+    """They share the open file if they are forked: nobody's reading may move another's place in it."""
+    files = {f"{n}.bin": os.urandom(50_000) for n in range(8)}
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    store = Zip(tmp_path / "a.zip")
+    places, _ = store.locate(list(files))
+    store.read(places[0])
+    children = []
+    for _ in range(3):
+        if (child := os.fork()) == 0:
+            same = all(
+                store.read(p).tobytes() == d for p, d in zip(places, files.values(), strict=True) for _ in "123"
+            )
+            os._exit(0 if same else 1)
+        children.append(child)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0]
+
+
+def test_a_place_without_pictures_is_named(tmp_path):
+    for path in (tmp_path / "nowhere", tmp_path / "nowhere.zip"):
+        with pytest.raises(UserError, match=f"{path}: no such folder of images"):
+            open_store(path)
+    (tmp_path / "shards.json").write_text(json.dumps({"files": []}))
+    with pytest.raises(UserError, match="shards.json: cannot be read as an index"):
+        open_store(tmp_path)
