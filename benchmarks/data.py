@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +33,6 @@ import psutil
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
-from torchvision.ops import box_convert, clip_boxes_to_image
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 from torchvision.tv_tensors import BoundingBoxes
@@ -50,6 +49,7 @@ from plan import PlanArguments, plan
 OURS = "pix2seq"
 IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 GPU, MFU, RECIPE = "h100", 0.3, "configs/coco_r50.yaml"
+RESNET50 = "{model_type: resnet}"  # the recipe's backbone without its weights: nothing is downloaded
 WORKERS_OF_A_GPU, WAIT_ALLOWED = 16, 0.05
 BATCH = 4  # images of a loader's batch, where its memory is measured
 PASSES = 3  # over the pictures, to see where the time goes
@@ -61,79 +61,72 @@ def training_set(root: str, image_size: int, num_images: int) -> TrainDataset:
     """What train.py trains on by default: the first images of the split, without those that cannot be read."""
     words = ["--root", root, "--image_size", image_size, "--overfit", num_images]
     dataset = load_data(parse(Arguments, list(map(str, words))))[0]
-    readable = []
-    for index in range(len(dataset.annotations)):
+    whole = dataset.annotations
+
+    def readable(index: int) -> bool:
         try:
-            dataset.annotations.picture(index).pixels()
+            return whole.picture(index).pixels() is not None
         except BadImage:
-            continue
-        readable.append(index)
-    if not readable:
-        raise UserError(f"--root {root}: none of its first {num_images} images can be read")
-    return replace(dataset, annotations=dataset.annotations.subset(readable))
+            return False
+
+    return replace(dataset, annotations=whole.subset([i for i in range(len(whole)) if readable(i)]))
 
 
-def example_pil(annotations: Annotations, index: int) -> tuple[Image.Image, torch.Tensor, torch.Tensor]:
-    """The picture as peers open it, its boxes (xyxy pixels) and its labels."""
-    picture = Image.open(io.BytesIO(annotations.store.read(annotations.places[index]))).convert("RGB")
-    boxes, labels = annotations.objects(index)
-    return picture, torch.from_numpy(boxes).float(), torch.from_numpy(labels)
+def peer(annotations: Annotations, transform: Callable) -> Maker:
+    """What opens pictures, boxes and labels as peers do, and puts them through a transform."""
+
+    def make(index: int, number: int) -> dict:
+        boxes, labels = annotations.objects(index)
+        picture = opened(annotations, index)
+        boxes = BoundingBoxes(boxes.astype(np.float32), format="XYXY", canvas_size=(picture.height, picture.width))
+        sample = {"pixel_values": picture, "boxes": boxes, "labels": torch.from_numpy(labels)}
+        return transform(sample) | {"image_id": annotations.image_ids[index]}
+
+    return make
 
 
-def torchvision_maker(annotations: Annotations, side: int, pil: bool) -> Maker:
+def opened(annotations: Annotations, index: int) -> Image.Image:
+    return Image.open(io.BytesIO(annotations.store.read(annotations.places[index]))).convert("RGB")
+
+
+def torchvision_transform(side: int, pil: bool) -> Callable:
     augment = [v2.RandomHorizontalFlip(), v2.ScaleJitter((side, side), (0.3, 2.0))]
     augment += [v2.RandomCrop((side, side), pad_if_needed=True), v2.SanitizeBoundingBoxes()]
     augment = [*augment, v2.ToImage()] if pil else [v2.ToImage(), *augment]
-    transform = v2.Compose([*augment, v2.ToDtype(torch.float32, scale=True), v2.Normalize(**IMAGENET)])
-
-    def make(index: int, number: int) -> dict:
-        picture, boxes, labels = example_pil(annotations, index)
-        boxes = BoundingBoxes(boxes, format="XYXY", canvas_size=(picture.height, picture.width))
-        made = transform({"pixel_values": picture, "boxes": boxes, "labels": labels})
-        return made | {"image_id": annotations.image_ids[index]}
-
-    return make
+    return v2.Compose([*augment, v2.ToDtype(torch.float32, scale=True), v2.Normalize(**IMAGENET)])
 
 
-def detr_maker(annotations: Annotations, side: int) -> Maker:
-    short_sides = [short * side / 1333 for short in range(480, 801, 32)]
+def detr_transform(side: int) -> Callable:
+    flip, clean = v2.RandomHorizontalFlip(), v2.SanitizeBoundingBoxes()
+    first = v2.RandomShortestSize([400, 500, 600])
+    last = v2.RandomShortestSize([round(short * side / 1333) for short in range(480, 801, 32)], max_size=side)
+    finish = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(**IMAGENET)])
 
-    def resized(picture: Image.Image, boxes: torch.Tensor, short: float, longest: float = math.inf):
-        ratio = min(short / min(picture.size), longest / max(picture.size))
-        size = [max(1, round(length * ratio)) for length in picture.size]
-        scale = torch.tensor([new / old for new, old in zip(size, picture.size, strict=True)] * 2)
-        return picture.resize(size, Image.Resampling.BILINEAR), boxes * scale
-
-    def make(index: int, number: int) -> dict:
-        picture, boxes, labels = example_pil(annotations, index)
+    def transform(sample: dict) -> dict:
+        sample = flip(sample)
         if random.random() < 0.5:
-            picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-            boxes = boxes[:, [2, 1, 0, 3]] * torch.tensor([-1, 1, -1, 1]) + torch.tensor([1, 0, 1, 0]) * picture.width
-        if random.random() < 0.5:
-            picture, boxes = resized(picture, boxes, random.choice([400, 500, 600]))
-            width, height = (random.randint(384, min(length, 600)) for length in picture.size)
-            left, top = random.randint(0, picture.width - width), random.randint(0, picture.height - height)
-            picture = picture.crop((left, top, left + width, top + height))
-            boxes = clip_boxes_to_image(boxes - torch.tensor([left, top, left, top]), (height, width))
-            kept = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
-            boxes, labels = boxes[kept], labels[kept]
-        picture, boxes = resized(picture, boxes, random.choice(short_sides), side)
-        pixels = F.normalize(F.to_dtype(F.pil_to_tensor(picture), torch.float32, scale=True), **IMAGENET)
+            sample = first(sample)
+            width, height = sample["pixel_values"].size
+            size = [random.randint(384, min(length, 600)) for length in (height, width)]
+            corner = random.randint(0, height - size[0]), random.randint(0, width - size[1])
+            cropped = {name: F.crop(sample[name], *corner, *size) for name in ("pixel_values", "boxes")}
+            sample = clean(sample | cropped)
+        sample = finish(last(sample))
+        height, width = sample["pixel_values"].shape[1:]
         canvas = torch.zeros(3, side, side)
-        canvas[:, : picture.height, : picture.width] = pixels
-        boxes = box_convert(boxes, "xyxy", "cxcywh") / torch.tensor([picture.width, picture.height] * 2)
-        return {"pixel_values": canvas, "boxes": boxes, "labels": labels, "image_id": annotations.image_ids[index]}
+        canvas[:, :height, :width] = sample["pixel_values"]
+        return sample | {"pixel_values": canvas}
 
-    return make
+    return transform
 
 
 def makers_of(dataset: TrainDataset) -> dict[str, Maker]:
     annotations, side = dataset.annotations, dataset.transform.image_size
     return {
         OURS: lambda index, number: dataset[number, index, 0],
-        "torchvision": torchvision_maker(annotations, side, pil=False),
-        "torchvision_pil": torchvision_maker(annotations, side, pil=True),
-        "detr-style": detr_maker(annotations, side),
+        "torchvision": peer(annotations, torchvision_transform(side, pil=False)),
+        "torchvision_pil": peer(annotations, torchvision_transform(side, pil=True)),
+        "detr-style": peer(annotations, detr_transform(side)),
     }
 
 
@@ -169,7 +162,7 @@ def enlarged(dataset: TrainDataset, count: int, longest: int, folder: Path) -> T
     boxes, sizes = annotations.boxes.copy(), []
     names = [f"{index}.jpg" for index in range(len(annotations))]
     for index, name in enumerate(names):
-        picture = example_pil(annotations, index)[0]
+        picture = opened(annotations, index)
         size = [max(1, round(length * longest / max(picture.size))) for length in picture.size]
         scale = np.array([new / old for new, old in zip(size, picture.size, strict=True)] * 2)
         boxes[annotations.offsets[index] : annotations.offsets[index + 1]] *= scale
@@ -180,20 +173,14 @@ def enlarged(dataset: TrainDataset, count: int, longest: int, folder: Path) -> T
     return replace(dataset, annotations=large)
 
 
-@dataclass
-class Timed:
-    """A picture that notes how long its decoding took."""
+class TimedPicture(Picture):
+    """Notes how long its pixels took."""
 
-    picture: Picture
-    seconds: float = field(default=0.0, init=False)
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        return self.picture.shape
+    seconds = 0.0
 
     def pixels(self, at_least: tuple[int, int] | None = None) -> torch.Tensor:
         started = time.perf_counter()
-        pixels = self.picture.pixels(at_least)
+        pixels = super().pixels(at_least)
         self.seconds += time.perf_counter() - started
         return pixels
 
@@ -201,29 +188,26 @@ class Timed:
 def ms_per_image(dataset: TrainDataset) -> dict[str, float]:
     """The parts of ours, one after the other as TrainDataset calls them, and what is left of the whole."""
     annotations, count = dataset.annotations, len(dataset.annotations)
-    parts = dict.fromkeys(("read", "decode", "resize, crop, flip, pad", "sentence", "rest"), 0.0)
+    spent = np.zeros(4)
     started = time.perf_counter()
     for number in range(PASSES):
         for index in range(count):
             rng = np.random.default_rng((dataset.seed, number, index, 0))
             boxes, labels = annotations.objects(index)
             size = tuple(annotations.sizes[index].tolist())
-            times = [time.perf_counter()]
+            clock = [time.perf_counter()]
             data = annotations.store.read(annotations.places[index])
-            times.append(time.perf_counter())
-            picture = Timed(Picture(data, size if min(size) > 0 else None))
-            times.append(time.perf_counter())
+            clock.append(time.perf_counter())
+            picture = TimedPicture(data, size if min(size) > 0 else None)
+            clock.append(time.perf_counter())
             canvas = dataset.transform(picture, boxes, rng)
-            times.append(time.perf_counter())
+            clock.append(time.perf_counter())
             dataset.build(canvas.boxes, labels[canvas.kept], rng, canvas.content)
-            times.append(time.perf_counter())
-            read, header, transform, sentence = np.diff(times)
-            shares = (read, header + picture.seconds, transform - picture.seconds, sentence)
-            for part, share in zip(parts, shares, strict=False):
-                parts[part] += share
+            clock.append(time.perf_counter())
+            spent += np.diff(clock) + [0, picture.seconds, -picture.seconds, 0]
     total = time.perf_counter() - started
-    parts["rest"] = total - sum(parts.values())
-    return {part: 1000 * float(spent) / (PASSES * count) for part, spent in (*parts.items(), ("all", total))}
+    names = ("read", "decode", "resize, crop, flip, pad", "sentence", "rest", "all")
+    return dict(zip(names, 1000 / (PASSES * count) * np.array([*spent, total - spent.sum(), total]), strict=True))
 
 
 def own_memory(processes: list[psutil.Process]) -> list[float]:
@@ -239,46 +223,52 @@ def own_memory(processes: list[psutil.Process]) -> list[float]:
 
 
 def memory_mb(dataset: TrainDataset, num_workers: int) -> dict:
-    """Of loader processes above that of one that does nothing, and of the main process above what it was."""
+    """Of loader processes above that of one that does nothing, and of the main process above what it was before it had
+    any: as long as they live it shares its memory with them."""
     main, count, found = psutil.Process(), len(dataset.annotations), {"workers": num_workers, "batch_size": BATCH}
     batches = iter(DataLoader([torch.zeros(1)] * 1000, num_workers=num_workers))
     next(batches)
     found["bare_worker"] = statistics.mean(own_memory(main.children()))
     del batches  # ends its workers
-    at_first = own_memory([main])[0]
+    at_first, taken = own_memory([main])[0], 0
     batches = iter(train_loader(dataset, StepSampler(count, BATCH), num_workers, pin_memory=False))
-    taken = 0
     for epochs in (1, 3):
         while taken < epochs * count:
             next(batches)
             taken += BATCH
         above = [own - found["bare_worker"] for own in own_memory(main.children())]
-        growth = own_memory([main])[0] - at_first
-        found[f"after_{epochs}_epochs"] = {"worker": statistics.mean(above), "largest": max(above), "main": growth}
-    return found
+        found[f"worker_after_{epochs}"] = {"mean": statistics.mean(above), "largest": max(above)}
+    del batches
+    return found | {"main_after_3": own_memory([main])[0] - at_first}
 
 
-def data_wait(args: argparse.Namespace, made_by_a_core: float) -> dict:
-    """Computed, not measured: what a GPU eats, if a step takes as long as was measured or plan.py says."""
+def gpu_appetite(args: argparse.Namespace) -> dict:
+    """Images/s that a GPU trains on, and where that is from."""
     if args.step_ms:
-        eaten, source = 1000 * args.step_batch / args.step_ms, f"a step of {args.step_batch} in {args.step_ms} ms"
-    else:
-        words = ["--config", RECIPE, "--gpu", GPU, "--mixed_precision", "bf16", "--image_size", args.image_size]
-        planned = plan(parse(PlanArguments, [*map(str, words), f"--mfu={MFU}"]))
-        eaten = planned["images_a_step"] / planned["seconds_a_step"]
-        source = f"FLOPs of {RECIPE}, {GPU} in bf16; that a step reaches {MFU:.0%} of its peak is an assumption"
+        said = f"measured: a step of {args.step_batch} images takes {args.step_ms} ms"
+        return {"images_per_s_eaten": 1000 * args.step_batch / args.step_ms, "images_per_s_eaten_is": said}
+    words = ["--config", RECIPE, "--backbone", RESNET50, "--image_size", args.image_size]
+    words += ["--gpu", GPU, "--mixed_precision", "bf16", "--mfu", MFU]
+    found = plan(parse(PlanArguments, list(map(str, words))))
+    said = f"computed: FLOPs of {RECIPE} on one {GPU} in bf16, if a step reaches {MFU:.0%} of its peak (an assumption)"
+    return {"images_per_s_eaten": found["images_a_step"] / found["seconds_a_step"], "images_per_s_eaten_is": said}
+
+
+def data_wait(appetite: dict, made: float) -> dict:
+    """How long a GPU would wait for data, from what one core makes in a second."""
+    eaten = appetite["images_per_s_eaten"]
     return {
-        "status": "computed, not measured; cores are taken to be as fast as this one, and not to slow each other",
-        "images_per_s_eaten_is": source,
-        "images_per_s_eaten": eaten,
-        "images_per_s_made_by_a_core": made_by_a_core,
-        f"cores_for_wait_below_{WAIT_ALLOWED:.0%}": math.floor((1 - WAIT_ALLOWED) * eaten / made_by_a_core) + 1,
-        f"wait_share_with_{WORKERS_OF_A_GPU}_workers": max(0.0, 1 - WORKERS_OF_A_GPU * made_by_a_core / eaten),
+        "status": "computed, not measured: if cores are as fast as this one and do not slow each other",
+        **appetite,
+        "images_per_s_made_by_a_core": made,
+        f"cores_for_less_than_{WAIT_ALLOWED:.0%}_wait": math.floor((1 - WAIT_ALLOWED) * eaten / made) + 1,
+        f"wait_share_with_{WORKERS_OF_A_GPU}_workers": max(0.0, 1 - WORKERS_OF_A_GPU * made / eaten),
     }
 
 
 def measure(args: argparse.Namespace) -> dict:
     torch.set_num_threads(1)
+    appetite = gpu_appetite(args)
     dataset = training_set(args.root, args.image_size, args.num_images)
     annotations, count = dataset.annotations, len(dataset.annotations)
     print(f"{count} images; memory of {args.num_workers} workers ...")
@@ -302,21 +292,22 @@ def measure(args: argparse.Namespace) -> dict:
         "large_images": {"count": len(large.annotations), "long_side": args.large_side, **large_race},
         "ms_per_image": ms_per_image(dataset),
         "memory_mb": memory,
-        "data_wait": data_wait(args, main_race["images_per_s"][OURS]["median"]),
+        "data_wait": data_wait(appetite, main_race["images_per_s"][OURS]["median"]),
     }
 
 
 def report(found: dict) -> str:
-    lines = []
+    lines, memory = [], found["memory_mb"]
     for title, part in (("", found), (f", {found['large_images']['long_side']} pixels", found["large_images"])):
         lines += [f"{k:16}{v['median']:8.1f} images/s on one core{title}" for k, v in part["images_per_s"].items()]
         for peer, times in part["times_as_fast"].items():
             name = f"{peer} ({times['name']})" if "name" in times else peer
             lines.append(f"  {{median:.2f}} times as fast as {name} ({{min:.2f}} to {{max:.2f}})".format(**times))
     lines.append("ms an image: " + ", ".join(f"{part} {ms:.2f}" for part, ms in found["ms_per_image"].items()))
-    for epochs in (1, 3):
-        memory = found["memory_mb"][f"after_{epochs}_epochs"]
-        lines.append("MB after {} epochs: a worker {worker:.1f}, main {main:.1f}".format(epochs, **memory))
+    lines.append(
+        "MB: worker {worker_after_1[mean]:.1f} after 1 epoch, {worker_after_3[mean]:.1f} after 3".format(**memory)
+    )
+    lines.append(f"MB: main process {memory['main_after_3']:.1f} after 3 epochs")
     lines += [f"{name.replace('_', ' ')}: {value}" for name, value in found["data_wait"].items()]
     return "\n".join(lines)
 

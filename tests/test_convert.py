@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from xml.sax.saxutils import escape
 
+import hotcoco
 import numpy as np
 import pytest
 from PIL import Image
@@ -486,8 +487,6 @@ def test_boxes_come_back_and_score_the_same(tmp_path, kind, whole):
 
 def test_hotcoco_reads_the_same(tmp_path):
     """Another reader, for what it reads right."""
-    import hotcoco
-
     yolo(tmp_path / "yolo", line="1 0.5 0.123456 0.5 0.2\n0 0.1 0.2 0.3 0.4\n")
     text(tmp_path / "yolo/labels/train/data.yaml", "names: [cat, dog]\n")
     voc(tmp_path / "voc", xml(obj(box=(1.5, 2, 7, 3.25)), obj("dog")))
