@@ -1,6 +1,6 @@
 """Trains a detector: `accelerate launch train.py --root /path/to/coco`, or `--config configs/overfit.yaml`.
 
-From image to loss in five hops: `loop` here -> `TrainDataset.__getitem__` (data.py) -> `TrainTransform`
+From image to loss in five hops: `loop` here -> `TrainDataset.__getitem__` (data/datasets.py) -> `TrainTransform`
 (transforms.py) and `SequenceBuilder` (sequence.py) -> `train_step` here -> `Pix2SeqForObjectDetection.forward`
 (model/detector.py). `--help` lists the flags; run_folder.py says what a run leaves behind.
 """

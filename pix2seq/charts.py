@@ -38,6 +38,9 @@ def dataset_overview(
     if most > max_objects:
         axes[2].axvline(max_objects, color="black", linewidth=1)
         axes[2].text(max_objects, axes[2].get_ylim()[1], "--max_objects", ha="center", va="bottom", fontsize=7)
+    figure.legend(
+        *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(class_counts), fontsize=9
+    )
     chart = to_image(figure)
     if not examples:
         return chart
@@ -70,7 +73,6 @@ def _class_bars(axis, names: Sequence[str], counts: dict[str, np.ndarray]) -> No
     more = f", the {MOST_CLASSES} commonest of {len(names)}" if len(names) > MOST_CLASSES else ""
     axis.set_title(f"objects by class{more}", fontsize=10)
     axis.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    axis.legend(fontsize=8, frameon=False, loc="lower right")
 
 
 def _histogram(axis, values: dict[str, np.ndarray], title: str, log: bool = False) -> None:

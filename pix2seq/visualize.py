@@ -7,7 +7,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 # Okabe and Ito's palette: told apart with any kind of colour vision.
 PALETTE = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
-GREY = "#9A9A9A"
+GREY = "#8A8A8A"
 MARGIN = 8
 CELL = 320  # side of a picture in a grid
 
@@ -135,8 +135,10 @@ def paragraph(text: str, width: int, font_size: int = 14) -> Image.Image:
 
 
 def _dashed_rectangle(draw: ImageDraw.ImageDraw, box: tuple[float, float, float, float], color: str) -> None:
+    """White between the dashes, so that they are seen on any ground."""
     x1, y1, x2, y2 = box
     dash = 4
+    draw.rectangle(box, outline="white")
     for x in np.arange(x1, x2, 2 * dash):
         for y in (y1, y2):
             draw.line((x, y, min(x + dash, x2), y), fill=color)

@@ -268,3 +268,28 @@ def test_two_processes_told_to_stop_save_together(shapes_root, tmp_path, record_
     status = json.loads((output / "status.json").read_text())
     assert status["state"] == "preempted"
     assert checkpoint.latest(output / "checkpoints").name == f"step_{status['step']:08d}"
+
+
+def test_an_image_that_one_process_cannot_read_is_known_to_both(shapes_root, tmp_path):
+    """Both count it, save, and stop at the same step: neither waits for the other."""
+    content = json.loads((shapes_root / "annotations/instances_train2017.json").read_text())
+    images = tmp_path / "images"
+    images.mkdir()
+    for index, entry in enumerate(content["images"]):
+        data = (shapes_root / "images/train2017" / entry["file_name"]).read_bytes()
+        (images / entry["file_name"]).write_bytes(data[:100] if index == 7 else data)
+    output = tmp_path / "out"
+    words = ["--train_images", str(images), "--train_json", str(shapes_root / "annotations/instances_train2017.json")]
+    words += ["--val_images", str(shapes_root / "images/val2017"), "--sample_every", "0", "--eval_every", "0"]
+    words += ["--val_json", str(shapes_root / "annotations/instances_val2017.json"), "--output_dir", str(output)]
+    done = launch("train.py", *TINY, *words, "--batch_size", "2")
+    assert done.returncode != 0
+    status = json.loads((output / "status.json").read_text())
+    assert status["state"] == "failed"
+    assert f"{content['images'][7]['file_name']}: " in status["reason"]
+    assert "1 training images are missing or broken" in status["reason"]
+    assert 1 <= status["step"] <= 3  # of 4 images each: the 12 of them
+    assert checkpoint.verify(output / f"checkpoints/step_{status['step']:08d}") is None
+    done = launch("train.py", *TINY, *words, "--batch_size", "2", "--resume", "auto", "--max_unreadable", "0.1")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((output / "status.json").read_text())["state"] == "finished"

@@ -11,11 +11,14 @@ from PIL import Image
 from benchmarks.reliability import fill
 from pix2seq.command_line import parse
 from pix2seq.config import Arguments, EvaluateArguments
+from pix2seq.data.commands import COMMANDS as COMMANDS_OF_DATA
+from pix2seq.data.commands import ShardArguments, ShowArguments
+from pix2seq.data.faults import KINDS
 from pix2seq.processing import Pix2SeqImageProcessor
 from plan import PlanArguments
 
 README = Path("README.md").read_text()
-COMMAND_PAGES = [README, Path("docs/scaling.md").read_text()]
+COMMAND_PAGES = [README, Path("docs/scaling.md").read_text(), Path("docs/data.md").read_text()]
 BLOCKS = [block for page in COMMAND_PAGES for block in re.findall(r"```bash\n(.*?)```", page, flags=re.DOTALL)]
 COMMANDS = [line for block in BLOCKS for line in block.replace("\\\n", " ").splitlines() if line.strip()]
 
@@ -39,6 +42,16 @@ def test_every_command_parses(command):
         script = next(word for word in words if word.endswith(".sbatch"))
         assert Path(script).exists()
         parse(Arguments, words[words.index(script) + 1 :])
+    elif words[0] == "./get_coco.sh":
+        assert Path(words[0]).stat().st_mode & 0o111
+        assert all(word in Path(words[0]).read_text() for word in words[1:] if word.startswith("--"))
+    elif words[:3] == ["python", "-m", "pix2seq.data"]:
+        kinds = {"check": Arguments, "show": ShowArguments, "shard": ShardArguments}
+        assert words[3] in COMMANDS_OF_DATA
+        if words[3] in kinds:
+            parse(kinds[words[3]], words[4:])
+        else:
+            assert len(words) == 6
     elif words[:2] == ["python", "-m"]:
         script = Path(words[2].replace(".", "/") + ".py").read_text()
         assert all(f'"{word}"' in script for word in words if word.startswith("--"))
@@ -63,10 +76,16 @@ def test_the_python_runs(tmp_path, monkeypatch, make_model, capsys):
 
 def test_the_file_list_is_the_tree():
     listed = set(re.findall(r"^((?:pix2seq/)?[a-z_0-9/]+(?:\.py|/))  ", README, flags=re.MULTILINE))
-    modules = {str(path) for path in Path("pix2seq").glob("*.py") if path.name != "__init__.py"} | {"pix2seq/model/"}
+    modules = {str(path) for path in Path("pix2seq").glob("*.py") if path.name != "__init__.py"}
+    modules |= {"pix2seq/model/", "pix2seq/data/"}
     assert {name for name in listed if name.startswith("pix2seq/")} == modules
     for name in listed:
         assert Path(name).exists(), name
+
+
+def test_every_kind_of_fault_is_explained():
+    rows = re.findall(r"^\| `(\S+)` \| (error|warning) \| (.*) \|$", Path("docs/data.md").read_text(), re.MULTILINE)
+    assert {kind: (severity, effect) for kind, severity, effect in rows} == KINDS
 
 
 def test_links_and_pictures_exist():

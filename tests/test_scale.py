@@ -4,7 +4,6 @@ import gc
 import json
 import os
 import time
-from pathlib import Path
 
 import numpy as np
 import psutil
@@ -64,7 +63,7 @@ def measure(split: Split) -> dict:
     assert annotations.faults == []
     data = TrainDataset(annotations, TrainTransform(32), SequenceBuilder(Tokenizer(CLASSES, 100), 20), seed=0)
     workers, steps = [], 500
-    # The sampler deals out epochs of 1,000 images, which is quicker than three of all; what grows does so by the example.
+    # Epochs of 8,000 images, which is quicker than three of all; what grows does so by the example.
     batches = iter(train_loader(data, StepSampler(8_000, 16, seed=0), 4, pin_memory=False))
     for step in range(3 * steps):
         next(batches)

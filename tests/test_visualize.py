@@ -3,7 +3,19 @@
 import numpy as np
 from PIL import Image, ImageColor
 
-from pix2seq.visualize import CELL, GREY, MARGIN, PALETTE, color_of, draw_boxes, draw_examples, grid, side_by_side
+from pix2seq.visualize import (
+    CELL,
+    GREY,
+    MARGIN,
+    PALETTE,
+    color_of,
+    draw_boxes,
+    draw_examples,
+    grid,
+    paragraph,
+    sentence_table,
+    side_by_side,
+)
 
 RED = "#FF0000"
 
@@ -107,3 +119,18 @@ def test_examples_stand_four_in_a_row():
     images = [black((16, 16))] * 5
     sheet = draw_examples(images, [(np.zeros((0, 4)), np.zeros(0, int))] * 5, [])
     assert sheet.size == (4 * (CELL + MARGIN) + MARGIN, 2 * (CELL + MARGIN) + MARGIN)
+
+
+def test_a_table_is_pale_where_tokens_have_no_weight():
+    line = (["1", "2", "3", "4", "a name that is much too long for its cell"], [True] * 5, RED, "object 1")
+    full = mask(sentence_table([line], "", 400), RED)
+    noise = mask(sentence_table([(line[0], [False] * 4 + [True], RED, "")], "5 more", 400), RED)
+    assert full.any(0)[:180].sum() > 150
+    assert not noise[:, :180].any()
+    assert noise[:, 185:280].sum() == full[:, 185:280].sum()
+
+
+def test_a_paragraph_is_as_high_as_its_lines():
+    one, many = paragraph("short", 300), paragraph("word " * 100, 300)
+    assert one.width == many.width == 300
+    assert many.height > 5 * one.height / 2
