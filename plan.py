@@ -16,11 +16,10 @@ from typing import Literal
 
 import torch
 
-from pix2seq.assembly import prepare_for_training, step_sampler
+from pix2seq.assembly import find_splits, prepare_for_training, step_sampler
 from pix2seq.command_line import parse
 from pix2seq.config import Arguments, ModelArguments, flag
 from pix2seq.cost import GPUS, detector_cost
-from pix2seq.data import find_split
 from pix2seq.data.coco import read_coco
 from pix2seq.errors import UserError
 from pix2seq.model import build_detector
@@ -42,7 +41,7 @@ class PlanArguments(Arguments):
     output: str | None = flag(None, "JSON file to write as well")
 
     def __post_init__(self):
-        if not any((self.root, self.train_images, self.train_json, self.val_images, self.val_json)):
+        if not any((self.root, self.train_shards, self.train_images, self.train_json, self.val_images, self.val_json)):
             self.root = COCO
         super().__post_init__()
         for name, good, allowed in (
@@ -65,8 +64,8 @@ def dataset_size(args: PlanArguments) -> tuple[int, int, int]:
     if args.root == COCO:
         sizes = COCO_TRAIN_IMAGES, COCO_VAL_IMAGES, COCO_CLASSES
     else:
-        train = read_coco(find_split("train", args.root, args.train_images, args.train_json).json)
-        val = read_coco(find_split("val", args.root, args.val_images, args.val_json).json)
+        splits = find_splits(args)
+        train, val = (read_coco((split or splits[0]).json) for split in splits)
         sizes = len(train["images"]), len(val["images"]), len(train["categories"])
     return (min(args.overfit, sizes[0]),) * 2 + sizes[2:] if args.overfit else sizes
 

@@ -1,15 +1,16 @@
 """How fast the training loader makes examples, beside two peers on the same pictures in the same run.
 
-python -m benchmarks.data --root /path/to/coco --output docs/results/data_cpu.json              (2 cores, 4 minutes)
+python -m benchmarks.data --root /path/to/coco --output docs/results/data_cpu.json              (2 cores, 2 minutes)
 
 pix2seq           train.py's TrainDataset with its default flags; hands over uint8, which the model normalises
 torchvision       large-scale jitter as in torchvision's detection reference, with transforms.v2 on tensors and our
-                  range of scales; hands over normalised floats, as DETR does
-torchvision_pil   the same on PIL images
+                  range of scales; hands over normalised floats
+torchvision_raw   without the normalisation, which that reference leaves to its models
+torchvision_pil   with it, and on PIL images up to there
 detr-style        DETR's: a size drawn, or with probability 0.5 a size, a crop and another size; its short sides of
                   480 ... 800 are scaled by side/1333, the others are as they are; hands over normalised floats
-From the bytes of a file to what is handed to the model, on one core, in turn, round by round; ratios are of times of
-the same round. Ours resizes without antialiasing, the peers with it.
+From the bytes of a file to what is handed to the model, on one core, in turn; ratios are of times of the same round.
+Ours resizes without antialiasing, the peers with it. A good part of the difference is uint8.
 
 Also: the same pictures enlarged to --large_side pixels (4000; a test sets it lower), where the time of ours goes, what
 loader processes keep in memory, and how long a GPU would wait for data, which is computed and not measured.
@@ -33,6 +34,7 @@ import psutil
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
+from torchvision.ops import box_convert, clip_boxes_to_image
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 from torchvision.tv_tensors import BoundingBoxes
@@ -69,79 +71,93 @@ def training_set(root: str, image_size: int, num_images: int) -> TrainDataset:
         except BadImage:
             return False
 
-    return replace(dataset, annotations=whole.subset([i for i in range(len(whole)) if readable(i)]))
+    if not (indices := [index for index in range(len(whole)) if readable(index)]):
+        raise UserError(f"--root {root}: none of its first {num_images} images can be read")
+    return replace(dataset, annotations=whole.subset(indices))
 
 
-def peer(annotations: Annotations, transform: Callable) -> Maker:
-    """What opens pictures, boxes and labels as peers do, and puts them through a transform."""
+def opened(annotations: Annotations, index: int) -> tuple[Image.Image, torch.Tensor, torch.Tensor]:
+    """The picture as peers open it, its boxes (xyxy pixels) and its labels."""
+    picture = Image.open(io.BytesIO(annotations.store.read(annotations.places[index]))).convert("RGB")
+    boxes, labels = annotations.objects(index)
+    return picture, torch.from_numpy(boxes).float(), torch.from_numpy(labels)
+
+
+def torchvision_maker(annotations: Annotations, side: int, pil: bool = False, normalise: bool = True) -> Maker:
+    augment = [v2.RandomHorizontalFlip(), v2.ScaleJitter((side, side), (0.3, 2.0))]
+    augment += [v2.RandomCrop((side, side), pad_if_needed=True), v2.SanitizeBoundingBoxes()]
+    augment = [*augment, v2.ToImage()] if pil else [v2.ToImage(), *augment]
+    augment += [v2.ToDtype(torch.float32, scale=True), *([v2.Normalize(**IMAGENET)] if normalise else [])]
+    transform = v2.Compose(augment)
 
     def make(index: int, number: int) -> dict:
-        boxes, labels = annotations.objects(index)
-        picture = opened(annotations, index)
-        boxes = BoundingBoxes(boxes.astype(np.float32), format="XYXY", canvas_size=(picture.height, picture.width))
-        sample = {"pixel_values": picture, "boxes": boxes, "labels": torch.from_numpy(labels)}
-        return transform(sample) | {"image_id": annotations.image_ids[index]}
+        picture, boxes, labels = opened(annotations, index)
+        boxes = BoundingBoxes(boxes, format="XYXY", canvas_size=(picture.height, picture.width))
+        made = transform({"pixel_values": picture, "boxes": boxes, "labels": labels})
+        return made | {"image_id": annotations.image_ids[index]}
 
     return make
 
 
-def opened(annotations: Annotations, index: int) -> Image.Image:
-    return Image.open(io.BytesIO(annotations.store.read(annotations.places[index]))).convert("RGB")
+def detr_maker(annotations: Annotations, side: int) -> Maker:
+    short_sides = [short * side / 1333 for short in range(480, 801, 32)]
 
+    def resized(picture: Image.Image, boxes: torch.Tensor, short: float, longest: float = math.inf):
+        ratio = min(short / min(picture.size), longest / max(picture.size))
+        size = [max(1, round(length * ratio)) for length in picture.size]
+        scale = torch.tensor([new / old for new, old in zip(size, picture.size, strict=True)] * 2)
+        return picture.resize(size, Image.Resampling.BILINEAR), boxes * scale
 
-def torchvision_transform(side: int, pil: bool) -> Callable:
-    augment = [v2.RandomHorizontalFlip(), v2.ScaleJitter((side, side), (0.3, 2.0))]
-    augment += [v2.RandomCrop((side, side), pad_if_needed=True), v2.SanitizeBoundingBoxes()]
-    augment = [*augment, v2.ToImage()] if pil else [v2.ToImage(), *augment]
-    return v2.Compose([*augment, v2.ToDtype(torch.float32, scale=True), v2.Normalize(**IMAGENET)])
-
-
-def detr_transform(side: int) -> Callable:
-    flip, clean = v2.RandomHorizontalFlip(), v2.SanitizeBoundingBoxes()
-    first = v2.RandomShortestSize([400, 500, 600])
-    last = v2.RandomShortestSize([round(short * side / 1333) for short in range(480, 801, 32)], max_size=side)
-    finish = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(**IMAGENET)])
-
-    def transform(sample: dict) -> dict:
-        sample = flip(sample)
+    def make(index: int, number: int) -> dict:
+        picture, boxes, labels = opened(annotations, index)
         if random.random() < 0.5:
-            sample = first(sample)
-            width, height = sample["pixel_values"].size
-            size = [random.randint(384, min(length, 600)) for length in (height, width)]
-            corner = random.randint(0, height - size[0]), random.randint(0, width - size[1])
-            cropped = {name: F.crop(sample[name], *corner, *size) for name in ("pixel_values", "boxes")}
-            sample = clean(sample | cropped)
-        sample = finish(last(sample))
-        height, width = sample["pixel_values"].shape[1:]
+            picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            boxes = boxes[:, [2, 1, 0, 3]] * torch.tensor([-1, 1, -1, 1]) + torch.tensor([1, 0, 1, 0]) * picture.width
+        if random.random() < 0.5:
+            picture, boxes = resized(picture, boxes, random.choice([400, 500, 600]))
+            width, height = (random.randint(384, min(length, 600)) for length in picture.size)
+            left, top = random.randint(0, picture.width - width), random.randint(0, picture.height - height)
+            picture = picture.crop((left, top, left + width, top + height))
+            boxes = clip_boxes_to_image(boxes - torch.tensor([left, top, left, top]), (height, width))
+            kept = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
+            boxes, labels = boxes[kept], labels[kept]
+        picture, boxes = resized(picture, boxes, random.choice(short_sides), side)
+        pixels = F.normalize(F.to_dtype(F.pil_to_tensor(picture), torch.float32, scale=True), **IMAGENET)
         canvas = torch.zeros(3, side, side)
-        canvas[:, :height, :width] = sample["pixel_values"]
-        return sample | {"pixel_values": canvas}
+        canvas[:, : picture.height, : picture.width] = pixels
+        boxes = box_convert(boxes, "xyxy", "cxcywh") / torch.tensor([picture.width, picture.height] * 2)
+        return {"pixel_values": canvas, "boxes": boxes, "labels": labels, "image_id": annotations.image_ids[index]}
 
-    return transform
+    return make
 
 
 def makers_of(dataset: TrainDataset) -> dict[str, Maker]:
     annotations, side = dataset.annotations, dataset.transform.image_size
     return {
         OURS: lambda index, number: dataset[number, index, 0],
-        "torchvision": peer(annotations, torchvision_transform(side, pil=False)),
-        "torchvision_pil": peer(annotations, torchvision_transform(side, pil=True)),
-        "detr-style": peer(annotations, detr_transform(side)),
+        "torchvision": torchvision_maker(annotations, side),
+        "torchvision_raw": torchvision_maker(annotations, side, normalise=False),
+        "torchvision_pil": torchvision_maker(annotations, side, pil=True),
+        "detr-style": detr_maker(annotations, side),
     }
 
 
 def race(makers: dict[str, Maker], num_images: int, rounds: int, name: str) -> dict:
-    """images_per_s of each, and times_as_fast: ours against each peer. Round 0 is short and does not count."""
+    """images_per_s of each, and times_as_fast: ours against each peer. They take turns at every picture, so that what
+    else the machine does slows all of them. Round 0 is short and does not count."""
     seconds = {maker: [] for maker in makers}
     for number in range(rounds + 1):
         order = np.random.default_rng(number).permutation(num_images)[: None if number else 4].tolist()
-        for maker, make in makers.items():
-            random.seed(number)
-            torch.manual_seed(number)
-            started = time.perf_counter()
-            for index in order:
+        spent = dict.fromkeys(makers, 0.0)
+        for index in order:
+            for maker, make in makers.items():
+                random.seed(number * num_images + index)
+                torch.manual_seed(number * num_images + index)
+                started = time.perf_counter()
                 make(index, number)
-            seconds[maker].append((time.perf_counter() - started) / len(order))
+                spent[maker] += time.perf_counter() - started
+        for maker in makers:
+            seconds[maker].append(spent[maker] / len(order))
         if number:
             print(f"{name}, round {number}: " + ", ".join(f"{k} {1 / v[-1]:.1f}/s" for k, v in seconds.items()))
     seconds = {maker: values[1:] for maker, values in seconds.items()}
@@ -162,7 +178,7 @@ def enlarged(dataset: TrainDataset, count: int, longest: int, folder: Path) -> T
     boxes, sizes = annotations.boxes.copy(), []
     names = [f"{index}.jpg" for index in range(len(annotations))]
     for index, name in enumerate(names):
-        picture = opened(annotations, index)
+        picture = opened(annotations, index)[0]
         size = [max(1, round(length * longest / max(picture.size))) for length in picture.size]
         scale = np.array([new / old for new, old in zip(size, picture.size, strict=True)] * 2)
         boxes[annotations.offsets[index] : annotations.offsets[index + 1]] *= scale
@@ -226,9 +242,10 @@ def memory_mb(dataset: TrainDataset, num_workers: int) -> dict:
     """Of loader processes above that of one that does nothing, and of the main process above what it was before it had
     any: as long as they live it shares its memory with them."""
     main, count, found = psutil.Process(), len(dataset.annotations), {"workers": num_workers, "batch_size": BATCH}
+    others = set(main.children())
     batches = iter(DataLoader([torch.zeros(1)] * 1000, num_workers=num_workers))
     next(batches)
-    found["bare_worker"] = statistics.mean(own_memory(main.children()))
+    found["bare_worker"] = statistics.mean(own_memory([*set(main.children()) - others]))
     del batches  # ends its workers
     at_first, taken = own_memory([main])[0], 0
     batches = iter(train_loader(dataset, StepSampler(count, BATCH), num_workers, pin_memory=False))
@@ -236,7 +253,7 @@ def memory_mb(dataset: TrainDataset, num_workers: int) -> dict:
         while taken < epochs * count:
             next(batches)
             taken += BATCH
-        above = [own - found["bare_worker"] for own in own_memory(main.children())]
+        above = [own - found["bare_worker"] for own in own_memory([*set(main.children()) - others])]
         found[f"worker_after_{epochs}"] = {"mean": statistics.mean(above), "largest": max(above)}
     del batches
     return found | {"main_after_3": own_memory([main])[0] - at_first}
@@ -268,8 +285,8 @@ def data_wait(appetite: dict, made: float) -> dict:
 
 def measure(args: argparse.Namespace) -> dict:
     torch.set_num_threads(1)
-    appetite = gpu_appetite(args)
     dataset = training_set(args.root, args.image_size, args.num_images)
+    appetite = gpu_appetite(args)
     annotations, count = dataset.annotations, len(dataset.annotations)
     print(f"{count} images; memory of {args.num_workers} workers ...")
     memory = memory_mb(dataset, args.num_workers)
@@ -286,7 +303,11 @@ def measure(args: argparse.Namespace) -> dict:
             "objects_an_image": int(annotations.trainable.sum()) / count,
             "mean_kb": statistics.mean(len(annotations.store.read(place)) for place in annotations.places) / 1000,
             "mean_megapixels": float(np.prod(annotations.sizes, axis=1).mean()) / 1e6,
-            "handed_over": {OURS: "uint8, normalised by the model", "peers": "float32, normalised"},
+            "handed_over": {
+                OURS: "uint8, normalised by the model",
+                "torchvision_raw": "float32, normalised by the model",
+                "others": "float32, normalised",
+            },
         },
         **main_race,
         "large_images": {"count": len(large.annotations), "long_side": args.large_side, **large_race},
@@ -334,6 +355,8 @@ def main(words: list[str] | None = None) -> int:
     for name, value in vars(args).items():
         if isinstance(value, int | float) and not 0 < value < math.inf:
             parser.error(f"--{name} {value}: must be above 0")
+    if args.image_size < 64:
+        parser.error(f"--image_size {args.image_size}: must be at least 64")
     if (args.step_ms is None) != (args.step_batch is None):
         parser.error("--step_ms and --step_batch: give both or neither")
     if not args.output.parent.is_dir():

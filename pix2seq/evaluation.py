@@ -13,6 +13,7 @@ from pix2seq.data import Annotations, EvalDataset, eval_loader
 from pix2seq.data.images import BadImage
 from pix2seq.decoding import DecodingOptions, Detections, Interrupted
 from pix2seq.preemption import Stopped
+from pix2seq.progress import progress
 from pix2seq.tokenizer import Tokenizer
 from pix2seq.transforms import to_original_pixels
 from pix2seq.visualize import CELL, GREY, color_of, draw_boxes, enlarge, side_by_side
@@ -50,7 +51,7 @@ def predict(
     model.eval()
     results, broken_off = [], False
     rounds = range(math.ceil(len(dataset) / (batch_size * world_size)))
-    for _ in tqdm(rounds, desc="evaluating", disable=None if accelerator.is_main_process else True, leave=False):
+    for _ in progress(rounds, "evaluating") if accelerator.is_main_process else rounds:
         if broken_off := any_rank(broken_off or stop()):
             break
         if (batch := next(batches, None)) is None:  # the last round may have no batch for this rank
@@ -107,7 +108,7 @@ def oracle_predictions(dataset: EvalDataset, tokenizer: Tokenizer) -> list[dict]
     """The ground truth through the tokenizer and back, as COCO results: what a perfect model would score."""
     annotations, transform = dataset.annotations, dataset.transform
     results, unreadable = [], []
-    for index in tqdm(range(len(dataset)), desc="oracle", disable=None, leave=False):
+    for index in progress(range(len(dataset)), "oracle"):
         image_id = int(annotations.image_ids[index])
         boxes, labels = annotations.objects(index)
         try:

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
-from tqdm import tqdm
+
+from pix2seq.progress import progress
 
 SHAPES = ("ellipse", "rectangle", "triangle", "cross")
 # Not 1 ... 4: real annotation files have gaps, and code that assumes none should break here first.
@@ -43,7 +44,7 @@ def draw_dataset(
         images_folder = folder / "images" / f"{split}2017"
         images_folder.mkdir(parents=True, exist_ok=True)
         images, annotations = [], []
-        for index in tqdm(range(count), desc=f"drawing {split}", disable=None):
+        for index in progress(range(count), f"drawing {split}"):
             image, objects = draw_picture(np.random.default_rng((seed, stream, index)), size, max_shapes)
             file_name = f"{index:06d}.png"
             image.save(images_folder / file_name)

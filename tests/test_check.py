@@ -251,10 +251,12 @@ def test_too_many_unreadable_images_end_the_run_with_their_list(tmp_path, capsys
     assert steps == [*range(1, 9), 8]
 
 
-def test_images_that_cannot_be_evaluated_count_as_not_found(tmp_path):
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_images_that_cannot_be_evaluated_count_as_not_found(tmp_path, num_workers):
     planted(tmp_path / "root")
     (tmp_path / "root/images/val2017/own.png").write_bytes(b"")
-    assert train_main(arguments(tmp_path / "root", tmp_path / "run", max_unreadable=1, max_steps=1)) == 0
+    flags = {"max_unreadable": 1, "max_steps": 1, "num_workers": num_workers}
+    assert train_main(arguments(tmp_path / "root", tmp_path / "run", **flags)) == 0
     log = (tmp_path / "run/train.log").read_text()
     assert "1 images cannot be read; their objects count as not found" in log
     assert "own.png: it is empty (0 bytes)" in log

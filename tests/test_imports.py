@@ -16,7 +16,7 @@ ALLOWED = {
     "tokenizer": set(),
     "transforms": set(),
     "visualize": set(),
-    "shapes": set(),
+    "shapes": {"progress"},
     "sizes": set(),
     "launcher": set(),
     "preemption": {"launcher"},
@@ -27,6 +27,7 @@ ALLOWED = {
     "checkpoint": {"errors"},
     "cost": set(),
     "colors": set(),
+    "progress": set(),
     "charts": {"visualize"},
     # level 1
     "sequence": {"tokenizer"},
@@ -58,10 +59,16 @@ ALLOWED = {
     "data.loading": {"data.datasets"},
     "data.unreadable": {"errors", "data.coco"},
     # what the commands do
-    "data.check": {"charts", "errors", "visualize", *(f"data.{m}" for m in ("coco", "faults", "images", "sources"))},
+    "data.check": {
+        "charts",
+        "errors",
+        "progress",
+        "visualize",
+        *(f"data.{m}" for m in ("coco", "faults", "images", "sources")),
+    },
     "data.show": {"colors", "tokenizer", "visualize", "data.datasets", "data.images"},
-    "data.convert": {"errors"},
-    "data.shards": {"errors", "data.coco", "data.images", "data.sources"},
+    "data.convert": {"errors", "progress"},
+    "data.shards": {"errors", "progress", "data.coco", "data.images", "data.sources"},
     "processing": {"sequence", "tokenizer", "transforms"},
     # level 3
     "sharding": {"model"},
@@ -69,7 +76,16 @@ ALLOWED = {
     "reporting": {
         *("colors", "data", "decoding", "evaluation", "preemption", "run_folder", "scoring", "tokenizer", "visualize"),
     },
-    "evaluation": {"data", "data.images", "decoding", "preemption", "tokenizer", "transforms", "visualize"},
+    "evaluation": {
+        "data",
+        "data.images",
+        "progress",
+        "decoding",
+        "preemption",
+        "tokenizer",
+        "transforms",
+        "visualize",
+    },
     # level 6: what is left behind
     "saving": {"assembly", "checkpoint", "command_line", "config", "model", "processing", "trainer_state"},
     # level 5: from the flags to a run

@@ -175,7 +175,7 @@ def test_a_run_told_to_stop_while_it_evaluates_saves_and_makes_up_for_it(
     original = reporting.predict
     words = ("--eval_batch_size", "1") if when == "picture" else ()
 
-    def interrupted(detector, dataset, *rest, stop):
+    def interrupted(detector, dataset, *rest, stop, warn):
         asked = []
 
         def asks():
@@ -185,7 +185,7 @@ def test_a_run_told_to_stop_while_it_evaluates_saves_and_makes_up_for_it(
                 os.kill(os.getpid(), signal.SIGTERM)
             return stop()
 
-        return original(detector, dataset, *rest, stop=asks)
+        return original(detector, dataset, *rest, stop=asks, warn=warn)
 
     with monkeypatch.context() as patch:
         patch.setattr(reporting, "predict", interrupted)
@@ -802,10 +802,10 @@ def test_an_evaluation_broken_off_between_two_detectors_is_written_once(shapes_r
     output, words = tmp_path / "out", ("--ema_decay", "0.5", "--max_steps", "2", "--eval_every", "2")
     original = reporting.predict
 
-    def interrupted(*args, stop):
+    def interrupted(*args, stop, warn):
         if (output / "eval" / "step_2").exists():
             os.kill(os.getpid(), signal.SIGTERM)
-        return original(*args, stop=stop)
+        return original(*args, stop=stop, warn=warn)
 
     with monkeypatch.context() as patch:
         patch.setattr(reporting, "predict", interrupted)
@@ -992,26 +992,6 @@ def test_a_training_set_without_objects_is_refused(shapes_root, tmp_path, capsys
     root = edited(shapes_root, tmp_path / "data", "train", lambda content: content["annotations"].clear())
     assert train.main(arguments(root, tmp_path / "out")) == 2
     assert "holds no objects to train on" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("num_workers", ["0", "1"])
-def test_an_image_that_breaks_while_evaluating_is_named_and_nothing_is_lost(
-    finished, shapes_root, tmp_path, capsys, num_workers
-):
-    """The steps taken are saved, and the evaluation it broke is made up for once the image is mended."""
-    root = tmp_path / "data"
-    shutil.copytree(shapes_root, root)
-    broken = root / "images" / "val2017" / "000002.png"
-    whole = broken.read_bytes()
-    broken.write_bytes(whole[:100])
-    output = tmp_path / "out"
-    assert train.main(arguments(root, output, "--num_workers", num_workers)) == 2
-    line = next(line for line in capsys.readouterr().err.splitlines() if "error" in line)
-    assert line.startswith(f"train.py: error: {broken}: cannot be read as an image")
-    assert json.loads((output / "status.json").read_text())["state"] == "failed"
-    broken.write_bytes(whole)
-    assert train.main(arguments(root, output, "--num_workers", num_workers, "--resume", "auto")) == 0
-    assert rows(output) == rows(finished)
 
 
 def test_a_step_whose_tokens_all_have_weight_0_is_no_accident(shapes_root, tmp_path):

@@ -10,7 +10,6 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2.functional import to_pil_image
-from tqdm import tqdm
 
 from pix2seq.charts import dataset_overview
 from pix2seq.data.coco import Annotations, load_annotations
@@ -18,6 +17,7 @@ from pix2seq.data.faults import ERROR, WARNING, Fault
 from pix2seq.data.images import BadImage, Picture
 from pix2seq.data.sources import Split
 from pix2seq.errors import UserError
+from pix2seq.progress import progress
 from pix2seq.visualize import CELL, color_of, draw_boxes, enlarge
 
 SUFFIXES = {
@@ -123,7 +123,7 @@ def _inspect_all(annotations: Annotations, what: str, num_workers: int) -> tuple
     """The images by their digests, and what is wrong with them."""
     found, faults, images = {}, [], str(annotations.split.images)
     loader = DataLoader(_Inspection(annotations), batch_size=None, num_workers=num_workers)
-    for index, said, digest in tqdm(loader, desc=what, disable=None, leave=False):
+    for index, said, digest in progress(loader, what):
         faults += [Fault(kind, images, str(annotations.file_names[index]), value) for kind, value in said]
         if digest is not None:
             found.setdefault(digest, []).append(index)

@@ -9,6 +9,7 @@ check, show and shard take the flags of train.py, recipes included. --help after
 """
 
 import argparse
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,8 +96,8 @@ def convert_data(words: list[str]) -> int:
     for part in convert(args.source, args.output):
         print(f"{part.name}: {part.num_images} images, {part.num_objects} objects -> {part.json}")
         if part.name in ("train", "val"):
-            flags.append(f"--{part.name}_images {part.images} --{part.name}_json {part.json}")
-    print(f"train.py reads them with {' '.join(flags)}")
+            flags += [f"--{part.name}_images", str(part.images), f"--{part.name}_json", str(part.json)]
+    print(f"train.py reads them with {shlex.join(flags)}")
     return 0
 
 

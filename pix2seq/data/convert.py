@@ -18,9 +18,9 @@ from xml.parsers import expat
 
 import yaml
 from PIL import Image
-from tqdm import tqdm
 
 from pix2seq.errors import UserError
+from pix2seq.progress import progress
 
 # What the "info" of a file written here says; any other file is somebody's and is not overwritten.
 MARKER = "converted by pix2seq"
@@ -152,7 +152,7 @@ def _read_yolo(config: Path) -> tuple[dict[str, list[_Picture]], _Categories]:
             raise UserError(f"{config}: {key}: not one picture has a label file; the first would be {labels[0]}")
         splits[name] = [
             _yolo_picture(path, label, categories)
-            for path, label in zip(tqdm(paths, desc=f"reading {name}", disable=None), labels, strict=True)
+            for path, label in zip(progress(paths, f"reading {name}"), labels, strict=True)
         ]
     if not splits:
         raise UserError(f"{config}: has none of train, val and test")
@@ -232,7 +232,7 @@ def _read_voc(source: Path) -> tuple[dict[str, list[_Picture]], _Categories]:
     listings: dict[Path, dict[str, list[str]]] = {}
     pictures: dict[Path, _Picture] = {}
     owners: dict[Path, Path] = {}
-    for xml, folder in tqdm(dict.fromkeys(chain(*splits.values())), desc="reading", disable=None):
+    for xml, folder in progress(dict.fromkeys(chain(*splits.values())), "reading"):
         if folder not in listings:
             listings[folder] = _names_by_stem(folder)
         picture = pictures[xml] = _voc_picture(xml, folder, listings[folder])

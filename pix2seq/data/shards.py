@@ -9,12 +9,12 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from pix2seq.data.coco import Annotations, read_json
 from pix2seq.data.images import SHARDS_INDEX, BadImage
 from pix2seq.data.sources import SHARDS_JSON
 from pix2seq.errors import UserError
+from pix2seq.progress import progress
 
 
 def write_shards(annotations: Annotations, output: Path, shard_mb: float = 512) -> dict[str, int]:
@@ -31,22 +31,21 @@ def write_shards(annotations: Annotations, output: Path, shard_mb: float = 512) 
         (output / name).unlink(missing_ok=True)
     content = read_json(annotations.split.json)
     names = annotations.file_names.tolist()
-    files, rows, index = [], [], 0
-    bar = tqdm(total=len(names), desc="packing", disable=None)
-    while index < len(names):
+    files, rows = [], []
+    todo = progress(range(len(names)), "packing")
+    index = next(todo, None)
+    while index is not None:
         files.append(f"{len(files):06d}.tar")
         written = 0
         with tarfile.open(output / files[-1], "w", format=tarfile.PAX_FORMAT) as shard:
-            while index < len(names) and written < shard_mb * 1e6:
+            while index is not None and written < shard_mb * 1e6:
                 data = _file(annotations, index)
                 key = f"{index:09d}"
                 offset = _add(shard, f"{key}{Path(names[index]).suffix.lower() or '.img'}", data)
                 _add(shard, f"{key}.json", json.dumps(_about(annotations, index), ensure_ascii=False).encode())
                 rows.append((len(files) - 1, offset, len(data)))
                 written += len(data)
-                index += 1
-                bar.update()
-    bar.close()
+                index = next(todo, None)
     (output / SHARDS_JSON).write_text(json.dumps(content))
     sizes = [(output / name).stat().st_size for name in files]
     temporary = output / f".{SHARDS_INDEX}"
