@@ -9,8 +9,9 @@ torchvision_raw   without the normalisation, which that reference leaves to its 
 torchvision_pil   with it, and on PIL images up to there
 detr-style        DETR's: a size drawn, or with probability 0.5 a size, a crop and another size; its short sides of
                   480 ... 800 are scaled by side/1333, the others are as they are; hands over normalised floats
-From the bytes of a file to what is handed to the model, on one core, in turn; ratios are of times of the same round.
-Ours resizes without antialiasing, the peers with it. A good part of the difference is uint8.
+From the bytes of a file to a batch (B, 3, S, S) in memory, on one core, in turn; ratios are of times of a round.
+as_examples leaves the last step out: torchvision's reference makes its batches on the device. Ours resizes without
+antialiasing, the peers with it. A good part of the difference is uint8: a quarter of the memory to fill and to copy.
 
 Also: the same pictures enlarged to --large_side pixels (4000; a test sets it lower), where the time of ours goes, what
 loader processes keep in memory, and how long a GPU would wait for data, which is computed and not measured.
@@ -45,6 +46,7 @@ from pix2seq.command_line import parse
 from pix2seq.config import Arguments
 from pix2seq.data import Annotations, StepSampler, TrainDataset, train_loader
 from pix2seq.data.images import BadImage, Folder, Picture
+from pix2seq.data.loading import collate
 from pix2seq.errors import UserError
 from plan import PlanArguments, plan
 
@@ -53,7 +55,7 @@ IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 GPU, MFU, RECIPE = "h100", 0.3, "configs/coco_r50.yaml"
 RESNET50 = "{model_type: resnet}"  # the recipe's backbone without its weights: nothing is downloaded
 WORKERS_OF_A_GPU, WAIT_ALLOWED = 16, 0.05
-BATCH = 4  # images of a loader's batch, where its memory is measured
+BATCH = 8  # images
 PASSES = 3  # over the pictures, to see where the time goes
 
 Maker = Callable[[int, int], dict]  # of an index and a round: pixel_values (3, S, S), image_id and targets
@@ -143,25 +145,38 @@ def makers_of(dataset: TrainDataset) -> dict[str, Maker]:
 
 
 def race(makers: dict[str, Maker], num_images: int, rounds: int, name: str) -> dict:
-    """images_per_s of each, and times_as_fast: ours against each peer. They take turns at every picture, so that what
-    else the machine does slows all of them. Round 0 is short and does not count."""
-    seconds = {maker: [] for maker in makers}
+    """Images/s of each, and times_as_fast: ours against each peer; as examples, and as batches ready for the device.
+    They take turns at every batch, so that what else the machine does slows all of them. Round 0 is short and does not
+    count."""
+    examples, batches = ({maker: [] for maker in makers} for _ in range(2))
     for number in range(rounds + 1):
-        order = np.random.default_rng(number).permutation(num_images)[: None if number else 4].tolist()
-        spent = dict.fromkeys(makers, 0.0)
-        for index in order:
+        order = np.random.default_rng(number).permutation(num_images)[: None if number else BATCH].tolist()
+        spent = {maker: np.zeros(2) for maker in makers}
+        for first in range(0, len(order), BATCH):
             for maker, make in makers.items():
-                random.seed(number * num_images + index)
-                torch.manual_seed(number * num_images + index)
-                started = time.perf_counter()
-                make(index, number)
-                spent[maker] += time.perf_counter() - started
+                random.seed(number * num_images + first)
+                torch.manual_seed(number * num_images + first)
+                clock = [time.perf_counter()]
+                made = [make(index, number) for index in order[first : first + BATCH]]
+                clock.append(time.perf_counter())
+                if maker == OURS:
+                    collate(made)
+                else:
+                    torch.stack([example["pixel_values"] for example in made])
+                clock.append(time.perf_counter())
+                spent[maker] += np.diff(clock)
         for maker in makers:
-            seconds[maker].append(spent[maker] / len(order))
+            examples[maker].append(spent[maker][0] / len(order))
+            batches[maker].append(spent[maker].sum() / len(order))
         if number:
-            print(f"{name}, round {number}: " + ", ".join(f"{k} {1 / v[-1]:.1f}/s" for k, v in seconds.items()))
+            print(f"{name}, round {number}: " + ", ".join(f"{k} {1 / v[-1]:.1f}/s" for k, v in batches.items()))
+    return {"as_batches": compared(batches), "as_examples": compared(examples)}
+
+
+def compared(seconds: dict[str, list[float]]) -> dict:
+    """By the seconds an image took in each round, of which the first does not count; ours is the first maker."""
     seconds = {maker: values[1:] for maker, values in seconds.items()}
-    ours, *peers = makers
+    ours, *peers = seconds
     ratios = {p: spread([b / a for a, b in zip(seconds[ours], seconds[p], strict=True)]) for p in peers}
     rates = {maker: spread([1 / value for value in values]) for maker, values in seconds.items()}
     faster = max(peers, key=lambda peer: rates[peer]["median"])
@@ -313,13 +328,16 @@ def measure(args: argparse.Namespace) -> dict:
         "large_images": {"count": len(large.annotations), "long_side": args.large_side, **large_race},
         "ms_per_image": ms_per_image(dataset),
         "memory_mb": memory,
-        "data_wait": data_wait(appetite, main_race["images_per_s"][OURS]["median"]),
+        "data_wait": data_wait(appetite, main_race["as_batches"]["images_per_s"][OURS]["median"]),
     }
 
 
 def report(found: dict) -> str:
     lines, memory = [], found["memory_mb"]
-    for title, part in (("", found), (f", {found['large_images']['long_side']} pixels", found["large_images"])):
+    large = found["large_images"]
+    races = {"": found["as_batches"], ", without batching": found["as_examples"]}
+    races[f", {large['long_side']} pixels"] = large["as_batches"]
+    for title, part in races.items():
         lines += [f"{k:16}{v['median']:8.1f} images/s on one core{title}" for k, v in part["images_per_s"].items()]
         for peer, times in part["times_as_fast"].items():
             name = f"{peer} ({times['name']})" if "name" in times else peer

@@ -99,13 +99,12 @@ class SequenceBuilder:
         if not self.noise_objects:
             said = np.append(said, tokenizer.eos_id)
             weights = np.append(weights, np.float32(self.eos_weight))
-        padding = self.length - len(said)
-        read = np.concatenate([[tokenizer.bos_id], read])[: len(said)]
-        return {
-            "input_ids": np.pad(read, (0, padding), constant_values=tokenizer.pad_id),
-            "labels": np.pad(said, (0, padding), constant_values=tokenizer.pad_id),
-            "weights": np.pad(weights, (0, padding)),
-        }
+        input_ids = np.concatenate([[tokenizer.bos_id], read])[: len(said)]
+        sentence = {"input_ids": input_ids, "labels": said, "weights": weights}
+        if padding := self.length - len(said):
+            for name, fill in (("input_ids", tokenizer.pad_id), ("labels", tokenizer.pad_id), ("weights", 0)):
+                sentence[name] = np.pad(sentence[name], (0, padding), constant_values=fill)
+        return sentence
 
 
 def noise_boxes(boxes: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:

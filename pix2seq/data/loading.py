@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Sampler, default_collate
 
 from pix2seq.data.datasets import EvalDataset, TrainDataset
 
@@ -56,10 +56,18 @@ class StepSampler(Sampler):
             micro_batch += 1
 
 
+def collate(examples: list[dict]) -> dict:
+    """default_collate, but that pixel_values (B, 3, S, S) keep the three values of a pixel side by side."""
+    pixels = default_collate([example["pixel_values"].permute(1, 2, 0) for example in examples])
+    rest = [{name: value for name, value in example.items() if name != "pixel_values"} for example in examples]
+    return {"pixel_values": pixels.permute(0, 3, 1, 2)} | default_collate(rest)
+
+
 def train_loader(dataset: TrainDataset, sampler: StepSampler, num_workers: int, pin_memory: bool) -> DataLoader:
     return DataLoader(
         dataset,
         batch_sampler=sampler,
+        collate_fn=collate,
         num_workers=num_workers,
         pin_memory=pin_memory,
         worker_init_fn=_leave_group_signals_to_the_trainer,
@@ -84,6 +92,7 @@ def eval_loader(dataset: EvalDataset, batch_size: int, rank: int, world_size: in
     return DataLoader(
         dataset,
         batch_sampler=batches[rank::world_size],
+        collate_fn=collate,
         num_workers=num_workers,
         worker_init_fn=_leave_group_signals_to_the_trainer,
     )

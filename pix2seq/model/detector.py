@@ -186,7 +186,8 @@ class Pix2SeqForObjectDetection(Pix2SeqPreTrainedModel):
                 torch.tensor(values, device=pixel_values.device).view(3, 1, 1)
                 for values in (self.config.image_mean, self.config.image_std)
             )
-            pixel_values = ((pixel_values / 255 - mean) / std).to(self.dtype)
+            # Loaders leave the three values of a pixel side by side, as decoders do; turning is the device's work.
+            pixel_values = ((pixel_values.contiguous() / 255 - mean) / std).to(self.dtype)
         features = self.backbone(pixel_values)  # (B, C, h, w)
         height, width = features.shape[-2:]
         tokens = self.projection(features.flatten(2).transpose(1, 2))
