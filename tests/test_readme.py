@@ -136,10 +136,28 @@ def test_figures_of_the_step_come_from_their_record():
                 assert f"| {figures} | [record](results/{record.name}) |" in page
 
 
+def test_figures_of_the_loader_come_from_their_record():
+    page = " ".join(Path("docs/data.md").read_text().split())
+    found = json.loads(Path("docs/results/data_cpu.json").read_text())
+    for peer in ("torchvision_raw", "torchvision", "torchvision_pil", "detr-style"):
+        races = found["as_batches"], found["as_examples"], found["large_images"]["as_batches"]
+        ratios = ["{median:.2f} ({min:.2f} to {max:.2f})".format(**race["times_as_fast"][peer]) for race in races]
+        assert f"| {' | '.join(ratios)} |" in page
+    memory, wait = found["memory_mb"], found["data_wait"]
+    for figure in (
+        f"makes {found['as_batches']['images_per_s']['pix2seq']['median']:.0f} images/s",
+        f"at {wait['images_per_s_eaten']:.0f} images/s (computed for an H100 at 30 % of its peak, not measured)",
+        f"needs {wait['cores_for_less_than_5%_wait']} cores",
+        f"holds {memory['worker_after_1']['mean']:.0f} MB of its own after one pass",
+        f"and {memory['worker_after_3']['mean']:.0f} MB after three",
+    ):
+        assert figure in page, figure
+
+
 def test_every_record_is_shown():
     shown = {
         (Path(page).parent / link).resolve()
-        for page in (*PAGES, "docs/reliability.md", "docs/scaling.md")
+        for page in (*PAGES, "docs/data.md", "docs/reliability.md", "docs/scaling.md")
         for link in re.findall(r"\]\((\S+\.json)\)", Path(page).read_text())
     }
     assert {path.resolve() for path in Path("docs/results").rglob("*.json")} - shown == {
