@@ -67,7 +67,10 @@ ALLOWED = {
         *(f"data.{m}" for m in ("coco", "faults", "images", "sources")),
     },
     "data.show": {"colors", "tokenizer", "visualize", "data.datasets", "data.images"},
-    "data.convert": {"errors", "progress"},
+    "data.convert": {"errors", "data.convert.files", "data.convert.voc", "data.convert.yolo"},
+    "data.convert.files": {"errors"},
+    "data.convert.yolo": {"errors", "progress", "data.convert.files"},
+    "data.convert.voc": {"errors", "progress", "data.convert.files"},
     "data.shards": {"errors", "progress", "data.coco", "data.images", "data.sources"},
     "processing": {"sequence", "tokenizer", "transforms"},
     # level 3
@@ -144,7 +147,7 @@ def ours(module: str) -> set[str]:
     for name in imports(FILES[module]):
         first, *rest = name.split(".")
         if first == "pix2seq":
-            known = [".".join(rest[:length]) for length in (2, 1) if ".".join(rest[:length]) in MODULES]
+            known = [".".join(rest[:length]) for length in (3, 2, 1) if ".".join(rest[:length]) in MODULES]
             found.add(known[0] if known else first)
     return found
 

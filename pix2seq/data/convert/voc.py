@@ -1,0 +1,144 @@
+"""Pascal VOC: an XML file for each image.
+
+hotcoco 1.3 reads it too, but cuts class names at an &amp;, takes XML that ends halfway for whole, makes crowds of
+difficult objects, and tells no line of a fault.
+"""
+
+import math
+import os
+from itertools import chain
+from pathlib import Path, PureWindowsPath
+from xml.etree.ElementTree import Element, TreeBuilder
+from xml.parsers import expat
+
+from pix2seq.data.convert.files import SUFFIXES, Classes, SourceImage, read_bytes, read_lines, upright_size
+from pix2seq.errors import UserError
+from pix2seq.progress import progress
+
+
+def read_voc(source: Path) -> tuple[dict[str, list[SourceImage]], Classes]:
+    splits = _voc_splits(source)
+    if not any(splits.values()):
+        raise UserError(
+            f"{source}: is neither YOLO (data.yaml) nor Pascal VOC (Annotations/*.xml and JPEGImages/, or XML files "
+            "beside the pictures, there or in train/, valid/, test/)"
+        )
+    classes = source / "labels.txt"
+    known = list(dict.fromkeys(line for _, line in read_lines(classes))) if classes.is_file() else None
+    listings: dict[Path, dict[str, list[str]]] = {}
+    pictures: dict[Path, SourceImage] = {}
+    owners: dict[Path, Path] = {}
+    for xml, folder in progress(dict.fromkeys(chain(*splits.values())), "reading"):
+        if folder not in listings:
+            listings[folder] = _names_by_stem(folder)
+        picture = pictures[xml] = _voc_picture(xml, folder, listings[folder])
+        if owners.setdefault(picture.path, xml) != xml:
+            raise UserError(f"{xml}: is about {picture.path}, and so is {owners[picture.path]}")
+    used = {name for picture in pictures.values() for name, _ in picture.objects}
+    if known is not None and (unknown := used - set(known)):
+        first = next(xml for xml, picture in pictures.items() if unknown & {name for name, _ in picture.objects})
+        raise UserError(f"{first}: the class {min(unknown)} is not in {classes}")
+    if not used:
+        raise UserError(f"{source}: there is no object in any of its XML files")
+    names = known or sorted(used)
+    return (
+        {name: [pictures[xml] for xml, _ in pairs] for name, pairs in splits.items()},
+        {name: (index, name) for index, name in enumerate(names, start=1)},
+    )
+
+
+def _voc_splits(source: Path) -> dict[str, list[tuple[Path, Path]]]:
+    """Of each split the XML files, each with the folder its picture is in."""
+    annotations, pictures, lists = source / "Annotations", source / "JPEGImages", source / "ImageSets" / "Main"
+    if not annotations.is_dir():
+        splits = {}
+        for name, folder in (("train", "train"), ("val", "val"), ("val", "valid"), ("test", "test"), ("train", ".")):
+            files = sorted((source / folder).glob("*.xml"))
+            if files and name not in splits and not (folder == "." and splits):
+                splits[name] = [(xml, xml.parent) for xml in files]
+        return splits
+    if not pictures.is_dir():
+        raise UserError(f"{pictures}: no such folder, though there is {annotations}")
+    splits = {}
+    for name in ("train", "val", "trainval", "test"):
+        if (lists / f"{name}.txt").is_file():
+            files = {annotations / f"{line}.xml": number for number, line in read_lines(lists / f"{name}.txt")}
+            for xml, number in files.items():
+                if not xml.is_file():
+                    raise UserError(f"{lists / name}.txt:{number}: there is no {xml}")
+            if files:
+                splits[name] = list(files)
+    if not splits:
+        splits["train"] = sorted(annotations.glob("*.xml"))
+    elif "train" not in splits and "trainval" in splits:
+        splits["train"] = splits.pop("trainval")
+    return {
+        name: [(xml, pictures / xml.parent.relative_to(annotations)) for xml in files]
+        for name, files in splits.items()
+    }
+
+
+def _names_by_stem(folder: Path) -> dict[str, list[str]]:
+    names: dict[str, list[str]] = {}
+    for name in sorted(os.listdir(folder)) if folder.is_dir() else ():
+        stem, suffix = os.path.splitext(name)
+        if suffix.lower() in SUFFIXES:
+            names.setdefault(stem, []).append(name)
+    return names
+
+
+def _voc_picture(xml: Path, folder: Path, names: dict[str, list[str]]) -> SourceImage:
+    root = _read_xml(xml)
+    if root.tag != "annotation":
+        raise UserError(f"{xml}: is not Pascal VOC: it holds <{root.tag}> and not <annotation>")
+    # <filename> outlives the renaming of a picture, and comes with foreign folders or without its ending.
+    said = PureWindowsPath(root.findtext("filename", "").strip()).name
+    candidates = names.get(xml.stem, [])
+    if len(candidates) != 1:
+        candidates = [said] if (folder / said).is_file() and said else names.get(said, candidates)
+    if len(candidates) != 1:
+        raise UserError(
+            f"{xml}: {'no' if not candidates else 'more than one'} picture {xml.stem} or {said} in {folder}"
+        )
+    path = folder / candidates[0]
+    # The size that the boxes were drawn on, which for a picture that EXIF turns may be either.
+    size = tuple(_number(root.find(f"size/{side}")) for side in ("width", "height"))
+    if not all(value >= 1 and value.is_integer() for value in size):
+        size = upright_size(path)
+    objects = []
+    for entry in root.findall("object"):
+        name = entry.findtext("name", "").strip()
+        x1, y1, x2, y2 = (_number(entry.find(f"bndbox/{corner}")) for corner in ("xmin", "ymin", "xmax", "ymax"))
+        box = (x1 - 1, y1 - 1, x2 - x1 + 1, y2 - y1 + 1)
+        if not (name and all(map(math.isfinite, box))):
+            raise UserError(
+                f"{xml}:{entry.get('line')}: an object needs a <name> and a <bndbox> of four finite numbers"
+            )
+        objects.append((name, box))
+    return SourceImage(path, (int(size[0]), int(size[1])), objects)
+
+
+def _number(element: Element | None) -> float:
+    """NaN for what is no number."""
+    try:
+        return float(element.text)
+    except (AttributeError, TypeError, ValueError):
+        return math.nan
+
+
+def _read_xml(path: Path) -> Element:
+    """The root. Every element has its line as attribute `line`."""
+    builder, parser = TreeBuilder(), expat.ParserCreate()
+
+    def refuse(*_) -> None:  # it is where entities come from, which can unfold to gigabytes
+        raise UserError(f"{path}:{parser.CurrentLineNumber}: a DOCTYPE is not allowed")
+
+    parser.StartDoctypeDeclHandler = refuse
+    parser.StartElementHandler = lambda tag, _: builder.start(tag, {"line": str(parser.CurrentLineNumber)})
+    parser.EndElementHandler = builder.end
+    parser.CharacterDataHandler = builder.data
+    try:
+        parser.Parse(read_bytes(path), True)
+    except (expat.ExpatError, LookupError) as error:  # LookupError: an encoding that does not exist
+        raise UserError(f"{path}:{parser.CurrentLineNumber}: is not XML ({error})") from None
+    return builder.close()
