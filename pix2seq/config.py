@@ -138,7 +138,9 @@ class DataArguments:
         False, "SSD's distortion of brightness, contrast, saturation, hue and channels"
     )
     box_jitter: float = flag(0.0, "edges of real boxes are moved by up to this share of the box's size (0: off)")
-    mix_rate: float = flag(0.0, "probability that noise objects are scattered among the real ones, not behind them")
+    mix_rate: float = flag(
+        0.0, "probability that wrong noise boxes are scattered among the real ones, not behind them"
+    )
     object_order: Literal["random", "area", "distance", "none"] = flag("random", "order of the objects in a sentence")
     class_corruption: Literal["none", "rand_cls", "rand_n_fake_cls", "real_n_fake_cls", "real_n_rand_n_fake_cls"] = (
         flag("rand_n_fake_cls", "what the decoder reads in place of the class tokens")

@@ -40,7 +40,8 @@ class SequenceBuilder:
     noise_weight     weight of a noise object's class token
     eos_weight       weight of EOS
     box_jitter       every edge of a real box is moved by up to this share of the box's width or height (0: not at all)
-    mix_rate         probability that noise objects are scattered among the real ones instead of following them
+    mix_rate         probability that wrong noise boxes are scattered among the real ones instead of following them;
+                     near-duplicates always follow what they repeat
     """
 
     tokenizer: Tokenizer
@@ -70,7 +71,8 @@ class SequenceBuilder:
         boxes, labels = boxes[chosen], labels[chosen]
         num_noise = self.max_objects - len(boxes) if self.noise_objects else 0
         extent = np.array([*content, *content])
-        noise = noise_boxes(boxes / extent, num_noise, rng) * extent
+        noise, repeats = noise_boxes(boxes / extent, num_noise, rng)
+        noise *= extent
         if self.box_jitter:
             boxes = np.clip(_moved(boxes, self.box_jitter, rng), 0.0, extent)
 
@@ -81,7 +83,8 @@ class SequenceBuilder:
         weights[len(boxes) :, :CLASS_SLOT] = 0.0
         weights[len(boxes) :, CLASS_SLOT] = self.noise_weight
         if self.mix_rate and rng.random() < self.mix_rate:
-            mixed = rng.permutation(len(tokens))
+            repeats = np.concatenate([np.zeros(len(boxes), dtype=bool), repeats])
+            mixed = np.concatenate([rng.permutation(np.flatnonzero(~repeats)), np.flatnonzero(repeats)])
             tokens, weights = tokens[mixed], weights[mixed]
         read = tokens.copy()
         read[:, CLASS_SLOT] = self._corrupt(tokens[:, CLASS_SLOT], rng)
@@ -107,8 +110,9 @@ class SequenceBuilder:
         return sentence
 
 
-def noise_boxes(boxes: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
-    """`count` made-up boxes (count, 4) for an image with real `boxes` (N, 4), all xyxy in [0, 1] of the picture.
+def noise_boxes(boxes: np.ndarray, count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """`count` made-up boxes (count, 4) for an image with real `boxes` (N, 4), all xyxy in [0, 1] of the picture; and
+    which of them are near-duplicates (count,).
 
     A random share are near-duplicates of real boxes: they teach "this one has been said already". The rest are wrong:
     half of them real boxes moved elsewhere, half random boxes (all random when the image has no object).
@@ -120,7 +124,8 @@ def noise_boxes(boxes: np.ndarray, count: int, rng: np.random.Generator) -> np.n
         wrong = np.concatenate([_shifted(boxes, num_wrong, rng), wrong])
         wrong = rng.permutation(wrong)[:num_wrong]
     duplicates = _jittered(boxes, num_duplicates, rng)
-    return rng.permutation(np.clip(np.concatenate([wrong, duplicates]), 0.0, 1.0))
+    order = rng.permutation(count)
+    return np.clip(np.concatenate([wrong, duplicates]), 0.0, 1.0)[order], order >= num_wrong
 
 
 def _shifted(boxes: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
