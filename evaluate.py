@@ -41,6 +41,8 @@ def dataset(args: EvaluateArguments, training: dict, categories: Categories | No
     annotations = load_annotations(split, categories, args.follow_links or training.get("follow_links", False))
     if overfit:
         annotations = annotations.subset(range(min(overfit, len(annotations))))
+        if os.environ.get("RANK", "0") == "0":
+            print(f"the first {len(annotations)} training images, as in training (--overfit {overfit})")
     return EvalDataset(annotations, EvalTransform(image_size))
 
 

@@ -54,6 +54,8 @@ class PlanArguments(Arguments):
             raise ValueError("--ema_decay: is not kept of weights that FSDP shards")
         if self.output and not Path(self.output).parent.is_dir():
             raise ValueError(f"--output {self.output}: its folder does not exist")
+        if self.output and Path(self.output).is_dir():
+            raise ValueError(f"--output {self.output}: is a folder, and a file is to be written")
         self.mixed_precision = self.mixed_precision or "bf16"
         if GPUS[self.gpu][self.mixed_precision] is None:
             raise ValueError(f"--gpu {self.gpu}: has no {self.mixed_precision}; use --mixed_precision fp16")

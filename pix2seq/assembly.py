@@ -107,6 +107,7 @@ def build(args: Arguments, accelerator, folder: RunFolder, stop: StopRequest) ->
         *(optimizer, scheduler, accelerator.scaler, Meter(accelerator.device)),
         samples_per_step=sampler.samples_per_step,
         num_images=num_images,
+        images=train_set.annotations.digest,
         average=average,
     )
     if resumed is not None:

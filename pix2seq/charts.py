@@ -1,6 +1,7 @@
 """Charts of numbers. Knows arrays and names, nothing of models or datasets."""
 
 import io
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,6 +11,7 @@ from PIL import Image
 from pix2seq.visualize import CELL, PALETTE, grid
 
 MOST_CLASSES = 30  # bars that are still told apart
+LARGEST = 1e6  # what is shown of numbers that somebody has made up
 
 
 def dataset_overview(
@@ -54,7 +56,9 @@ def dataset_overview(
 
 def to_image(figure: Figure) -> Image.Image:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # letters that the font does not have are drawn as boxes
+        figure.savefig(buffer, format="png")
     return Image.open(buffer).convert("RGB")
 
 
@@ -68,7 +72,8 @@ def _class_bars(axis, names: Sequence[str], counts: dict[str, np.ndarray]) -> No
         shares = values[shown] / max(values.sum(), 1)
         places = np.arange(len(shown)) + (row - (len(counts) - 1) / 2) * height
         axis.barh(places, shares, height, color=PALETTE[row + 1], label=f"{split} ({values.sum():,} objects)")
-    axis.set_yticks(range(len(shown)), [names[label] for label in shown], fontsize=8 if len(shown) <= 12 else 6)
+    labels = [names[label][:40] for label in shown]
+    axis.set_yticks(range(len(shown)), labels, fontsize=8 if len(shown) <= 12 else 6, parse_math=False)
     axis.invert_yaxis()
     more = f", the {MOST_CLASSES} commonest of {len(names)}" if len(names) > MOST_CLASSES else ""
     axis.set_title(f"objects by class{more}", fontsize=10)
@@ -77,6 +82,7 @@ def _class_bars(axis, names: Sequence[str], counts: dict[str, np.ndarray]) -> No
 
 def _histogram(axis, values: dict[str, np.ndarray], title: str, log: bool = False) -> None:
     """Outlined steps, so that one split does not hide the other; shares of each split."""
+    values = {split: np.clip(numbers, 0, LARGEST) for split, numbers in values.items()}
     everything = np.concatenate(list(values.values()))
     highest = max(float(everything.max()), 1.0) if everything.size else 1.0
     if log:

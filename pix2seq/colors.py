@@ -7,7 +7,7 @@ import torch
 from torchvision.transforms.v2 import functional as F
 
 NOTHING, BRIGHTNESS, CONTRAST, SATURATION, HUE, GREY, CHANNELS = range(7)
-MOST_CHANGES = 5
+MOST_CHANGES = 6
 _CHANNEL_ORDERS = ((0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0))
 
 

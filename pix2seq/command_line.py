@@ -25,15 +25,15 @@ class _Parser(HfArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
-def parse(kind: type, argv: list[str] | None = None):
-    """The dataclass `kind` from command-line words. A mistake ends the program with one line and exit code 2.
+def parse(kind: type, argv: list[str] | None = None, program: str | None = None):
+    """The dataclass `kind` from command-line words. A mistake ends the `program` with one line and exit code 2.
 
     kind.PRESETS, if it has one, names flags whose value stands for other flags: {"size": value -> {flag: value}}.
     The command line wins over the recipe, and either over what its own presets stand for. kind.DEFAULTS is the same,
     but for that anything wins over it.
     """
     argv = sys.argv[1:] if argv is None else argv
-    parser = _Parser(kind, allow_abbrev=False)
+    parser = _Parser(kind, prog=program, allow_abbrev=False)
     try:
         recipe, presets = _recipe_words(argv, parser), getattr(kind, "PRESETS", {})
         words = _expanded(recipe, presets) + _expanded(argv, presets)

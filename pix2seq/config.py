@@ -157,7 +157,8 @@ class DataArguments:
         explicit = {name: getattr(self, name) for name in ("train_images", "train_json", "val_images", "val_json")}
         given = [name for name, value in explicit.items() if value is not None]
         train = [] if self.train_shards else ["train_images", "train_json"]
-        missing = [f"--{name}" for name in (*train, "val_images", "val_json") if name not in given]
+        val = [] if self.overfit else ["val_images", "val_json"]
+        missing = [f"--{name}" for name in (*train, *val) if name not in given]
         if self.root is None and missing:
             some = given or self.train_shards
             raise ValueError(
@@ -300,6 +301,7 @@ class Arguments(TrainArguments, DataArguments, ModelArguments):
     def __post_init__(self):
         for part in (ModelArguments, DataArguments, TrainArguments):
             part.__post_init__(self)
+        _check(self, "mix_rate", self.noise_objects or not self.mix_rate, "0 with --no_noise_objects")
 
 
 def model_flags(detector: str) -> dict:

@@ -83,8 +83,7 @@ class SequenceBuilder:
         weights[len(boxes) :, :CLASS_SLOT] = 0.0
         weights[len(boxes) :, CLASS_SLOT] = self.noise_weight
         if self.mix_rate and rng.random() < self.mix_rate:
-            repeats = np.concatenate([np.zeros(len(boxes), dtype=bool), repeats])
-            mixed = np.concatenate([rng.permutation(np.flatnonzero(~repeats)), np.flatnonzero(repeats)])
+            mixed = _scattered(len(boxes), repeats, rng)
             tokens, weights = tokens[mixed], weights[mixed]
         read = tokens.copy()
         read[:, CLASS_SLOT] = self._corrupt(tokens[:, CLASS_SLOT], rng)
@@ -126,6 +125,16 @@ def noise_boxes(boxes: np.ndarray, count: int, rng: np.random.Generator) -> tupl
     duplicates = _jittered(boxes, num_duplicates, rng)
     order = rng.permutation(count)
     return np.clip(np.concatenate([wrong, duplicates]), 0.0, 1.0)[order], order >= num_wrong
+
+
+def _scattered(num_real: int, repeats: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """An order of real objects followed by noise: wrong noise boxes scattered among the real ones, whose own order
+    stays, and near-duplicates behind both."""
+    noise = num_real + np.arange(len(repeats))
+    front = np.concatenate([np.arange(num_real), noise[~repeats]])
+    places = rng.permutation(len(front))
+    places = np.concatenate([np.sort(places[:num_real]), places[num_real:]])
+    return np.concatenate([front[np.argsort(places)], noise[repeats]])
 
 
 def _shifted(boxes: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:

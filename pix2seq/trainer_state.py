@@ -20,7 +20,8 @@ FORMAT = 2  # of its content
 class TrainerState:
     """What a run needs to go on as if it had not stopped.
 
-    samples_per_step   images of an optimizer step, on all processes        num_images   in the training set
+    samples_per_step   images of an optimizer step, on all processes
+    num_images         in the training set        images   a digest of their ids and names
     step               optimizer steps taken
     reported           the last step whose evaluation and picture, if due, are done
     skipped            steps not taken because their loss or gradient was not finite; skipped_in_a_row, the latest ones
@@ -33,6 +34,7 @@ class TrainerState:
     meter: Meter
     samples_per_step: int
     num_images: int
+    images: str = ""
     step: int = 0
     reported: int = 0
     best_ap: float = -math.inf
@@ -51,6 +53,7 @@ class TrainerState:
             "skipped_in_a_row": self.skipped_in_a_row,
             "samples_per_step": self.samples_per_step,
             "num_images": self.num_images,
+            "images": self.images,
             "optimizer": optimizer_state(model, self._torch_optimizer),
             "scheduler": self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict() if self.scaler is not None else None,
@@ -77,6 +80,10 @@ class TrainerState:
         if content["num_images"] != self.num_images:
             raise UserError(
                 f"--resume {folder}: the training set has {self.num_images} images and had {content['num_images']}"
+            )
+        if content.get("images", self.images) != self.images:
+            raise UserError(
+                f"--resume {folder}: the training set has as many images, but not those (other ids or file names)"
             )
         self.step, self.reported, self.best_ap = content["step"], content["reported"], content["best_ap"]
         self.skipped, self.skipped_in_a_row = content["skipped"], content["skipped_in_a_row"]

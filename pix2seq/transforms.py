@@ -61,7 +61,7 @@ class TrainTransform:
         """`image`: uint8 (3, H, W), or what has such a `shape` and gives such `pixels(at_least)`: see data.Picture."""
         side = self.image_size
         boxes = BoundingBoxes(torch.from_numpy(boxes), format="XYXY", canvas_size=tuple(image.shape[-2:]))
-        if self.iou_crop and len(boxes):
+        if self.iou_crop and len(boxes) and min(image.shape[-2:]) >= 4:  # 0.3 of less is not a pixel
             image, boxes = _iou_crop(image, boxes, rng)
 
         target = side * rng.uniform(self.scale_min, self.scale_max)

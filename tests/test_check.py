@@ -176,7 +176,7 @@ def test_files_that_cannot_be_used_at_all_are_faults_too(tmp_path, shapes_root):
     report = check(Split(good.images, tmp_path / "bad.json"), good)
     assert [fault.kind for fault in report.faults] == ["unusable"]
     assert "is not JSON" in report.faults[0].value
-    assert report.picture is None
+    assert report.draw is None
     content = json.loads(good.json.read_text())
     (tmp_path / "empty.json").write_text(json.dumps(content | {"annotations": []}))
     assert "no-objects" in {fault.kind for fault in check(Split(good.images, tmp_path / "empty.json"), None).faults}
@@ -185,6 +185,42 @@ def test_files_that_cannot_be_used_at_all_are_faults_too(tmp_path, shapes_root):
     (fault,) = check(good, Split(good.images, tmp_path / "other.json")).faults
     assert fault.kind == "unusable"
     assert "'circle'" in fault.value
+
+
+def test_the_report_survives_odd_names_and_boxes(tmp_path, shapes_root, capsys):
+    """Mathematics in a class name, letters no font has, a box as large as numbers go: drawing comes last."""
+    train = shapes_root / "annotations/instances_train2017.json"
+    content = json.loads(train.read_text())
+    for category, name in zip(content["categories"], ("$\\foo$", "猫", "a\nb", "x" * 300), strict=True):
+        category["name"] = name
+    content["annotations"][0]["bbox"] = [0, 0, 1e30, 5]
+    content["annotations"][1]["bbox"] = [0, 0, 1e30, 1e30]
+    (tmp_path / "odd.json").write_text(json.dumps(content))
+    words = ["--train_images", str(shapes_root / "images/train2017"), "--train_json", str(tmp_path / "odd.json")]
+    words += ["--overfit", "99", "--output_dir", str(tmp_path / "out")]
+    assert data_command(["check", *words]) == 0
+    assert "2 x beyond-edge" in capsys.readouterr().out
+    assert (tmp_path / "out/data/check.png").exists()
+
+
+def test_every_copy_of_an_image_is_told(tmp_path, shapes_root):
+    data = (shapes_root / "images/train2017/000000.png").read_bytes()
+    entries = [{"id": n, "file_name": f"{n}.png", "width": 64, "height": 64} for n in range(5)]
+    for n in range(5):
+        (tmp_path / f"{n}.png").write_bytes(data)
+    write_json(
+        tmp_path / "a.json",
+        entries,
+        [{"id": 1, "image_id": 0, "category_id": 1, "bbox": [1, 1, 9, 9]}],
+        [{"id": 1, "name": "thing"}],
+    )
+    split = Split(tmp_path, tmp_path / "a.json")
+    kinds = [(fault.kind, fault.entry) for fault in check(split, split).faults]
+    assert [entry for kind, entry in kinds if kind == "leak"] == [f"{n}.png" for n in range(5)]
+    copies = sorted(entry for kind, entry in kinds if kind == "duplicate-image")
+    assert copies == sorted([f"{n}.png" for n in range(1, 5)] * 2)
+        ["1.png", "2.png", "3.png", "4.png"] * 2
+    )
 
 
 # -- training on it --------------------------------------------------------------------------------

@@ -259,6 +259,59 @@ def test_faults_that_are_used_all_the_same(tmp_path):
     assert {fault.severity for fault in (kinds["duplicate-annotation-id"], kinds["duplicate-file"])} == {"warning"}
 
 
+def test_odd_areas_and_crowds_are_told_and_do_not_hide_objects(tmp_path):
+    """pycocotools ignores objects of negative area without a word, and "0" is true."""
+    value = content()
+    value["annotations"][0] |= {"area": -1, "iscrowd": "0"}
+    split = write(tmp_path, value)
+    annotations = load_annotations(split)
+    assert {fault.kind for fault in annotations.faults if fault.entry == "annotation 1"} == {
+        *("area-invalid", "iscrowd-invalid")
+    }
+    assert len(annotations.objects(2)[1]) == 2
+    truth = load_ground_truth(split.json)["annotations"][0]
+    assert (truth["area"], truth["iscrowd"]) == (12, 0)
+
+
+def test_a_box_thinner_than_float32_can_tell_is_no_object(tmp_path):
+    value = content()
+    value["annotations"][0]["bbox"] = [30, 3, 1e-7, 4]
+    annotations = load_annotations(write(tmp_path, value))
+    assert len(annotations.objects(2)[1]) == 1
+    assert "annotation 1" in [fault.entry for fault in annotations.faults if fault.kind == "zero-size"]
+
+
+@pytest.mark.parametrize("size", [(10.0, 20.0), (10, 20)])
+def test_whole_numbers_may_be_written_as_floats(tmp_path, size):
+    value = content()
+    value["images"][0] |= {"height": size[0], "width": size[1]}
+    assert load_annotations(write(tmp_path, value)).sizes[0].tolist() == [10, 20]
+
+
+@pytest.mark.parametrize("size", [("10", 20), (-10, 20), (10.5, 20), (True, 20), (2**40, 20), (float("nan"), 20)])
+def test_other_sizes_are_unknown(tmp_path, size):
+    value = content()
+    value["images"][0] |= {"height": size[0], "width": size[1]}
+    assert load_annotations(write(tmp_path, value)).sizes[0].tolist() == [0, 0]
+
+
+def test_halves_of_characters_are_told(tmp_path):
+    """JSON may hold them, and nothing can write them."""
+    value = content()
+    value["images"][1]["file_name"] = "\ud800.png"
+    faults = load_annotations(write(tmp_path, value)).faults
+    assert [fault.kind for fault in faults] == ["image-entry", "negative-size", "zero-size"]
+    print(*faults)
+    value = content()
+    value["categories"][0]["name"] = "\ud800"
+    assert "lacks" in complaint(load_annotations, write(tmp_path, value))
+
+
+def test_a_key_that_stands_twice_is_named(tmp_path):
+    text = json.dumps(content())[:-1] + ', "annotations": []}'
+    assert "a key stands twice" in complaint(load_annotations, write(tmp_path, text))
+
+
 def test_boxes_are_compared_to_the_edges_of_their_images(tmp_path):
     value = content()  # all images are 20 x 10
     boxes = {10: [0, 0, 20.9, 10.9], 11: [-0.9, 0, 5, 5], 12: [15, 5, 8, 3], 13: [20, 0, 5, 5], 14: [-9, 0, 9, 5]}

@@ -105,3 +105,11 @@ def test_changes_follow_each_other_in_order():
     expected = torch.stack([F.rgb_to_grayscale(F.adjust_brightness(image, 1.8), 3) for image in pixels])
     assert torch.equal(paint(pixels, sizes, colors), expected)
     assert not torch.equal(paint(pixels, sizes, colors.flip(1)), expected)  # colours are cut off at white
+
+
+def test_all_options_together_are_one_array():
+    """More changes than there were places for ended a run that had both."""
+    for jitter in (0.0, 0.5):
+        for photometric in (False, True):
+            found = draws(ColorAugmentation(jitter, 0.5, photometric and not jitter), 300)
+            assert found.shape == (300, MOST_CHANGES, 2)

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 from pathlib import Path
 from xml.sax.saxutils import escape
 
@@ -497,3 +498,51 @@ def test_hotcoco_reads_the_same(tmp_path):
         ours = [box for content in converted(tmp_path / kind).values() for box in boxes(content)]
         np.testing.assert_allclose(ours[: len(theirs)], theirs, rtol=1e-12)
         assert len(theirs) >= 2
+
+
+# -- found by somebody who meant harm --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("shape", "keypoints"), [("[2, 3]", "0.1 0.1 2 0.9 0.9 2"), ("[3, 2]", "0.1 0.1 0.9 0.9 0.5 0.5")]
+)
+def test_the_box_of_a_pose_is_its_box_and_not_a_polygon(tmp_path, shape, keypoints):
+    root = yolo(tmp_path, CONFIG + f"kpt_shape: {shape}\n", f"1 0.5 0.5 0.5 0.2 {keypoints}\n")
+    text(root / "labels/val/c.txt", f"0 0.25 0.5 0.1 0.2 {keypoints}\n")
+    (entry,) = converted(root)["train"]["annotations"]
+    np.testing.assert_allclose(entry["bbox"], [5, 4, 10, 2])
+    text(root / "labels/val/c.txt", "0 0.25 0.5 0.1 0.2 0.3\n")
+    with pytest.raises(UserError, match="c.txt:1: "):
+        convert(root, tmp_path / "other")
+
+
+def test_links_that_lead_back_multiply_nothing(tmp_path):
+    root = yolo(tmp_path)
+    (root / "images/train/loop").symlink_to(root / "images/train")
+    (root / "images/train/more").symlink_to(root / "images/val")
+    text(root / "images/train/._a.png", "a shadow of macOS")
+    files = [image["file_name"] for image in converted(root)["train"]["images"]]
+    assert files == ["a.png", "b.png", "more/c.png"]
+
+
+def test_names_that_are_not_utf8_are_refused(tmp_path):
+    root = yolo(tmp_path)
+    picture(Path(os.fsdecode(os.fsencode(root / "images/train") + b"/caf\xe9.png")))
+    with pytest.raises(UserError, match="its name is not UTF-8") as error:
+        convert(root, root / "out")
+    str(error.value).encode()
+
+
+@pytest.mark.parametrize("encoding", ["gbk", "shift_jis", "none-such"])
+def test_encodings_that_cannot_be_read_are_named(tmp_path, encoding):
+    root = voc(tmp_path, f'<?xml version="1.0" encoding="{encoding}"?><annotation/>')
+    with pytest.raises(UserError, match="a.xml:1: is not XML"):
+        convert(root, root / "out")
+
+
+def test_a_list_may_not_lead_elsewhere(tmp_path):
+    root = voc(tmp_path / "root")
+    text(tmp_path / "elsewhere.xml", xml())
+    text(root / "ImageSets/Main/train.txt", f"{tmp_path}/elsewhere\n")
+    with pytest.raises(UserError, match="train.txt:1: there is no"):
+        convert(root, root / "out")

@@ -408,3 +408,11 @@ def test_options_that_are_off_draw_nothing():
     plain = SequenceBuilder(Tokenizer(3, 100), 8)(boxes, labels, np.random.default_rng(4))
     off = SequenceBuilder(Tokenizer(3, 100), 8, box_jitter=0, mix_rate=0)(boxes, labels, np.random.default_rng(4))
     assert all(np.array_equal(plain[name], off[name]) for name in plain)
+
+
+def test_mixing_keeps_the_order_of_the_real_objects():
+    boxes = np.array([[0.1, 0.1, 0.2, 0.2], [0.1, 0.1, 0.5, 0.5], [0.1, 0.1, 0.9, 0.9]])
+    build = SequenceBuilder(Tokenizer(3, 100), 10, order="area", mix_rate=1.0)
+    for seed in range(30):
+        _, kinds = build.tokenizer.decode(build(boxes, np.arange(3), np.random.default_rng(seed))["labels"])
+        assert kinds[kinds >= 0].tolist() == [2, 1, 0]

@@ -13,6 +13,7 @@ from pix2seq.command_line import parse
 from pix2seq.config import Arguments
 from pix2seq.data import Split, StepSampler, TrainDataset, find_split, load_annotations, train_loader
 from pix2seq.data.commands import main as data_command
+from pix2seq.data.images import open_store
 from pix2seq.data.shards import write_shards
 from pix2seq.errors import UserError
 from pix2seq.sequence import SequenceBuilder
@@ -141,3 +142,47 @@ def test_shards_are_named_one_way(words, says, capsys):
     with pytest.raises(SystemExit):
         parse(Arguments, [*TINY, *words])
     assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        {"files": ["../000000.tar"]},
+        {"files": ["/etc/passwd"]},
+        {"sizes": []},
+        {"names": 5},
+        {"rows": [[0, -1, 5]]},
+        {"rows": [[7, 0, 5]]},
+        {"rows": [[0, 0, -5]]},
+        {"rows": [[0, 0, 2**45]]},
+        {"rows": [[0, 2**70, 5]]},
+        {"rows": [[0, 2**62, 2**62]]},
+        {"rows": [[0, 0]]},
+        {"rows": []},
+    ],
+)
+def test_an_index_that_was_tampered_with_is_one_line_and_opens_nothing_outside(files, tmp_path, edit):
+    one = files.subset([0])
+    write_shards(one, tmp_path / "out")
+    (tmp_path / "000000.tar").write_bytes((tmp_path / "out/000000.tar").read_bytes())
+    index = json.loads((tmp_path / "out/shards.json").read_text())
+    (tmp_path / "out/shards.json").write_text(json.dumps(index | edit))
+    with pytest.raises(UserError, match="shards.json: "):
+        open_store(tmp_path / "out")
+
+
+def test_packing_never_removes_what_it_packs_or_what_is_not_its_own(shapes_root, files, tmp_path):
+    write_shards(files, tmp_path / "out")
+    packed = load_annotations(find_split("train", None, shards=str(tmp_path / "out")))
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    for folder in (tmp_path / "out", tmp_path):
+        with pytest.raises(UserError, match="holds what is to be packed"):
+            write_shards(packed, folder)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    for name in ("000000.tar", "annotations.json", "shards.json"):
+        mine = tmp_path / f"mine {name}"
+        mine.mkdir()
+        (mine / name).write_text("{}")
+        with pytest.raises(UserError, match="holds something else"):
+            write_shards(files, mine)
+        assert (mine / name).read_text() == "{}"

@@ -988,6 +988,22 @@ def test_resuming_with_other_classes_is_refused(finished, shapes_root, tmp_path,
     assert "its classes are not those" in capsys.readouterr().err
 
 
+def test_a_run_goes_on_with_its_own_images_only(finished, shapes_root, tmp_path, capsys):
+    """As many of them, in another place, are fine; others are not."""
+    output = tmp_path / "out"
+    shutil.copytree(finished, output)
+    moved = edited(shapes_root, tmp_path / "moved", "train", lambda content: None)
+    assert train.main(arguments(moved, output, "--resume", "auto")) == 0
+
+    def swap(content):
+        images = content["images"]
+        images[0]["file_name"], images[1]["file_name"] = images[1]["file_name"], images[0]["file_name"]
+
+    other = edited(shapes_root, tmp_path / "other", "train", swap)
+    assert train.main(arguments(other, output, "--resume", "auto")) == 2
+    assert "as many images, but not those" in capsys.readouterr().err
+
+
 def test_a_training_set_without_objects_is_refused(shapes_root, tmp_path, capsys):
     root = edited(shapes_root, tmp_path / "data", "train", lambda content: content["annotations"].clear())
     assert train.main(arguments(root, tmp_path / "out")) == 2

@@ -282,3 +282,11 @@ def test_an_iou_crop_keeps_boxes_on_what_they_enclose_and_drops_those_whose_cent
 def test_an_iou_crop_of_a_picture_without_objects_leaves_it():
     plain = run(TrainTransform(64), coordinates(64), [], 5)
     assert torch.equal(run(TrainTransform(64, iou_crop=True), coordinates(64), [], 5).image, plain.image)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 500), (2, 50), (3, 3), (4, 5)])
+def test_pictures_of_a_few_pixels_go_through_every_option(size):
+    transform = TrainTransform(32, 0.1, iou_crop=True, independent_crop=True)
+    for seed in range(20):
+        canvas = transform(torch.zeros(3, *size, dtype=torch.uint8), np.array([[0.0, 0, size[1], size[0]]]), rng(seed))
+        assert canvas.image.shape == (3, 32, 32)

@@ -3,7 +3,9 @@
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,18 +15,13 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 from pix2seq.charts import dataset_overview
 from pix2seq.data.coco import Annotations, load_annotations
-from pix2seq.data.faults import ERROR, WARNING, Fault
-from pix2seq.data.images import BadImage, Picture
+from pix2seq.data.faults import ERROR, WARNING, Fault, shown
+from pix2seq.data.images import FORMATS_OF_SUFFIX, BadImage, Picture
 from pix2seq.data.sources import Split
 from pix2seq.errors import UserError
 from pix2seq.progress import progress
 from pix2seq.visualize import CELL, color_of, draw_boxes, enlarge
 
-SUFFIXES = {
-    **dict.fromkeys((".jpg", ".jpeg", ".jpe", ".jfif"), ("JPEG", "MPO")),
-    **{".png": ("PNG",), ".webp": ("WEBP",), ".bmp": ("BMP",), ".tif": ("TIFF",), ".tiff": ("TIFF",)},
-    **{".gif": ("GIF",), ".ppm": ("PPM",), ".pgm": ("PPM",), ".avif": ("AVIF",), ".jp2": ("JPEG2000",)},
-}
 NUM_EXAMPLES = 8
 SHOWN = 20  # faults of a kind that are printed; the JSON file has all of them
 
@@ -35,7 +32,7 @@ class Report:
 
     faults: list[Fault] = field(default_factory=list)
     statistics: dict[str, dict] = field(default_factory=dict)
-    picture: Image.Image | None = None
+    draw: Callable[[], Image.Image] | None = None
 
     def of(self, severity: str) -> list[Fault]:
         return [fault for fault in self.faults if fault.severity == severity]
@@ -60,9 +57,9 @@ class Report:
             "splits": self.statistics,
             "faults": faults,
         }
-        (folder / "check.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-        if self.picture is not None:
-            self.picture.save(folder / "check.png")
+        (folder / "check.json").write_text(json.dumps(content, indent=1) + "\n")
+        if self.draw is not None:
+            self.draw().save(folder / "check.png")
 
 
 def check(
@@ -85,11 +82,12 @@ def check(
         report.statistics[name] = _statistics(loaded[name])
     if "train" in loaded:
         report.faults += _faults_of_training(loaded["train"])
-        report.picture = _picture(loaded, max_objects)
+        report.draw = partial(_picture, loaded, max_objects)
     for digest in digests.get("train", {}).keys() & digests.get("val", {}).keys():
-        value = f"the same pixels as {_names(loaded['train'], digests['train'][digest])}"
-        entry = str(loaded["val"].file_names[digests["val"][digest][0]])
-        report.faults.append(Fault("leak", str(loaded["val"].split.images), entry, value))
+        value = f"the same pixels as {loaded['train'].name(digests['train'][digest][0])}"
+        for index in digests["val"][digest]:
+            name = shown(str(loaded["val"].file_names[index]))
+            report.faults.append(Fault("leak", str(loaded["val"].split.images), name, value))
     report.faults.sort(key=lambda fault: (fault.kind, fault.file, fault.entry))
     return report
 
@@ -124,44 +122,49 @@ def _inspect_all(annotations: Annotations, what: str, num_workers: int) -> tuple
     found, faults, images = {}, [], str(annotations.split.images)
     loader = DataLoader(_Inspection(annotations), batch_size=None, num_workers=num_workers)
     for index, said, digest in progress(loader, what):
-        faults += [Fault(kind, images, str(annotations.file_names[index]), value) for kind, value in said]
+        faults += [Fault(kind, images, shown(str(annotations.file_names[index])), value) for kind, value in said]
         if digest is not None:
             found.setdefault(digest, []).append(index)
     for indices in found.values():
-        files = {str(annotations.file_names[index]) for index in indices}
-        if len(files) > 1:
-            value = f"the same pixels as {_names(annotations, indices[:-1])}"
-            faults.append(Fault("duplicate-image", images, str(annotations.file_names[indices[-1]]), value))
+        first = str(annotations.file_names[indices[0]])
+        for index in indices[1:]:
+            if (name := str(annotations.file_names[index])) != first:
+                faults.append(Fault("duplicate-image", images, shown(name), f"the same pixels as {shown(first)}"))
     return found, faults
 
 
 def _faults_of_header(picture: Picture, name: str, annotated: tuple[int, int]) -> list[tuple[str, str]]:
     image, faults = picture.header, []
-    expected = SUFFIXES.get(Path(name).suffix.lower())
+    expected = FORMATS_OF_SUFFIX.get(Path(name).suffix.lower())
     if expected is not None and image.format not in expected:
         faults.append(("suffix-differs", f"a {image.format} file"))
     mode = image.mode
     # Pillow opens 16-bit colour as 8-bit; only the decoder it is about to use tells.
-    if mode.startswith("I;16") or any("16" in str(tile[3]) for tile in image.tile if image.format == "PNG"):
+    if ";16" in mode or any(";16" in str(tile[3]) for tile in image.tile):
         faults.append(("16-bit", f"mode {mode}"))
     elif mode in ("1", "L", "LA"):
         faults.append(("grey", f"mode {mode}"))
     elif mode in ("P", "PA"):
         faults.append(("palette", f"mode {mode}"))
-    elif mode not in ("RGB", "RGBA"):
+    elif mode == "CMYK":
         faults.append(("cmyk", f"mode {mode}"))
+    elif mode not in ("RGB", "RGBA", "I", "F"):  # the last two cannot be read
+        faults.append(("other-colours", f"mode {mode}"))
+    if getattr(image, "is_animated", False):
+        faults.append(("animated", f"{image.n_frames} frames"))
     if mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         faults.append(("transparent", f"mode {mode}"))
     stored = (image.height, image.width)
     if min(annotated) == 0:
-        faults.append(("size-unknown", "no width and height in the annotation file"))
+        faults.append(("size-unknown", "no whole numbers as width and height in the annotation file"))
     elif not picture.turned and annotated != stored:
         value = f"{annotated[1]} x {annotated[0]} in the annotation file, {stored[1]} x {stored[0]} in fact"
         faults.append(("size-differs", value))
     if picture.turned:
         faults.append(("exif-turned", f"EXIF orientation {picture.orientation}"))
     elif picture.orientation != 1:
-        faults.append(("exif-ignored", f"EXIF orientation {picture.orientation}, but its annotated size is as stored"))
+        said = "as stored" if annotated == stored else "another" if min(annotated) > 0 else "unknown"
+        faults.append(("exif-ignored", f"EXIF orientation {picture.orientation}, but its annotated size is {said}"))
     return faults
 
 
@@ -213,12 +216,8 @@ def _columns(annotations: Annotations) -> tuple[tuple[int, ...], tuple[str, ...]
 
 def _sides(annotations: Annotations) -> np.ndarray:
     """(width, height) of the boxes trained on, (M, 2), in pixels."""
-    boxes = annotations.boxes[annotations.trainable]
+    boxes = annotations.boxes[annotations.trainable].astype(np.float64)
     return boxes[:, 2:] - boxes[:, :2]
-
-
-def _names(annotations: Annotations, indices: list[int]) -> str:
-    return ", ".join(str(annotations.file_names[index]) for index in indices[:3])
 
 
 def _picture(loaded: dict[str, Annotations], max_objects: int) -> Image.Image:

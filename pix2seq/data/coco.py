@@ -4,6 +4,7 @@ What makes a file useless is said in one line that names it, before any work is 
 entries is left out and told: see faults.py.
 """
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -11,7 +12,18 @@ from pathlib import Path
 
 import numpy as np
 
-from pix2seq.data.faults import Fault, box_faults, is_id, listed, tally, usable_images, usable_objects
+from pix2seq.data.faults import (
+    Fault,
+    box_faults,
+    is_finite,
+    is_id,
+    is_text,
+    listed,
+    shown,
+    tally,
+    usable_images,
+    usable_objects,
+)
 from pix2seq.data.images import BadImage, Picture, Store, open_store
 from pix2seq.data.sources import Split
 from pix2seq.errors import UserError
@@ -68,13 +80,19 @@ class Annotations:
 
     def name(self, index: int) -> str:
         """The image's file, to be shown."""
-        return f"{self.split.images}/{self.file_names[index]}"
+        return f"{self.split.images}/{shown(str(self.file_names[index]))}"
 
     def objects(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Boxes (N, 4) float64 xyxy pixels and labels (N,) of the objects an image is trained on."""
         rows = slice(self.offsets[index], self.offsets[index + 1])
         use = self.trainable[rows]
         return self.boxes[rows][use].astype(np.float64), self.labels[rows][use]
+
+    @property
+    def digest(self) -> str:
+        """Tells one list of images from another, by their ids and names."""
+        listed = [self.image_ids.tolist(), self.file_names.tolist()]
+        return hashlib.blake2b(json.dumps(listed).encode(), digest_size=16).hexdigest()
 
     def subset(self, indices: Sequence[int]) -> "Annotations":
         """The same annotations, of some of the images only."""
@@ -152,11 +170,11 @@ def load_annotations(split: Split, categories: Categories | None = None, follow_
 
     names = [image["file_name"] for image in images]
     places, misplaced = store.locate(names)
-    faults += [Fault(bad.kind, str(split.images), names[index], bad.why) for index, bad in misplaced.items()]
+    faults += [Fault(bad.kind, str(split.images), shown(names[index]), bad.why) for index, bad in misplaced.items()]
     rows = np.argsort(owners, kind="stable")
     boxes, crowd = boxes[rows], crowd[rows]
-    has_area = (boxes[:, 2] > 0) & (boxes[:, 3] > 0)
     boxes[:, 2:] += boxes[:, :2]
+    has_area = (boxes[:, 2:] > boxes[:, :2]).all(axis=1)  # by what is left of it in float32
     return Annotations(
         split=split,
         categories=categories,
@@ -176,10 +194,10 @@ def load_annotations(split: Split, categories: Categories | None = None, follow_
     )
 
 
-def read_json(path: Path, name: str | None = None, object_hook=None):
+def read_json(path: Path, name: str | None = None, object_pairs_hook=None):
     name = name or str(path)
     try:
-        return json.loads(path.read_bytes(), object_hook=object_hook)
+        return json.loads(path.read_bytes(), object_pairs_hook=object_pairs_hook)
     except OSError as error:
         raise UserError(f"{name}: cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:
@@ -190,7 +208,7 @@ def read_coco(path: Path) -> dict:
     """The content of an annotation file that holds images and classes, without its segmentations: these are most of
     COCO's 450 MB, and nothing here uses them. Its entries are objects; what is in them is not checked. Raises
     UserError."""
-    content = read_json(path, object_hook=_without_outlines)
+    content = read_json(path, object_pairs_hook=_entry)
     for key in ("images", "annotations", "categories"):
         entries = content.get(key) if isinstance(content, dict) else None
         if not (isinstance(entries, list) and all(isinstance(entry, dict) for entry in entries)):
@@ -203,7 +221,10 @@ def read_coco(path: Path) -> dict:
     return content
 
 
-def _without_outlines(entry: dict) -> dict:
+def _entry(pairs: list[tuple]) -> dict:
+    entry = dict(pairs)
+    if len(entry) != len(pairs):
+        raise ValueError(f"a key stands twice in {ascii(list(entry))[:100]}")
     entry.pop("segmentation", None)
     return entry
 
@@ -214,8 +235,8 @@ def categories_of(content: dict, path: Path) -> Categories:
     if not entries:
         raise UserError(f"{path}: holds no categories")
     for entry in entries:
-        if not (is_id(entry.get("id")) and isinstance(entry.get("name"), str)):
-            raise UserError(f"{path}: a category lacks a whole number 'id' or a 'name': {str(entry)[:100]}")
+        if not (is_id(entry.get("id")) and is_text(entry.get("name"))):
+            raise UserError(f"{path}: a category lacks a whole number 'id' or a 'name': {ascii(entry)[:100]}")
     entries = sorted(entries, key=lambda entry: entry["id"])
     ids = tuple(entry["id"] for entry in entries)
     if len(set(ids)) != len(ids):
@@ -225,4 +246,5 @@ def categories_of(content: dict, path: Path) -> Categories:
 
 def _annotated_size(image: dict) -> tuple[int, int]:
     size = image.get("height"), image.get("width")
-    return size if all(is_id(length) and 0 < length < 2**31 for length in size) else (0, 0)
+    whole = [is_finite(length) and 0 < length < 2**31 and length == int(length) for length in size]
+    return (int(size[0]), int(size[1])) if all(whole) else (0, 0)

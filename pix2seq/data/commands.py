@@ -35,7 +35,7 @@ def check_data(args: Arguments) -> int:
         report.write(folder)
     except OSError as error:
         raise UserError(f"--output_dir {args.output_dir}: cannot be written to ({error.strerror})") from None
-    print(f"written to {folder}: check.json" + (", check.png" if report.picture is not None else ""))
+    print(f"written to {folder}: check.json" + (", check.png" if report.draw is not None else ""))
     return 2 if report.of(ERROR) else 0
 
 
@@ -46,15 +46,22 @@ class ShowArguments(Arguments):
     first: int = flag(0, "number of the first of them, in the annotation file's order")
     epoch: int = flag(0, "whose augmentation is shown")
 
+    def __post_init__(self):
+        super().__post_init__()
+        for name, least in (("num_images", 1), ("first", 0), ("epoch", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"--{name} {getattr(self, name)}: must be at least {least}")
+
 
 def show_data(args: ShowArguments) -> int:
     dataset, _ = load_data(args)
     total = len(dataset.annotations)
     indices = range(args.first, min(args.first + args.num_images, total))
-    if not indices or args.first < 0:
-        raise UserError(f"--first {args.first} --num_images {args.num_images}: none of the {total} images")
+    if not indices:
+        raise UserError(f"--first {args.first}: there are {total} images, from 0 on")
+    picture = show(dataset, indices, args.epoch)
     try:
-        show(dataset, indices, args.epoch).save(args.output)
+        picture.save(args.output)
     except (OSError, ValueError) as error:
         raise UserError(f"--output {args.output}: cannot be written ({error})") from None
     print(f"written to {args.output}")
@@ -87,8 +94,13 @@ def shard_data(args: ShardArguments) -> int:
     return 0
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
 def convert_data(words: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m pix2seq.data convert", description=convert.__doc__)
+    parser = _Parser(prog="pix2seq.data convert", description="YOLO or Pascal VOC -> COCO annotation files")
     parser.add_argument("source", type=Path, help="folder with data.yaml, or with Pascal VOC's XML files")
     parser.add_argument("output", type=Path, help="folder for the COCO annotation files")
     args = parser.parse_args(words)
@@ -97,15 +109,16 @@ def convert_data(words: list[str]) -> int:
         print(f"{part.name}: {part.num_images} images, {part.num_objects} objects -> {part.json}")
         if part.name in ("train", "val"):
             flags += [f"--{part.name}_images", str(part.images), f"--{part.name}_json", str(part.json)]
-    print(f"train.py reads them with {shlex.join(flags)}")
+    if flags:
+        print(f"train.py reads them with {shlex.join(flags)}")
     return 0
 
 
 COMMANDS = {
-    "check": lambda words: check_data(parse(Arguments, words)),
-    "show": lambda words: show_data(parse(ShowArguments, words)),
+    "check": lambda words: check_data(parse(Arguments, words, "pix2seq.data check")),
+    "show": lambda words: show_data(parse(ShowArguments, words, "pix2seq.data show")),
     "convert": convert_data,
-    "shard": lambda words: shard_data(parse(ShardArguments, words)),
+    "shard": lambda words: shard_data(parse(ShardArguments, words, "pix2seq.data shard")),
 }
 
 

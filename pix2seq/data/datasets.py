@@ -33,9 +33,9 @@ class TrainDataset(Dataset):
     def __getitem__(self, key: tuple[int, int, int]) -> dict:
         """pixel_values uint8 (3, S, S), image_id, and SequenceBuilder's input_ids, labels, weights, each (L,).
 
-        Another image, always the same, stands in for one that cannot be read; `unreadable` then has a line for each
-        that was tried, its file and the reason, and is "" otherwise. With colour augmentation also `colors`, to be
-        painted on the device, and `size`: see colors.paint.
+        Another image, the same in every run, stands in for one that cannot be read; `unreadable` then has a line for
+        each that was tried, its file and the reason, and is "" otherwise. With colour augmentation also `colors`, to
+        be painted on the device, and `size`: see colors.paint.
         """
         unreadable = []
         for attempt in range(MAX_ATTEMPTS):

@@ -31,6 +31,8 @@ KINDS = {
     "size-unknown": (WARNING, "its boxes are not compared to its edges"),
     "boxes-xyxy": (ERROR, "the boxes are read as x, y, width, height all the same: mend the file"),
     "boxes-fractions": (ERROR, "the boxes are read as pixels all the same: mend the file"),
+    "iscrowd-invalid": (WARNING, "taken as 0, an ordinary object"),
+    "area-invalid": (WARNING, "the area of the box is used in scoring"),
     "duplicate-annotation-id": (WARNING, "both are used; they are numbered anew for scoring"),
     "no-objects": (ERROR, "there is nothing to train on"),
     "class-unused": (WARNING, "the model has the class, and learns that it is never there"),
@@ -45,9 +47,11 @@ KINDS = {
     "exif-turned": (WARNING, "the image is turned, as its annotated size asks for"),
     "exif-ignored": (WARNING, "the image is used as it is stored; see that its boxes fit"),
     "cmyk": (WARNING, "converted to RGB"),
+    "other-colours": (WARNING, "converted to RGB"),
     "16-bit": (WARNING, "the upper 8 bits are used"),
     "grey": (WARNING, "read as RGB with three equal channels"),
     "palette": (WARNING, "converted to RGB"),
+    "animated": (WARNING, "its first frame is used"),
     "transparent": (WARNING, "what lies under the transparency is used as it is"),
     "duplicate-image": (WARNING, "both are used"),
     # both splits together
@@ -87,10 +91,9 @@ def usable_images(entries: list[dict], path: Path) -> tuple[list[dict], list[Fau
     faults, by_id, files = [], {}, set()
     for entry in entries:
         image_id, name = entry.get("id"), entry.get("file_name")
-        if not (is_id(image_id) and isinstance(name, str) and name):
-            faults.append(
-                Fault("image-entry", str(path), "", f"no whole number 'id' or no 'file_name': {entry}"[:200])
-            )
+        if not (is_id(image_id) and is_text(name) and name):
+            value = f"no whole number 'id' or no 'file_name' of Unicode text: {entry}"[:200]
+            faults.append(Fault("image-entry", str(path), "", value))
         elif image_id in by_id:
             value = f"{name!r} has the id of {by_id[image_id]['file_name']!r}"
             faults.append(Fault("duplicate-image-id", str(path), f"image {image_id}", value))
@@ -105,9 +108,10 @@ def usable_images(entries: list[dict], path: Path) -> tuple[list[dict], list[Fau
 def usable_objects(
     entries: list[dict], image_ids: Iterable[int], category_ids: Iterable[int], path: Path
 ) -> tuple[list[dict], list[Fault]]:
-    """The annotations with four finite numbers, of an image and a class that exist, and what is wrong with the
-    others."""
+    """The annotations with four finite numbers, of an image and a class that exist, and what is wrong with them and
+    with the others. What is wrong with iscrowd and area is taken out of the entries."""
     image_ids, category_ids = set(image_ids), set(category_ids)
+    known = listed(map(str, sorted(category_ids)))
     usable, faults, seen = [], [], set()
     for entry in entries:
         kind, value, box = None, "", entry.get("bbox")
@@ -116,12 +120,17 @@ def usable_objects(
         elif not is_id(entry.get("image_id")) or entry["image_id"] not in image_ids:
             kind, value = "unknown-image", f"image {entry.get('image_id')} is not in the file"
         elif not is_id(entry.get("category_id")) or entry["category_id"] not in category_ids:
-            known = listed(map(str, sorted(category_ids)))
             kind, value = "unknown-category", f"category {entry.get('category_id')} is not one of {known}"
         if kind is not None:
             faults.append(Fault(kind, str(path), _name(entry), value))
             continue
         usable.append(entry)
+        if entry.get("iscrowd", 0) not in (0, 1):
+            faults.append(Fault("iscrowd-invalid", str(path), _name(entry), f"iscrowd {entry['iscrowd']!r}: 0 or 1"))
+            entry["iscrowd"] = 0
+        if (area := entry.get("area")) is not None and not (is_finite(area) and area >= 0):
+            faults.append(Fault("area-invalid", str(path), _name(entry), f"area {area!r}"))
+            del entry["area"]
         if is_id(annotation_id := entry.get("id")):
             if annotation_id in seen:
                 faults.append(Fault("duplicate-annotation-id", str(path), _name(entry), "the id was used before"))
@@ -138,7 +147,8 @@ def box_faults(
     x, y, width, height = boxes.T
     known = sizes.min(axis=1) > 0
     limit_y, limit_x = sizes.T
-    negative, empty = (boxes[:, 2:] < 0).any(axis=1), (boxes[:, 2:] == 0).any(axis=1)
+    negative = (boxes[:, 2:] < 0).any(axis=1)
+    empty = (boxes[:, :2] + boxes[:, 2:] <= boxes[:, :2]).any(axis=1)  # also one that is thinner than float32 can tell
     solid = ~negative & ~empty
     outside = solid & known & ((x >= limit_x) | (y >= limit_y) | (x + width <= 0) | (y + height <= 0))
     beyond = solid & known & ~outside & ((x < -1) | (y < -1) | (x + width > limit_x + 1) | (y + height > limit_y + 1))
@@ -157,7 +167,8 @@ def box_faults(
             faults.append(Fault(kind, str(path), _name(entries[row]), value))
     count = len(boxes)
     # Of boxes that really are xywh, some lie far from the origin and are smaller than their distance from it.
-    if count >= 10 and (beyond | outside).mean() > 0.1 and as_corners[known & ~crowd].mean() > 0.99:
+    compared = known & ~crowd
+    if count >= 10 and (beyond | outside).mean() > 0.1 and compared.any() and as_corners[compared].mean() > 0.99:
         value = (
             f"{(beyond | outside).sum()} of {count} boxes leave their images; as x1, y1, x2, y2 nearly all would fit"
         )
@@ -174,6 +185,16 @@ def _name(entry: dict) -> str:
 def listed(names: Iterable[str], most: int = 10) -> str:
     names = list(names)
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def is_text(value) -> bool:
+    """A string that can be written: JSON may hold halves of characters."""
+    return isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value)
+
+
+def shown(name: str) -> str:
+    """A file's name in one line."""
+    return name if name.isprintable() else name.encode("unicode_escape").decode()
 
 
 def is_id(value) -> bool:

@@ -27,6 +27,12 @@ FORMATS = [f for f in ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "AVIF
 # Decoding takes 3 bytes a pixel, and a file of some kilobytes may claim any number of them.
 MAX_PIXELS = 100_000_000
 EXIF_ORIENTATION = 0x0112
+# What a file is called, and which of these formats it then should be.
+FORMATS_OF_SUFFIX = {
+    **dict.fromkeys((".jpg", ".jpeg", ".jpe", ".jfif"), ("JPEG", "MPO")),
+    **{".png": ("PNG",), ".webp": ("WEBP",), ".bmp": ("BMP",), ".tif": ("TIFF",), ".tiff": ("TIFF",)},
+    **{".gif": ("GIF",), ".ppm": ("PPM",), ".pgm": ("PPM",), ".avif": ("AVIF",), ".jp2": ("JPEG2000",)},
+}
 SHARDS_INDEX = "shards.json"
 
 
@@ -69,17 +75,17 @@ class Picture:
             raise BadImage("too-many-pixels", error) from None
         except Image.UnidentifiedImageError:
             raise BadImage("unreadable-file", f"not an image, or none of {', '.join(FORMATS)}") from None
-        # Pillow raises the last two for damaged chunks and headers.
-        except (OSError, ValueError, SyntaxError) as error:
+        except Exception as error:  # of damaged headers, each decoder makes an error of its own
             raise BadImage("unreadable-file", error) from None
 
     @property
     def orientation(self) -> int:
         """EXIF's: 1 is as stored, 5 to 8 swap the sides."""
         try:
-            return int(self.header.getexif().get(EXIF_ORIENTATION, 1))
-        except (OSError, ValueError, SyntaxError, TypeError, struct.error):
+            orientation = int(self.header.getexif().get(EXIF_ORIENTATION, 1))
+        except Exception:  # a damaged tag is none
             return 1
+        return orientation if 1 <= orientation <= 8 else 1
 
     def pixels(self, at_least: tuple[int, int] | None = None) -> torch.Tensor:
         """uint8 RGB (3, H, W): the whole size, or a half, quarter or eighth of it if that is no smaller than
@@ -95,8 +101,9 @@ class Picture:
                 image = self._open()  # a picture may be decoded more than once, at other sizes
                 image.draft("RGB", (at_least[1], at_least[0]))
             return pil_to_tensor(_as_rgb(ImageOps.exif_transpose(image) if self.turned else image))
-        # torchvision raises the last for damaged files.
-        except (OSError, ValueError, SyntaxError, RuntimeError) as error:
+        except BadImage:
+            raise
+        except Exception as error:  # of damaged files, each decoder makes an error of its own
             raise BadImage("unreadable-file", error) from None
 
 
@@ -124,46 +131,50 @@ class Folder:
         for index, name in enumerate(names):
             folder, _, file = name.rpartition("/")
             parts = name.replace("\\", "/").split("/")
-            if os.path.isabs(name) or name[1:2] == ":" or ".." in parts or "\0" in name:
+            if os.path.isabs(name) or name[1:3] in (":/", ":\\") or ".." in parts or "\0" in name:
                 faults[index] = BadImage("path-outside", "leads out of the folder of images")
-                file = ""
-            else:
-                if folder not in listings:
-                    listings[folder] = self._listing(folder)
-                found = listings[folder]
-                if file not in found:
-                    near = (
-                        {unicodedata.normalize("NFC", other): other for other in found} if not file.isascii() else {}
-                    )
-                    other = near.get(unicodedata.normalize("NFC", file))
-                    kind, why = ("missing-file", f"not in {self.path}")
-                    if other is not None:
-                        kind, why = "other-unicode-form", "the letters with marks on them are coded otherwise on disk"
-                    faults[index], file = BadImage(kind, why), other or ""
-                if file and not found[file]:
-                    why = "a symbolic link out of the folder of images (--follow_links allows it)"
-                    faults[index], file = BadImage("path-outside", why), ""
+                places.append("")
+                continue
+            if folder not in listings:
+                listings[folder] = self._listing(folder)
+            found, by_form, problem = listings[folder]
+            if file not in found:
+                other = by_form.get(unicodedata.normalize("NFC", file))
+                kind, why = "missing-file", problem or f"not in {self.path}"
+                if other is not None:
+                    kind, why = "other-unicode-form", "the letters with marks on them are coded otherwise on disk"
+                faults[index], file = BadImage(kind, why), other or ""
+            if file and not found[file]:
+                why = "a symbolic link out of the folder of images (--follow_links allows it)"
+                faults[index], file = BadImage("path-outside", why), ""
             places.append(f"{folder}/{file}".lstrip("/") if file else "")
         # Not a list: workers that look at Python objects copy them, and their memory grows.
         return np.array(places, dtype=np.dtypes.StringDType()), faults
 
-    def _listing(self, folder: str) -> dict[str, bool]:
-        """The files in one folder, and whether they may be opened. One listing answers for all of them."""
+    def _listing(self, folder: str) -> tuple[dict[str, bool], dict[str, str], str | None]:
+        """The files in one folder, and whether they may be opened; those that are not ASCII by their composed form;
+        and what is wrong with the folder. One listing answers for all of them."""
         base = os.path.realpath(self.path)
 
         def inside(path) -> bool:
             return self.follow_links or os.path.commonpath([base, os.path.realpath(path)]) == base
 
+        found = {}
         try:
+            allowed = inside(self.path / folder)
             with os.scandir(self.path / folder) as entries:
-                allowed = inside(self.path / folder)
-                return {
-                    entry.name: allowed and (not entry.is_symlink() or inside(entry.path))
-                    for entry in entries
-                    if entry.is_file()
-                }
-        except OSError:
-            return {}
+                for entry in entries:
+                    try:
+                        if entry.is_file():
+                            found[entry.name] = allowed and (not entry.is_symlink() or inside(entry.path))
+                    except OSError:  # a link that leads to itself is no file
+                        continue
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            return {}, {}, f"{self.path / folder}: {error.strerror}"
+        by_form = {unicodedata.normalize("NFC", name): name for name in found if not name.isascii()}
+        return found, by_form, None
 
     def read(self, place: str) -> np.ndarray:
         try:
@@ -184,20 +195,25 @@ class _Packed:
 
     def locate(self, names: list[str]) -> tuple[np.ndarray, dict[int, BadImage]]:
         """As Folder's; places are rows of numbers."""
+        # COCO's archives put all files into a folder of their own.
+        tops = {name.partition("/")[0] for name in self._names}
+        top = f"{tops.pop()}/" if len(tops) == 1 and all("/" in name for name in self._names) else ""
         row_of = {name: row for row, name in enumerate(self._names)}
-        for row, name in enumerate(self._names):  # COCO's archives put all files into a folder of their own
-            row_of.setdefault(name.partition("/")[2], row)
+        row_of |= {name.removeprefix(top): row for row, name in enumerate(self._names)}
         rows = [row_of.get(name, -1) for name in names]
         missing = {i: BadImage("missing-file", f"not in {self.path}") for i, row in enumerate(rows) if row < 0}
         places = np.append(self._rows, np.full((1, self._rows.shape[1]), -1), axis=0)[rows]
         return places, missing
 
     def _bytes(self, file: int, offset: int, size: int) -> np.ndarray:
-        if file not in self._descriptors:
-            self._descriptors[file] = os.open(self._files[file], os.O_RDONLY)
-        data = np.empty(size, dtype=np.uint8)
-        # Workers share the file's position if they are forked, so nobody moves it.
-        count = os.preadv(self._descriptors[file], [data], offset)
+        try:
+            if file not in self._descriptors:
+                self._descriptors[file] = os.open(self._files[file], os.O_RDONLY)
+            data = np.empty(size, dtype=np.uint8)
+            # Workers share the file's position if they are forked, so nobody moves it.
+            count = os.preadv(self._descriptors[file], [data], offset)
+        except (OSError, MemoryError) as error:
+            raise BadImage("unreadable-file", f"{self._files[file]}: {error}") from None
         if count != size:
             raise BadImage("unreadable-file", f"{self._files[file]} ends before it does")
         return data
@@ -210,7 +226,7 @@ class Zip(_Packed):
         try:
             with zipfile.ZipFile(path) as archive:
                 members = [member for member in archive.infolist() if not member.is_dir()]
-        except (OSError, zipfile.BadZipFile) as error:
+        except Exception as error:  # of damaged archives, zipfile makes many kinds of errors
             raise UserError(f"{path}: cannot be read as a zip archive ({error})") from None
         rows = [(m.header_offset, m.compress_size, m.file_size, m.compress_type, m.CRC) for m in members]
         super().__init__(path, [path], [m.filename for m in members], np.array(rows, dtype=np.int64).reshape(-1, 5))
@@ -235,18 +251,28 @@ class Shards(_Packed):
     """Pictures in WebDataset shards, by the index shards.py wrote beside them. Rows: shard, offset, bytes."""
 
     def __init__(self, path: Path):
+        name = path / SHARDS_INDEX
         try:
-            index = json.loads((path / SHARDS_INDEX).read_bytes())
-            files, sizes = [path / name for name in index["files"]], index["sizes"]
-            names, rows = index["names"], np.array(index["rows"], dtype=np.int64).reshape(-1, 3)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path / SHARDS_INDEX}: cannot be read as an index of shards ({error!r})") from None
-        for file, size in zip(files, sizes, strict=True):
-            found = file.stat().st_size if file.is_file() else None
-            if found != size:
+            index = json.loads(name.read_bytes())
+            files, names = [str(file) for file in index["files"]], [str(file) for file in index["names"]]
+            sizes = np.array(index["sizes"], dtype=np.int64)
+            rows = np.array(index["rows"], dtype=np.int64).reshape(-1, 3)
+        except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
+            raise UserError(f"{name}: cannot be read as an index of shards ({error!r})") from None
+        shard, offset, size = rows.T
+        good = (
+            len(sizes) == len(files) and len(rows) == len(names) and (rows >= 0).all() and (shard < len(files)).all()
+        )
+        if not (good and (offset <= sizes[shard]).all() and (size <= sizes[shard] - offset).all()):
+            raise UserError(f"{name}: its files, names and rows do not fit each other; write the shards anew")
+        for file, wanted in zip(files, sizes.tolist(), strict=True):
+            if Path(file).name != file:
+                raise UserError(f"{name}: {file!r} leads out of the folder")
+            found = (path / file).stat().st_size if (path / file).is_file() else None
+            if found != wanted:
                 state = "is missing" if found is None else f"has {found} bytes"
-                raise UserError(f"{file}: {state}, and {size} bytes were written; copy it again")
-        super().__init__(path, files, names, rows)
+                raise UserError(f"{path / file}: {state}, and {wanted} bytes were written; copy it again")
+        super().__init__(path, [path / file for file in files], names, rows)
 
     def read(self, place: np.ndarray) -> np.ndarray:
         return self._bytes(*place.tolist())

@@ -5,6 +5,7 @@ so that training on shards is training on the files."""
 import io
 import json
 import os
+import re
 import tarfile
 from pathlib import Path
 
@@ -16,20 +17,19 @@ from pix2seq.data.sources import SHARDS_JSON
 from pix2seq.errors import UserError
 from pix2seq.progress import progress
 
+MARKER = "pix2seq"
+UNFINISHED = f".{SHARDS_INDEX}"
+
 
 def write_shards(annotations: Annotations, output: Path, shard_mb: float = 512) -> dict[str, int]:
     """Packs the images of one split into `output`: NNNNNN.tar of about `shard_mb` megabytes each, which hold for every
     image its file, unchanged, and its objects as JSON; the annotation file, and the index, which is written last.
 
     Returns the numbers of images and shards. Raises UserError if an image cannot be read or the folder holds something
-    else. A folder that was left half written is written anew.
+    else. Shards that were written there before, or half of them, are written anew.
     """
-    if output.exists() and any(path.name not in _ours(output) for path in output.iterdir()):
-        raise UserError(f"{output}: is not empty and holds something else than shards; name another folder")
-    output.mkdir(parents=True, exist_ok=True)
-    for name in _ours(output):
-        (output / name).unlink(missing_ok=True)
     content = read_json(annotations.split.json)
+    _clear(output, annotations)
     names = annotations.file_names.tolist()
     files, rows = [], []
     todo = progress(range(len(names)), "packing")
@@ -48,9 +48,9 @@ def write_shards(annotations: Annotations, output: Path, shard_mb: float = 512) 
                 index = next(todo, None)
     (output / SHARDS_JSON).write_text(json.dumps(content))
     sizes = [(output / name).stat().st_size for name in files]
-    temporary = output / f".{SHARDS_INDEX}"
-    temporary.write_text(json.dumps({"files": files, "sizes": sizes, "names": names, "rows": rows}))
-    os.replace(temporary, output / SHARDS_INDEX)
+    index = {"made_by": MARKER, "files": files, "sizes": sizes, "names": names, "rows": rows}
+    (output / UNFINISHED).write_text(json.dumps(index))
+    os.replace(output / UNFINISHED, output / SHARDS_INDEX)
     return {"images": len(names), "shards": len(files)}
 
 
@@ -78,9 +78,27 @@ def _about(annotations: Annotations, index: int) -> dict:
     return about | {"annotations": objects}
 
 
-def _ours(output: Path) -> set[str]:
-    shards = {path.name for path in output.glob("[0-9][0-9][0-9][0-9][0-9][0-9].tar")}
-    return shards | {SHARDS_JSON, SHARDS_INDEX, f".{SHARDS_INDEX}"}
+def _clear(output: Path, annotations: Annotations) -> None:
+    """Makes the folder, or empties it of shards that were written here before: nobody else's file is removed."""
+    sources = annotations.split.images, annotations.split.json.parent
+    if any(output.resolve() in (path.resolve(), *path.resolve().parents) for path in sources):
+        raise UserError(f"{output}: holds what is to be packed; name another folder")
+    if output.exists() and any(output.iterdir()):
+        shards = [path for path in output.iterdir() if re.fullmatch(r"\d{6,}\.tar", path.name)]
+        ours = {*shards, *(output / name for name in (SHARDS_JSON, SHARDS_INDEX, UNFINISHED))}
+        if not (_is_ours(output / SHARDS_INDEX) or _is_ours(output / UNFINISHED)) or set(output.iterdir()) - ours:
+            raise UserError(f"{output}: is not empty and holds something else than shards; name another folder")
+        for path in ours:
+            path.unlink(missing_ok=True)
+    output.mkdir(parents=True, exist_ok=True)
+    (output / UNFINISHED).write_text(json.dumps({"made_by": MARKER}))
+
+
+def _is_ours(index: Path) -> bool:
+    try:
+        return json.loads(index.read_bytes())["made_by"] == MARKER
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _add(shard: tarfile.TarFile, name: str, data: bytes) -> int:

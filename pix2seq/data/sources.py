@@ -56,12 +56,16 @@ def split_of_root(root: str | Path, name: str) -> Split:
             return Split(root / folder, root / folder / ROBOFLOW_JSON)
     if _looks_convertible(root):
         raise UserError(
-            f"--root {root}: a YOLO or Pascal VOC dataset; `python -m pix2seq.data convert {root} OUT` writes COCO "
-            "files for it, and leaves its images where they are"
+            f"--root {root}: {annotations.relative_to(root)} is missing. It looks like YOLO or Pascal VOC: `python -m "
+            f"pix2seq.data convert {root} OUT` writes COCO files for it, and leaves its images where they are"
         )
-    raise UserError(f"--root {root}: {annotations.relative_to(root)} is missing")
+    raise UserError(
+        f"--root {root}: {annotations.relative_to(root)} is missing (COCO), and so is "
+        f"{_ROBOFLOW[name][0]}/{ROBOFLOW_JSON} (Roboflow)"
+    )
 
 
 def _looks_convertible(root: Path) -> bool:
-    yolo = any((root / name).is_file() for name in ("data.yaml", "data.yml"))
-    return yolo or (root / "Annotations").is_dir() or next(root.glob("**/*.xml"), None) is not None
+    if any((root / name).exists() for name in ("data.yaml", "data.yml", "Annotations", "JPEGImages")):
+        return True
+    return any(next((root / folder).glob("*.xml"), None) for folder in ("train", "valid", "val"))

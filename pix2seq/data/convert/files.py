@@ -7,9 +7,10 @@ from pathlib import Path
 
 from PIL import Image
 
+from pix2seq.data.images import FORMATS_OF_SUFFIX
 from pix2seq.errors import UserError
 
-SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+SUFFIXES = set(FORMATS_OF_SUFFIX)
 _EXIF_ORIENTATION = 0x0112
 
 

@@ -64,7 +64,7 @@ def _voc_splits(source: Path) -> dict[str, list[tuple[Path, Path]]]:
         if (lists / f"{name}.txt").is_file():
             files = {annotations / f"{line}.xml": number for number, line in read_lines(lists / f"{name}.txt")}
             for xml, number in files.items():
-                if not xml.is_file():
+                if not xml.is_file() or annotations not in xml.parents:
                     raise UserError(f"{lists / name}.txt:{number}: there is no {xml}")
             if files:
                 splits[name] = list(files)
@@ -139,6 +139,8 @@ def _read_xml(path: Path) -> Element:
     parser.CharacterDataHandler = builder.data
     try:
         parser.Parse(read_bytes(path), True)
-    except (expat.ExpatError, LookupError) as error:  # LookupError: an encoding that does not exist
+    except UserError:
+        raise
+    except (expat.ExpatError, LookupError, ValueError) as error:  # the last two: an encoding that expat does not know
         raise UserError(f"{path}:{parser.CurrentLineNumber}: is not XML ({error})") from None
     return builder.close()

@@ -3,7 +3,6 @@
 hotcoco 1.3 reads it too, but refuses polygons, and drops images without a label file and the endings of all names.
 """
 
-import glob
 import math
 import os
 from collections.abc import Iterator
@@ -32,6 +31,7 @@ def read_yolo(config: Path) -> tuple[dict[str, list[SourceImage]], Classes]:
         categories = {int(index): (int(index) + 1, name) for index, name in names.items()}
     except ValueError:
         raise UserError(f"{config}: names has a class number that is not a whole one: {', '.join(names)}") from None
+    keypoints = _numbers_of_keypoints(config, content)
     splits = {}
     for name, keys in {"train": ["train"], "val": ["val", "valid"], "test": ["test"]}.items():
         key = next((key for key in keys if content.get(key)), None)
@@ -45,7 +45,7 @@ def read_yolo(config: Path) -> tuple[dict[str, list[SourceImage]], Classes]:
         if name != "test" and not any(label.is_file() for label in labels):
             raise UserError(f"{config}: {key}: not one picture has a label file; the first would be {labels[0]}")
         splits[name] = [
-            _yolo_picture(path, label, categories)
+            _yolo_picture(path, label, categories, keypoints)
             for path, label in zip(progress(paths, f"reading {name}"), labels, strict=True)
         ]
     if not splits:
@@ -67,9 +67,12 @@ def _yolo_pictures(config: Path, content: dict, key: str, entry: str) -> Iterato
             f"{config}: {key}: {entry} is neither under {' nor under '.join(map(str, dict.fromkeys(roots)))}"
         )
     if found.is_dir():
-        for path in sorted(glob.glob(os.path.join(glob.escape(str(found)), "**", "*.*"), recursive=True)):
-            if Path(path).suffix.lower() in SUFFIXES:
-                yield absolute(path)
+        seen = set()  # links may lead back to where they are
+        for folder, folders, names in os.walk(found, followlinks=True):
+            seen.add(os.path.realpath(folder))
+            folders[:] = sorted(f for f in folders if os.path.realpath(os.path.join(folder, f)) not in seen)
+            images = [n for n in sorted(names) if Path(n).suffix.lower() in SUFFIXES and not n.startswith(".")]
+            yield from (absolute(Path(folder, name)) for name in images)
         return
     for number, line in read_lines(found):
         candidates = [root / line for root in (found.parent, *roots)]
@@ -85,7 +88,19 @@ def _label_file(picture: Path) -> Path:
     return Path(f"{before}/labels/{after}" if images else after).with_suffix(".txt")
 
 
-def _yolo_picture(path: Path, label: Path, categories: Classes) -> SourceImage:
+def _numbers_of_keypoints(config: Path, content: dict) -> int:
+    """How many numbers follow a box, in datasets of poses: kpt_shape is [points, numbers of each]."""
+    shape = content.get("kpt_shape")
+    if shape is None:
+        return 0
+    try:
+        points, numbers = map(int, shape)
+    except (TypeError, ValueError):
+        raise UserError(f"{config}: kpt_shape {shape}: must be two whole numbers") from None
+    return points * numbers
+
+
+def _yolo_picture(path: Path, label: Path, categories: Classes, keypoints: int) -> SourceImage:
     width, height = size = upright_size(path)
     objects = []
     for number, line in read_lines(label) if label.is_file() else ():
@@ -93,6 +108,8 @@ def _yolo_picture(path: Path, label: Path, categories: Classes) -> SourceImage:
             index, *values = map(float, line.split())
         except ValueError:
             index, values = math.nan, []
+        if keypoints:
+            values = values[:4] if len(values) == 4 + keypoints else []
         if not (len(values) == 4 or (len(values) >= 6 and len(values) % 2 == 0)) or not all(
             map(math.isfinite, [index, *values])
         ):
