@@ -219,8 +219,6 @@ def test_every_copy_of_an_image_is_told(tmp_path, shapes_root):
     assert [entry for kind, entry in kinds if kind == "leak"] == [f"{n}.png" for n in range(5)]
     copies = sorted(entry for kind, entry in kinds if kind == "duplicate-image")
     assert copies == sorted([f"{n}.png" for n in range(1, 5)] * 2)
-        ["1.png", "2.png", "3.png", "4.png"] * 2
-    )
 
 
 # -- training on it --------------------------------------------------------------------------------
