@@ -9,6 +9,7 @@ check, show and shard take the flags of train.py, recipes included. --help after
 """
 
 import argparse
+import os
 import shlex
 import sys
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from pix2seq.errors import UserError
 
 def check_data(args: Arguments) -> int:
     """Prints what is in a dataset and what is wrong with it, and writes it into the run folder; the exit code."""
-    report = check(*find_splits(args), args.follow_links, args.max_objects, args.num_workers)
+    report = check(*find_splits(args), args.follow_links, args.max_objects, min(args.num_workers, os.cpu_count() or 1))
     folder = Path(args.output_dir) / "data"
     print(report)
     try:

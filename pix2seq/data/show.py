@@ -14,6 +14,7 @@ from pix2seq.visualize import GREY, color_of, draw_boxes, enlarge, grid, paragra
 
 SIDE = 400  # of a picture
 MOST_OBJECTS, MOST_NOISE = 6, 3  # rows of the table
+NOISE_DRAWN = 10  # more of it hides the picture
 
 
 def show(dataset: TrainDataset, indices: Sequence[int], epoch: int = 0) -> Image.Image:
@@ -26,7 +27,7 @@ def show(dataset: TrainDataset, indices: Sequence[int], epoch: int = 0) -> Image
         sheet,
         f"A line is an object, five tokens; the lines, one after the other, are the sentence. Numbers are bins: 0 is "
         f"the top or left edge of the canvas, {bins - 1} the bottom or right. Pale tokens have no weight: where noise "
-        "lies is never learnt, only that it is noise.",
+        f"lies is never learnt, only that it is noise. Of noise, {NOISE_DRAWN} objects are drawn at most.",
     )
 
 
@@ -51,7 +52,9 @@ def _example(dataset: TrainDataset, key: tuple[int, int, int]) -> tuple[Image.Im
     boxes, labels = tokenizer.decode(example["labels"])
     captions = ["" if label == NOISE_LABEL else f"{n + 1} {names[label]}" for n, label in enumerate(labels)]
     # Noise first, so that it lies under the objects.
-    order = np.argsort(labels != NOISE_LABEL, kind="stable")
+    order = np.concatenate(
+        [np.flatnonzero(labels == NOISE_LABEL)[:NOISE_DRAWN], np.flatnonzero(labels != NOISE_LABEL)]
+    )
     canvas, scaled = enlarge(to_pil_image(pixels), boxes[order] * pixels.shape[-1], SIDE)
     colors = [color_of(labels[n]) for n in order]
     canvas = draw_boxes(canvas, scaled, [captions[n] for n in order], colors, labels[order] == NOISE_LABEL)
