@@ -90,7 +90,7 @@ def test_cached_decoding_is_uncached_decoding_and_a_batch_is_its_rows(decoder, b
     model = build(decoder, backbone).eval()
     with torch.no_grad():
         whole = model(pictures(), sentences()).logits
-        cache = model.start(pictures())
+        cache = model.start(pictures(), 15)
         steps = torch.stack([model.step(sentences()[:, t], t, cache) for t in range(15)], dim=1)
         alone = model(pictures()[1:], sentences()[1:]).logits
     torch.testing.assert_close(steps, whole, atol=1e-5, rtol=0)
@@ -233,7 +233,7 @@ def test_a_causal_prefix(causal):
     changed = visual.clone()
     changed[:, -1] += 1
     with torch.no_grad():
-        keys = [model.decoder.start(v).layers[1].keys for v in (visual, changed)]  # of the second layer
+        keys = [model.decoder.start(v, 1).seen.layers[1] for v in (visual, changed)]  # of the second layer
     assert torch.equal(keys[0][:, :, 0], keys[1][:, :, 0]) == causal
 
 

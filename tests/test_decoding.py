@@ -3,6 +3,7 @@
 The models here are stubs: anything with `start`, `step` and `config.noise_objects` can be decoded.
 """
 
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.generation.logits_process import TopPLogitsWarper
 
-from pix2seq.decoding import DecodingOptions, Grammar, generate, sample_top_p
+from benchmarks.decode import PrefixedLlama, by_generate
+from pix2seq.decoding import DecodingOptions, Grammar, NonFiniteLogits, generate, sample_top_p
 from pix2seq.tokenizer import CLASS_SLOT, NOISE_LABEL, TOKENS_PER_OBJECT, Tokenizer
 
 TOKENIZER = Tokenizer(num_classes=3, num_bins=12)
@@ -27,12 +29,22 @@ class Scripted:
         self.config = SimpleNamespace(noise_objects=noise_objects)
         self.read: list[list[int]] = []
 
-    def start(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        return pixel_values[:, 0, 0, 0].long()
+    def start(self, pixel_values: torch.Tensor, length: int) -> "Rows":
+        return Rows(pixel_values[:, 0, 0, 0].long())
 
-    def step(self, ids: torch.Tensor, position: int, cache: torch.Tensor) -> torch.Tensor:
+    def step(self, ids: torch.Tensor, position: int, steps: "Rows", rows: slice = slice(None)) -> torch.Tensor:
         self.read.append(ids.tolist())
-        return self.logits[cache, position]
+        return self.logits[steps.rows, position][:, rows]
+
+
+@dataclass
+class Rows:
+    """Which of the pictures are still being written."""
+
+    rows: torch.Tensor
+
+    def keep(self, indices: torch.Tensor) -> None:
+        self.rows = self.rows[indices]
 
 
 def pixels(rows) -> torch.Tensor:
@@ -98,18 +110,13 @@ def test_every_token_that_is_fed_back_is_of_its_slots_kind(seed, noise_objects):
     model = Scripted(random_logits(4, 3, seed), noise_objects)
     decode(model, range(4), max_objects=3, top_p=1.0)
     assert model.read[0] == [TOKENIZER.bos_id] * 4
-    ended = [False] * 4
     for position, tokens in enumerate(model.read[1:]):
-        for row, token in enumerate(tokens):
-            if token == TOKENIZER.eos_id:
-                assert not noise_objects
-                assert ended[row] or position % TOKENS_PER_OBJECT == 0
-                ended[row] = True
-            elif position % TOKENS_PER_OBJECT == CLASS_SLOT:
+        assert len(tokens) == 4 or not noise_objects
+        for token in tokens:  # EOS is not fed back: the row is gone
+            if position % TOKENS_PER_OBJECT == CLASS_SLOT:
                 assert TOKENIZER.noise_id <= token < TOKENIZER.first_bin_id
             else:
                 assert TOKENIZER.first_bin_id <= token < V
-            assert not ended[row] or token == TOKENIZER.eos_id
 
 
 @pytest.mark.parametrize("noise_objects", [True, False])
@@ -141,11 +148,10 @@ def test_each_corner_is_held_against_its_own_axis():
     found = decode(Scripted(certain([wish])), [0], max_objects=1, top_p=0)[0]
     assert found.boxes * 11 == pytest.approx(np.array([[9, 2, 10, 5]]))
     grammar = Grammar(TOKENIZER, allow_eos=False)
-    said = [torch.tensor([token]) for token in bins(2, 9)]
-    allowed = grammar(torch.zeros(1, V), said).isfinite()[0]
-    assert torch.nonzero(allowed).flatten().tolist() == bins(*range(2, 12))
-    allowed = grammar(torch.zeros(1, V), [*said, torch.tensor(bins(5))]).isfinite()[0]
-    assert torch.nonzero(allowed).flatten().tolist() == bins(*range(9, 12))
+    for slot, corner in ((2, 2), (3, 9)):
+        assert grammar.rows[slot] == slice(TOKENIZER.first_bin_id, V)
+        allowed = grammar(torch.zeros(1, 12), slot, torch.tensor(bins(corner))).isfinite()[0]
+        assert torch.nonzero(allowed).flatten().tolist() == list(range(corner, 12))
 
 
 def test_a_corner_in_the_last_bin_does_not_dead_end():
@@ -378,3 +384,108 @@ def test_the_model_itself_can_be_decoded(make_model, noise_objects):
         alone = generate(model, images[row : row + 1], tokenizer, options)[0]
         np.testing.assert_array_equal(alone.boxes, together[row].boxes)
         assert alone.scores == pytest.approx(together[row].scores, abs=1e-5)
+
+
+@pytest.mark.parametrize("noise_objects", [True, False])
+def test_a_hundred_thousand_random_sentences_are_grammatical(noise_objects):
+    read = []
+    for seed in range(10):
+        model = Scripted(random_logits(10_000, 2, seed, scale=2.0), noise_objects)
+        found = decode(model, range(10_000), max_objects=2, top_p=1.0, seed=seed)
+        read.append(len(found))
+        boxes = np.concatenate([one.boxes for one in found])
+        assert ((boxes >= 0) & (boxes <= 1)).all()
+        assert (boxes[:, 2:] >= boxes[:, :2]).all()
+        assert len(boxes) == 20_000 or not noise_objects
+        for position, tokens in enumerate(model.read[1:]):
+            tokens = np.array(tokens)
+            is_class = (tokens >= TOKENIZER.noise_id) & (tokens < TOKENIZER.first_bin_id)
+            assert (is_class if position % TOKENS_PER_OBJECT == CLASS_SLOT else tokens >= TOKENIZER.first_bin_id).all()
+    assert sum(read) == 100_000
+
+
+# -- stopping early --------------------------------------------------------------------------------
+
+
+def objects_with(scores: list[float]) -> torch.Tensor:
+    """A sentence whose objects have these probabilities of their class, and else NOISE."""
+    parts = [class_logits(c1=score, noise=1 - score) for score in scores]
+    return torch.cat(parts, dim=1)
+
+
+@pytest.mark.parametrize(
+    ("stop_after_noise", "written"), [(0, [8, 8, 8]), (1, [1, 3, 2]), (2, [2, 8, 5]), (3, [3, 8, 6]), (9, [8, 8, 8])]
+)
+def test_a_sentence_ends_after_so_many_noise_objects_in_a_row(stop_after_noise, written):
+    low, high = 0.1, 0.9
+    rows = [[low] * 8, [high, high, low, high, low, high, low, high], [high, low, high, low, low, low, high, high]]
+    logits = torch.cat([objects_with(row) for row in rows])
+    whole = decode(Scripted(logits), range(3), max_objects=8, top_p=0)
+    model = Scripted(logits)
+    found = decode(model, range(3), max_objects=8, top_p=0, stop_after_noise=stop_after_noise)
+    for stopped, full, count in zip(found, whole, written, strict=True):
+        assert len(stopped.scores) == count
+        np.testing.assert_array_equal(stopped.boxes, full.boxes[:count])
+        np.testing.assert_array_equal(stopped.scores, full.scores[:count])
+    assert len(model.read) == 5 * max(written)
+    assert sum(len(tokens) for tokens in model.read) == 5 * sum(written)  # rows that have ended leave the batch
+
+
+def test_what_counts_as_noise_is_an_option():
+    logits = objects_with([0.4, 0.4, 0.4])
+    assert len(decode(Scripted(logits), [0], max_objects=3, top_p=0, stop_after_noise=2)[0].scores) == 2
+    options = {"max_objects": 3, "top_p": 0, "stop_after_noise": 2, "noise_score": 0.3}
+    assert len(decode(Scripted(logits), [0], **options)[0].scores) == 3
+
+
+@pytest.mark.parametrize("options", [{"stop_after_noise": -1}, {"noise_score": 1.5}])
+def test_bad_rules_are_refused(options):
+    with pytest.raises(ValueError, match="noise"):
+        DecodingOptions(**options)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("top_p", [0.0, 0.4])
+def test_logits_that_are_not_finite_are_an_error_that_names_the_picture(bad, top_p):
+    logits = random_logits(3, 2)
+    logits[1, 4] = bad
+    with pytest.raises(NonFiniteLogits, match=r"pictures \[1\]") as error:
+        decode(Scripted(logits), range(3), max_objects=2, top_p=top_p)
+    assert error.value.rows == [1]
+
+
+# -- against transformers --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_greedy_tokens_are_those_of_transformers_generate(make_model, seed):
+    """On three models, for 200 pictures each, in batches and singly; scores within 1e-6."""
+    model = make_model(seed=seed, max_objects=6)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():  # or everything would be nearly equally likely, and the same for every picture
+        for parameter in model.decoder.parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(0, 0.3, generator=generator)
+        model.bridge.projection.weight.mul_(5.0)
+    tokenizer = model.tokenizer
+    coarse = torch.rand(200, 3, 4, 4, generator=generator) * torch.rand(200, 3, 1, 1, generator=generator)
+    pictures = torch.nn.functional.interpolate(255 * coarse, size=(64, 64)).to(torch.uint8)
+    options = DecodingOptions(6, top_p=0)
+    found = [one for part in pictures.split(32) for one in model.detect(part, options)]
+    alone = [model.detect(picture[None], options)[0] for picture in pictures[::10]]
+    plain = PrefixedLlama.of(model.decoder)
+    with torch.no_grad():
+        visual = model.encode(pictures)
+        tokens = by_generate(model, plain, visual, tokenizer, 30)
+        logits = model(pictures, torch.cat([torch.full((200, 1), tokenizer.bos_id), tokens[:, :-1]], dim=1)).logits
+    is_class = slice(tokenizer.first_class_id, tokenizer.first_bin_id)
+    best = logits[:, CLASS_SLOT::TOKENS_PER_OBJECT].softmax(-1)[:, :, is_class].max(-1)
+    boxes = tokenizer.dequantize(tokens.reshape(200, 6, 5)[..., [1, 0, 3, 2]].numpy())
+    for ours, box, label, score in zip(found, boxes, best.indices, best.values, strict=True):
+        np.testing.assert_array_equal(ours.boxes, box)
+        np.testing.assert_array_equal(ours.labels, label)
+        np.testing.assert_allclose(ours.scores, score, atol=1e-6, rtol=0)
+    for one, many in zip(alone, found[::10], strict=True):
+        np.testing.assert_array_equal(one.boxes, many.boxes)
+        np.testing.assert_allclose(one.scores, many.scores, atol=1e-6, rtol=0)
+    assert len({one.boxes.tobytes() for one in found}) > 20

@@ -38,14 +38,15 @@ ALLOWED = {
     # level 2
     "model": {"model.build", "model.configuration", "model.detector", "model.load", "model.transfer"},
     "model.positions": set(),
-    "model.llama": set(),
-    "model.transformer": set(),
+    "model.steps": set(),
+    "model.llama": {"model.steps"},
+    "model.transformer": {"model.steps"},
     "model.backbone": {"errors"},
     "model.loss": {"tokenizer"},
     "model.configuration": {"model.backbone", "model.positions"},
     "model.detector": {
         *("decoding", "tokenizer", "model.backbone", "model.configuration", "model.llama", "model.positions"),
-        *("model.loss", "model.transformer"),
+        *("model.loss", "model.steps", "model.transformer"),
     },
     "model.build": {"errors", "tokenizer", "model.backbone", "model.configuration", "model.detector"},
     "model.load": {"checkpoint", "decoding", "errors", "model.configuration", "model.detector"},

@@ -82,7 +82,7 @@ def test_cached_decoding_equals_the_forward_pass(make_model, decoder_layers):
     model, images, tokens = loud(make_model(decoder_layers=decoder_layers)), pictures(3), ids(3)
     with torch.no_grad():
         whole = model(images, tokens).logits
-        cache = model.start(images)
+        cache = model.start(images, 20)
         steps = torch.stack([model.step(tokens[:, t], t, cache) for t in range(20)], dim=1)
     assert steps.dtype == torch.float32
     assert torch.allclose(steps, whole, atol=1e-4)
@@ -168,7 +168,7 @@ def test_the_same_weights_work_at_another_size(make_model):
     images, tokens = pictures(1, 96), ids(1)
     with torch.no_grad():
         whole = larger(images, tokens).logits
-        cache = larger.start(images)
+        cache = larger.start(images, 20)
         steps = torch.stack([larger.step(tokens[:, t], t, cache) for t in range(20)], dim=1)
     assert torch.allclose(whole, steps, atol=1e-4)
 
@@ -279,7 +279,7 @@ def test_the_loss_is_float32_under_bf16(make_model):
     model, images, sentences = make_model(), pictures(2), batch(2)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output = model(images, **sentences)
-        logits = model.step(sentences["input_ids"][:, 0], 0, model.start(images))
+        logits = model.step(sentences["input_ids"][:, 0], 0, model.start(images, 20))
     assert output.loss.dtype == output.token_losses.dtype == output.logits.dtype == torch.float32
     assert logits.dtype == torch.float32
     counted = sentences["weights"] > 0

@@ -23,6 +23,7 @@ from pix2seq.model.configuration import Pix2SeqConfig
 from pix2seq.model.llama import LlamaDecoder
 from pix2seq.model.loss import token_cross_entropy
 from pix2seq.model.positions import coordinate_code, position_code_2d
+from pix2seq.model.steps import Product
 from pix2seq.model.transformer import TransformerDecoder
 from pix2seq.tokenizer import TOKENS_PER_OBJECT, Tokenizer
 
@@ -269,13 +270,16 @@ class Pix2SeqForObjectDetection(Pix2SeqPreTrainedModel):
         tensors = (torch.from_numpy(values).to(self.device) for values in (boxes, labels, scores))
         return Pix2SeqOutput(**dict(zip(("pred_boxes", "pred_labels", "pred_scores"), tensors, strict=True)))
 
-    def start(self, pixel_values: torch.Tensor):
-        """Reads the pictures (B, 3, S, S): the cache that `step` continues."""
-        return self.decoder.start(self.encode(pixel_values))
+    def start(self, pixel_values: torch.Tensor, length: int):
+        """Reads the pictures (B, 3, S, S), and makes room for a sentence of `length` tokens: what `step` continues."""
+        return self.decoder.start(self.encode(pixel_values), length)
 
-    def step(self, ids: torch.Tensor, position: int, cache) -> torch.Tensor:
+    def step(self, ids: torch.Tensor, position: int, steps, rows: slice = slice(None)) -> torch.Tensor:
         """Reads one more token per row, ids (B,), the `position`-th of the sentence (BOS is 0).
 
-        Returns what may follow: logits (B, V), float32.
+        Returns what may follow: logits (B, V), float32; with `rows`, only those of these tokens.
         """
-        return self.decoder.lm_head(self.decoder.step(ids, position, cache)).float()
+        hidden, part = self.decoder.step(ids, position, steps), (rows.start, rows.stop)
+        if part not in steps.output:
+            steps.output[part] = Product.of(self.decoder.lm_head, like=hidden, rows=rows)
+        return steps.output[part](hidden).float()

@@ -1,10 +1,14 @@
 """A decoder-only language model that reads the picture as the beginning of its text."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import DynamicCache
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, apply_rotary_pos_emb
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel, apply_rotary_pos_emb
+
+from pix2seq.model.steps import KeyValues, Product, step_dtype, unit
 
 
 def prefix_attention(
@@ -93,8 +97,8 @@ class LlamaDecoder(LlamaForCausalLM):
             use_cache=False,
         ).last_hidden_state[:, -length:]
 
-    def start(self, visual: torch.Tensor) -> DynamicCache:
-        """Reads the visual tokens (B, N, D): the cache that `step` continues."""
+    def start(self, visual: torch.Tensor, length: int) -> "LlamaSteps":
+        """Reads the visual tokens (B, N, D), and makes room for a sentence of `length` tokens: see `step`."""
         cache = DynamicCache(config=self.config)
         self.model(
             inputs_embeds=visual,
@@ -103,19 +107,78 @@ class LlamaDecoder(LlamaForCausalLM):
             past_key_values=cache,
             use_cache=True,
         )
-        return cache
+        return LlamaSteps(self.model, visual, length, cache)
 
-    def step(self, ids: torch.Tensor, position: int, cache: DynamicCache) -> torch.Tensor:
+    def step(self, ids: torch.Tensor, position: int, steps: "LlamaSteps") -> torch.Tensor:
         """Reads one more token per row, ids (B,), the `position`-th of the sentence (BOS is 0): (B, D)."""
-        return self.model(
-            inputs_embeds=self.get_input_embeddings()(ids[:, None]),
-            position_ids=torch.full((1, 1), position + 1, device=ids.device),
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state[:, -1]
+        return steps(ids, position)
 
     def _num_seen_whole(self, visual: torch.Tensor) -> int:
         return 0 if getattr(self.config, "causal_prefix", False) else visual.shape[1]
+
+
+class LlamaSteps:
+    """Reads a sentence token by token: LlamaModel's layers, laid out for it, and what they have read so far.
+
+    Says what LlamaModel says with a cache, but for rounding.
+    """
+
+    def __init__(self, model: LlamaModel, visual: torch.Tensor, length: int, prefix: DynamicCache):
+        attention = model.layers[0].self_attn
+        self.head_width = attention.head_dim
+        self.num_heads = attention.q_proj.out_features // self.head_width
+        self.num_visual = visual.shape[1]
+        self.embeddings, self.eps = model.embed_tokens.weight, model.config.rms_norm_eps
+        root = math.sqrt(model.config.hidden_size)
+        self.norm = root * model.norm.weight
+        # The weights of norms are part of the products that read them: see `unit`.
+        self.layers = [
+            (
+                layer.mlp.act_fn,
+                Product.of(own.q_proj, own.k_proj, own.v_proj, like=visual, scale=root * layer.input_layernorm.weight),
+                Product.of(own.o_proj, like=visual),
+                Product.of(
+                    *(layer.mlp.gate_proj, layer.mlp.up_proj),
+                    like=visual,
+                    scale=root * layer.post_attention_layernorm.weight,
+                ),
+                Product.of(layer.mlp.down_proj, like=visual),
+            )
+            for layer, own in ((layer, layer.self_attn) for layer in model.layers)
+        ]
+        self.output: dict[tuple, Product] = {}  # of the parts of the vocabulary that were asked for
+        num_kv_heads = attention.k_proj.out_features // self.head_width
+        shape = (len(visual), num_kv_heads, self.num_visual + length, self.head_width)
+        self.seen = KeyValues(len(self.layers), shape, step_dtype(visual), visual.device)
+        for index, layer in enumerate(prefix.layers):
+            self.seen.write(index, 0, torch.cat([layer.keys, layer.values], dim=1))
+        cos, sin = model.rotary_emb(visual, prefix_positions(0, length, visual.device))
+        half = self.head_width // 2
+        # Queries and keys are turned, values are not: the three lie side by side. Rolling swaps a head's halves.
+        still = torch.ones_like(cos[0, :, None]), torch.zeros_like(sin[0, :, None])
+        turning = cos[0, :, None], torch.cat([-sin[0, :, None, :half], sin[0, :, None, half:]], dim=2)
+        counts = self.num_heads + self.seen.num_heads, self.seen.num_heads
+        self.cos, self.sin = (
+            torch.cat([turn.expand(-1, counts[0], -1), stay.expand(-1, counts[1], -1)], dim=1)
+            for turn, stay in zip(turning, still, strict=True)
+        )
+
+    def __call__(self, ids: torch.Tensor, position: int) -> torch.Tensor:
+        """Reads one more token per row, ids (B,), the `position`-th of the sentence (BOS is 0): (B, D)."""
+        hidden, place = self.embeddings[ids], self.num_visual + position
+        cos, sin = self.cos[position], self.sin[position]
+        for index, (act, query_key_value, out, gate_up, down) in enumerate(self.layers):
+            heads = query_key_value(unit(hidden, self.eps)).unflatten(1, (-1, self.head_width))
+            turned = torch.addcmul(heads * cos, heads.roll(self.head_width // 2, dims=-1), sin)
+            self.seen.write(index, place, turned[:, self.num_heads :, None])
+            hidden = hidden + out(self.seen.look(index, turned[:, : self.num_heads, None], place + 1))
+            gate, up = gate_up(unit(hidden, self.eps)).chunk(2, dim=-1)
+            hidden = hidden + down(act(gate) * up)
+        return unit(hidden, self.eps) * self.norm
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """Goes on with these rows of the batch only."""
+        self.seen.keep(rows)
 
 
 def prefix_positions(num_visual: int, length: int, device) -> torch.Tensor:

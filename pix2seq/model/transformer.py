@@ -1,18 +1,12 @@
 """A classic decoder that looks at the picture through cross-attention."""
 
-from dataclasses import dataclass
-
 import torch
+import torch.nn.functional as F
+from torch import nn
 from transformers import BlenderbotConfig, BlenderbotForCausalLM
-from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+from transformers.models.blenderbot.modeling_blenderbot import BlenderbotDecoder
 
-
-@dataclass
-class CrossAttentionCache:
-    """The visual tokens (B, N, D), and the keys and values made of them and of the sentence so far."""
-
-    visual: torch.Tensor
-    keys_and_values: EncoderDecoderCache
+from pix2seq.model.steps import KeyValues, Product, step_dtype
 
 
 class TransformerDecoder(BlenderbotForCausalLM):
@@ -29,23 +23,61 @@ class TransformerDecoder(BlenderbotForCausalLM):
         length = input_ids.shape[1]
         minimum = torch.finfo(visual.dtype).min
         mask = torch.full((length, length), minimum, dtype=visual.dtype, device=visual.device).triu(1)
-        return self._decode(input_ids, visual, mask)
-
-    def start(self, visual: torch.Tensor) -> CrossAttentionCache:
-        """The cache that `step` continues. The keys of the visual tokens (B, N, D) are made in the first step."""
-        return CrossAttentionCache(visual, EncoderDecoderCache(DynamicCache(), DynamicCache()))
-
-    def step(self, ids: torch.Tensor, position: int, cache: CrossAttentionCache) -> torch.Tensor:
-        """Reads one more token per row, ids (B,), the `position`-th of the sentence (BOS is 0): (B, D)."""
-        mask = torch.zeros(1, position + 1, dtype=cache.visual.dtype, device=ids.device)
-        return self._decode(ids[:, None], cache.visual, mask, cache.keys_and_values)[:, -1]
-
-    def _decode(self, ids: torch.Tensor, visual: torch.Tensor, mask: torch.Tensor, cache=None) -> torch.Tensor:
         # With a mask of ours, transformers makes none and does not stop to ask the device what it hides.
         return self.model.decoder(
-            input_ids=ids,
-            attention_mask=mask[None, None],
-            encoder_hidden_states=visual,
-            past_key_values=cache,
-            use_cache=cache is not None,
+            input_ids=input_ids, attention_mask=mask[None, None], encoder_hidden_states=visual, use_cache=False
         ).last_hidden_state
+
+    def start(self, visual: torch.Tensor, length: int) -> "TransformerSteps":
+        """Looks at the visual tokens (B, N, D), and makes room for a sentence of `length` tokens: see `step`."""
+        return TransformerSteps(self.model.decoder, visual, length)
+
+    def step(self, ids: torch.Tensor, position: int, steps: "TransformerSteps") -> torch.Tensor:
+        """Reads one more token per row, ids (B,), the `position`-th of the sentence (BOS is 0): (B, D)."""
+        return steps(ids, position)
+
+
+class TransformerSteps:
+    """Reads a sentence token by token: BlenderbotDecoder's layers, laid out for it, and what they have read so far."""
+
+    def __init__(self, decoder: BlenderbotDecoder, visual: torch.Tensor, length: int):
+        attention = decoder.layers[0].self_attn
+        self.decoder, self.heads = decoder, (attention.num_heads, attention.head_dim)
+        self.output: dict[tuple, Product] = {}  # of the parts of the vocabulary that were asked for
+        self.layers = []
+        for layer in decoder.layers:
+            own, cross = layer.self_attn, layer.encoder_attn
+            linears = ((own.q_proj, own.k_proj, own.v_proj), (own.out_proj,), (cross.q_proj,), (cross.out_proj,))
+            products = [Product.of(*each, like=visual) for each in (*linears, (layer.fc1,), (layer.fc2,))]
+            self.layers.append((layer, *products))
+        room, dtype = (len(self.layers), (len(visual), attention.num_heads)), step_dtype(visual)
+        self.said, self.picture = (
+            KeyValues(room[0], (*room[1], most, attention.head_dim), dtype, visual.device)
+            for most in (length, visual.shape[1])
+        )
+        for index, layer in enumerate(decoder.layers):
+            linears = layer.encoder_attn.k_proj, layer.encoder_attn.v_proj
+            parts = [linear(visual).unflatten(2, self.heads).transpose(1, 2) for linear in linears]
+            self.picture.write(index, 0, torch.cat(parts, dim=1))
+
+    def __call__(self, ids: torch.Tensor, position: int) -> torch.Tensor:
+        """Reads one more token per row, ids (B,), the `position`-th of the sentence (BOS is 0): (B, D)."""
+        decoder = self.decoder
+        hidden = decoder.embed_tokens(ids) + decoder.embed_positions.weight[position]
+        for index, (layer, query_key_value, out, query, picture_out, fc1, fc2) in enumerate(self.layers):
+            heads = query_key_value(_norm(hidden, layer.self_attn_layer_norm)).unflatten(1, (-1, self.heads[1]))
+            self.said.write(index, position, heads[:, self.heads[0] :, None])
+            hidden = hidden + out(self.said.look(index, heads[:, : self.heads[0], None], position + 1))
+            heads = query(_norm(hidden, layer.encoder_attn_layer_norm)).unflatten(1, self.heads)
+            hidden = hidden + picture_out(self.picture.look(index, heads[:, :, None], self.picture.most))
+            hidden = hidden + fc2(layer.activation_fn(fc1(_norm(hidden, layer.final_layer_norm))))
+        return _norm(hidden, decoder.layer_norm)
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """Goes on with these rows of the batch only."""
+        self.said.keep(rows)
+        self.picture.keep(rows)
+
+
+def _norm(hidden: torch.Tensor, norm: nn.LayerNorm) -> torch.Tensor:
+    return F.layer_norm(hidden, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
