@@ -62,7 +62,10 @@ def detect(args: EvaluateArguments) -> tuple[dict, list[dict], EvalDataset, bool
     data = dataset(args, training, categories, config.image_size)
     if args.max_objects is not None and args.max_objects > model.most_objects:
         raise UserError(f"--max_objects {args.max_objects}: this detector can write {model.most_objects}")
-    given = {name: getattr(args, name) for name in ("max_objects", "top_p", "temperature", "seed")}
+    given = {
+        name: getattr(args, name)
+        for name in ("max_objects", "top_p", "temperature", "seed", "stop_after_noise", "noise_score")
+    }
     options = replace(model.decoding_options, **{name: v for name, v in given.items() if v is not None})
     batch_size = args.eval_batch_size or training.get("eval_batch_size", 32)
     predictions = predict(model, data, options, batch_size, accelerator, args.num_workers)

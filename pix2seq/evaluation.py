@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from pix2seq.data import Annotations, EvalDataset, eval_loader
 from pix2seq.data.images import BadImage
-from pix2seq.decoding import DecodingOptions, Detections, Interrupted
+from pix2seq.decoding import DecodingOptions, Detections, Interrupted, NonFiniteLogits
 from pix2seq.preemption import Stopped
 from pix2seq.progress import progress
 from pix2seq.tokenizer import Tokenizer
@@ -63,6 +63,9 @@ def predict(
             except Interrupted:
                 broken_off = True  # the other ranks hear of it in the next round
                 continue
+            except NonFiniteLogits as error:
+                named = [image_ids[row] for row in error.rows]
+                raise RuntimeError(f"image ids {named}: the detector's logits are NaN or infinite") from None
         for row, detections in enumerate(found):
             size, original_size = batch["size"][row].tolist(), batch["original_size"][row].tolist()
             side = dataset.transform.image_size

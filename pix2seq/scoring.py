@@ -7,7 +7,9 @@ import contextlib
 import io
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
+import hotcoco
 import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -95,11 +97,13 @@ def _prediction_fault(row, image_ids: set, category_ids: set) -> str | None:
     return None
 
 
-def coco_metrics(truth: dict, predictions: list[dict], name: str = "predictions") -> dict[str, float]:
+def coco_metrics(
+    truth: dict, predictions: list[dict], name: str = "predictions", backend: Literal["fast", "pycocotools"] = "fast"
+) -> dict[str, float]:
     """The 12 COCO numbers by the names in METRICS, and `per_class/<name>`: AP of each class.
 
     As in pycocotools, -1 where there is nothing to find (no large objects, say). Raises UserError, in which
-    the predictions are called `name`.
+    the predictions are called `name`. `fast` is hotcoco, whose numbers are the same and come many times sooner.
     """
     check_predictions(predictions, truth, name)
     names = [category["name"] for category in truth["categories"]]
@@ -107,17 +111,7 @@ def coco_metrics(truth: dict, predictions: list[dict], name: str = "predictions"
         category["id"]: category["name"] + (f" ({category['id']})" if names.count(category["name"]) > 1 else "")
         for category in truth["categories"]
     }
-    with contextlib.redirect_stdout(io.StringIO()):
-        ground_truth = COCO()
-        ground_truth.dataset = truth
-        ground_truth.createIndex()
-        rows = [{key: row[key] for key in RESULT_KEYS} for row in predictions]
-        # pycocotools cannot load an empty list, but it can evaluate one.
-        found = ground_truth.loadRes(rows) if rows else COCO()
-        evaluation = COCOeval(ground_truth, found, "bbox")
-        evaluation.evaluate()
-        evaluation.accumulate()
-        evaluation.summarize()
+    evaluation = _evaluated(truth, [{key: row[key] for key in RESULT_KEYS} for row in predictions], backend)
     metrics = {name: float(value) for name, value in zip(METRICS, evaluation.stats, strict=True)}
     precision = evaluation.eval["precision"]  # (IoU thresholds, recalls, classes, areas, max detections)
     for index, category_id in enumerate(evaluation.params.catIds):
@@ -125,6 +119,25 @@ def coco_metrics(truth: dict, predictions: list[dict], name: str = "predictions"
         values = values[values > -1]
         metrics[f"per_class/{class_names[category_id]}"] = float(values.mean()) if values.size else -1.0
     return metrics
+
+
+def _evaluated(truth: dict, rows: list[dict], backend: str):
+    """A COCOeval, hotcoco's or pycocotools', that has done its work."""
+    # Neither can load an empty list of results, but both can evaluate one.
+    with contextlib.redirect_stdout(io.StringIO()):
+        if backend == "fast":
+            ground_truth = hotcoco.COCO(truth)
+            found = ground_truth.load_res(rows) if rows else hotcoco.COCO(truth | {"annotations": []})
+            evaluation = hotcoco.COCOeval(ground_truth, found, "bbox")
+        else:
+            ground_truth = COCO()
+            ground_truth.dataset = truth
+            ground_truth.createIndex()
+            evaluation = COCOeval(ground_truth, ground_truth.loadRes(rows) if rows else COCO(), "bbox")
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return evaluation
 
 
 def metrics_table(metrics: dict[str, float]) -> str:

@@ -96,12 +96,13 @@ class Oracle(torch.nn.Module):
     def detect(self, pixels, options, interrupted):
         return generate(self, pixels, self.tokenizer, options)
 
-    def start(self, pixels):
+    def start(self, pixels, length):
         assert not self.training
         return np.stack([self.sentences[picture.numpy().tobytes()] for picture in pixels])
 
-    def step(self, ids, position, cache):
-        return 30.0 * torch.nn.functional.one_hot(torch.from_numpy(cache[:, position]), self.tokenizer.vocab_size)
+    def step(self, ids, position, steps, rows):
+        logits = torch.nn.functional.one_hot(torch.from_numpy(steps[:, position]), self.tokenizer.vocab_size)
+        return 30.0 * logits[:, rows]
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
@@ -151,3 +152,12 @@ def test_prediction_pictures(shapes_root):
     np.testing.assert_array_equal(empty, low)  # below the least score that is shown
     assert (both != empty).any()
     assert prediction_picture(annotations, rows, 100).size[0] >= both.shape[1]
+
+
+def test_logits_that_are_not_finite_name_their_images(shapes_root, make_model):
+    data = EvalDataset(load_annotations(find_split("val", shapes_root)), EvalTransform(64))
+    model = make_model(decoder_layers=1)
+    whole = model.encode
+    model.encode = lambda pixels: whole(pixels).index_fill(0, torch.tensor([1]), torch.nan)
+    with pytest.raises(RuntimeError, match=r"image ids \[2\]: the detector's logits are NaN"):
+        predict(model, data, DecodingOptions(max_objects=2, top_p=0), 5, ONE_PROCESS)

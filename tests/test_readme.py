@@ -19,6 +19,7 @@ from plan import PlanArguments
 
 README = Path("README.md").read_text()
 COMMAND_PAGES = [README, Path("docs/scaling.md").read_text(), Path("docs/data.md").read_text()]
+COMMAND_PAGES.append(Path("docs/decoding.md").read_text())
 BLOCKS = [block for page in COMMAND_PAGES for block in re.findall(r"```bash\n(.*?)```", page, flags=re.DOTALL)]
 COMMANDS = [line for block in BLOCKS for line in block.replace("\\\n", " ").splitlines() if line.strip()]
 
@@ -154,10 +155,20 @@ def test_figures_of_the_loader_come_from_their_record():
         assert figure in page, figure
 
 
+def test_figures_of_decoding_come_from_their_record():
+    page = Path("docs/decoding.md").read_text()
+    for batch, part in json.loads(Path("docs/results/decode_cpu.json").read_text())["batches"].items():
+        ratios = [
+            "{median:.2f} ({min:.2f} to {max:.2f})".format(**part["times_as_fast"][name])
+            for name in ("generate", "loop", "no cache")
+        ]
+        assert f"| {batch} | {part['tokens_per_s']:.0f} | {' | '.join(ratios)} |" in page
+
+
 def test_every_record_is_shown():
     shown = {
         (Path(page).parent / link).resolve()
-        for page in (*PAGES, "docs/data.md", "docs/reliability.md", "docs/scaling.md")
+        for page in (*PAGES, "docs/data.md", "docs/decoding.md", "docs/reliability.md", "docs/scaling.md")
         for link in re.findall(r"\]\((\S+\.json)\)", Path(page).read_text())
     }
     assert {path.resolve() for path in Path("docs/results").rglob("*.json")} - shown == {
