@@ -123,6 +123,8 @@ def coco_metrics(
 
 def _evaluated(truth: dict, rows: list[dict], backend: str):
     """A COCOeval, hotcoco's or pycocotools', that has done its work."""
+    ids = [entry["id"] for key in ("images", "categories") for entry in truth[key]]
+    backend = "pycocotools" if min(ids) < 0 else backend  # hotcoco knows no negative ones
     # Neither can load an empty list of results, but both can evaluate one.
     with contextlib.redirect_stdout(io.StringIO()):
         if backend == "fast":

@@ -200,11 +200,11 @@ def test_a_run_told_to_stop_while_it_evaluates_saves_and_makes_up_for_it(
 def test_a_run_told_to_stop_while_it_decodes_does_not_finish_the_batch(finished, shapes_root, tmp_path, monkeypatch):
     original, positions = Pix2SeqForObjectDetection.step, []
 
-    def step(self, ids, position, cache):
+    def step(self, ids, position, cache, rows):
         positions.append(position)
         if position == 12:
             os.kill(os.getpid(), signal.SIGTERM)
-        return original(self, ids, position, cache)
+        return original(self, ids, position, cache, rows)
 
     with monkeypatch.context() as patch:
         patch.setattr(Pix2SeqForObjectDetection, "step", step)
