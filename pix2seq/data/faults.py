@@ -80,9 +80,9 @@ class Fault:
         return f"{self.file}: {f'{self.entry}: ' if self.entry else ''}{self.value}"
 
 
-def tally(faults: Iterable[Fault], severity: str | None = None) -> str:
+def tally(faults: Iterable[Fault]) -> str:
     """How many there are of each kind, as one line: "3 unknown-category, 1 bbox-invalid"."""
-    counts = Counter(fault.kind for fault in faults if severity in (None, fault.severity))
+    counts = Counter(fault.kind for fault in faults)
     return ", ".join(f"{count} {kind}" for kind, count in counts.most_common())
 
 

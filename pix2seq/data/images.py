@@ -50,8 +50,8 @@ class BadImage(ValueError):
 class Picture:
     """A picture of which only the header has been read. Raises BadImage.
 
-    annotated   (height, width) as the annotations say, if they do. Boxes are drawn on what a viewer shows: a picture
-                whose EXIF tag turns it is turned if, and only if, that gives it the size its annotations speak of.
+    annotated   (height, width) as the annotations say, if they do. A picture whose EXIF tag swaps its sides is turned
+                if, and only if, these are the swapped ones: annotation tools differ in what they do with the tag.
     shape       (3, height, width) of its pixels
     """
 
