@@ -10,7 +10,7 @@ Under `accelerate launch` the images are shared between the processes and each i
 import json
 import os
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -21,6 +21,7 @@ from pix2seq.command_line import parse, read_flags
 from pix2seq.config import EvaluateArguments
 from pix2seq.data import Categories, EvalDataset, find_split, load_annotations
 from pix2seq.data.faults import tally
+from pix2seq.decoding import DecodingOptions
 from pix2seq.errors import UserError
 from pix2seq.evaluation import oracle_predictions, predict, prediction_picture
 from pix2seq.model import load_detector
@@ -62,10 +63,9 @@ def detect(args: EvaluateArguments) -> tuple[dict, list[dict], EvalDataset, bool
     data = dataset(args, training, categories, config.image_size)
     if args.max_objects is not None and args.max_objects > model.most_objects:
         raise UserError(f"--max_objects {args.max_objects}: this detector can write {model.most_objects}")
-    given = {
-        name: getattr(args, name)
-        for name in ("max_objects", "top_p", "temperature", "seed", "stop_after_noise", "noise_score")
-    }
+    if args.draft not in (None, "off") and model.drafter is None:
+        raise UserError(f"--draft {args.draft}: this detector has no drafter; train_drafter.py makes one")
+    given = {field.name: getattr(args, field.name) for field in fields(DecodingOptions)}
     options = replace(model.decoding_options, **{name: v for name, v in given.items() if v is not None})
     batch_size = args.eval_batch_size or training.get("eval_batch_size", 32)
     predictions = predict(model, data, options, batch_size, accelerator, args.num_workers)

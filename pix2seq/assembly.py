@@ -10,7 +10,16 @@ from pix2seq import checkpoint, trainer_state
 from pix2seq.colors import ColorAugmentation
 from pix2seq.command_line import FLAGS_FILE, changed_flags, read_flags
 from pix2seq.config import FREE_ON_FINE_TUNING, FREE_ON_RESUME, Arguments, ModelArguments, model_flags
-from pix2seq.data import Categories, EvalDataset, Split, StepSampler, TrainDataset, find_split, load_annotations
+from pix2seq.data import (
+    Annotations,
+    Categories,
+    EvalDataset,
+    Split,
+    StepSampler,
+    TrainDataset,
+    find_split,
+    load_annotations,
+)
 from pix2seq.data.faults import tally
 from pix2seq.data.unreadable import UnreadableImages
 from pix2seq.decoding import DecodingOptions
@@ -149,8 +158,13 @@ def load_data(args: Arguments) -> tuple[TrainDataset, EvalDataset]:
         train = val = train.subset(range(min(args.overfit, len(train))))
     else:
         val = load_annotations(val, train.categories, args.follow_links)
+    return training_set(args, train), EvalDataset(val, EvalTransform(args.image_size))
+
+
+def training_set(args: Arguments, annotations: Annotations) -> TrainDataset:
+    """Images as sentences, augmented as the flags say."""
     builder = SequenceBuilder(
-        Tokenizer(len(train.categories.ids), args.num_bins),
+        Tokenizer(len(annotations.categories.ids), args.num_bins),
         max_objects=args.max_objects,
         order=args.object_order,
         noise_objects=args.noise_objects,
@@ -166,8 +180,7 @@ def load_data(args: Arguments) -> tuple[TrainDataset, EvalDataset]:
         iou_crop=args.iou_crop,
     )
     colors = ColorAugmentation(args.color_jitter, args.grayscale, args.photometric_distortion)
-    train_set = TrainDataset(train, transform, builder, args.seed, colors if colors else None)
-    return train_set, EvalDataset(val, EvalTransform(args.image_size))
+    return TrainDataset(annotations, transform, builder, args.seed, colors if colors else None)
 
 
 def new_detector(args: Arguments, categories: Categories, folder: RunFolder) -> Pix2SeqForObjectDetection:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from pix2seq.command_line import read_flags
+from pix2seq.decoding import Draft
 from pix2seq.sizes import SIZES
 
 # Flags that may differ from the checkpoint's when a run is resumed. A dataset may have moved. A run may be made
@@ -341,6 +342,19 @@ class EvaluateArguments:
         0, "write no more for an image after so many objects in a row that score below --noise_score (0: never stop)"
     )
     noise_score: float = flag(0.5, "see --stop_after_noise")
+    draft: Draft | None = flag(
+        None,
+        "how a detector with a drafter (train_drafter.py) writes several tokens at once. exact: what it would have "
+        "written without; tolerant: up to --draft_bins off; unverified: whatever is guessed is read on "
+        "(default: exact, or off for one without)",
+    )
+    draft_bins: int = flag(1, "see --draft tolerant")
+    expected_bins: int = flag(
+        0, "a coordinate is the mean of the bins up to so many from the one written, weighted by probability"
+    )
+    sharpness: float = flag(
+        0.0, "scores are multiplied by the probability of those bins of all four coordinates, to this power"
+    )
     image_size: int = flag(640, "canvas of --oracle")
     num_bins: int = flag(1000, "bins of --oracle")
     num_pictures: int = flag(8, "images shown in predictions.png")
@@ -361,7 +375,7 @@ class EvaluateArguments:
             _check(self, name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1")
         _check(self, "num_bins", self.num_bins >= 2, "at least 2")
         _check(self, "seed", self.seed is None or 0 <= self.seed < 2**32, "0 to 2^32 - 1")
-        for name in ("num_workers", "num_pictures", "stop_after_noise"):
+        for name in ("num_workers", "num_pictures", "stop_after_noise", "draft_bins", "expected_bins", "sharpness"):
             _check(self, name, getattr(self, name) >= 0, "at least 0")
         _check(self, "noise_score", 0 <= self.noise_score <= 1, "0 to 1")
         _check_decoding(self)

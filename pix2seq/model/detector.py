@@ -20,6 +20,7 @@ from transformers.utils import ModelOutput
 from pix2seq.decoding import DecodingOptions, Detections, generate
 from pix2seq.model.backbone import VisionBackbone
 from pix2seq.model.configuration import Pix2SeqConfig
+from pix2seq.model.drafter import Drafter
 from pix2seq.model.llama import LlamaDecoder
 from pix2seq.model.loss import token_cross_entropy
 from pix2seq.model.positions import coordinate_code, position_code_2d
@@ -127,6 +128,9 @@ class Pix2SeqForObjectDetection(Pix2SeqPreTrainedModel):
         if config.output_bias:
             head = self.decoder.lm_head
             self.decoder.lm_head = nn.Linear(head.in_features, head.out_features, bias=True)
+        self.drafter = None
+        if config.drafter is not None:
+            self.add_drafter(**config.drafter)
         self.post_init()
         if config.bin_init == "ruler":
             self._lay_ruler()
@@ -256,6 +260,8 @@ class Pix2SeqForObjectDetection(Pix2SeqPreTrainedModel):
             raise ValueError(
                 f"max_objects is {options.max_objects}: this decoder has positions for {self.most_objects}"
             )
+        if options.draft != "off" and self.drafter is None:
+            raise ValueError(f"draft is {options.draft!r}: this detector has no drafter (see train_drafter.py)")
         return generate(self, pixel_values, self.tokenizer, options, interrupted)
 
     def _as_output(self, found: list[Detections]) -> Pix2SeqOutput:
@@ -279,7 +285,40 @@ class Pix2SeqForObjectDetection(Pix2SeqPreTrainedModel):
 
         Returns what may follow: logits (B, V), float32; with `rows`, only those of these tokens.
         """
-        hidden, part = self.decoder.step(ids, position, steps), (rows.start, rows.stop)
+        hidden, part = steps(ids, position), (rows.start, rows.stop)
         if part not in steps.output:
-            steps.output[part] = Product.of(self.decoder.lm_head, like=hidden, rows=rows)
+            steps.output[part] = Product.of(self.decoder.lm_head, like=hidden, count=len(hidden), rows=rows)
         return steps.output[part](hidden).float()
+
+    def add_drafter(self, num_layers: int = 1, num_heads: int | None = None, mlp_size: int | None = None) -> None:
+        """A new one, which has learnt nothing. The other weights stay as they are."""
+        width = self.config.decoder_config.hidden_size
+        heads, mlp_size = num_heads or self.config.encoder_heads, mlp_size or 4 * width
+        self.config.drafter = {"num_layers": num_layers, "num_heads": heads, "mlp_size": mlp_size}
+        self.drafter = Drafter(width, heads, mlp_size, num_layers).to(self.device, self.dtype)
+
+    def start_drafting(self, pixel_values: torch.Tensor, length: int):
+        """As `start`, for `read` and `draft`: the steps, and what the drafter looks at."""
+        visual = self.encode(pixel_values)
+        # A block may reach beyond the sentence's end; what is read there is of no use to anyone.
+        steps = self.decoder.start(visual, length + TOKENS_PER_OBJECT, TOKENS_PER_OBJECT)
+        return steps, self.drafter.look(visual)
+
+    def read(self, ids: torch.Tensor, position: torch.Tensor, steps) -> tuple[torch.Tensor, torch.Tensor]:
+        """Reads n more tokens in each row, ids (B, n), the first of them at `position` (B,) of the sentence.
+
+        Returns what the decoder thinks after each of them, (B, n, D), and what may follow: logits (B, n, V), float32.
+        """
+        thoughts = steps(ids, position)
+        if None not in steps.output:
+            steps.output[None] = Product.of(self.decoder.lm_head, like=thoughts, count=len(thoughts))
+        logits = steps.output[None](thoughts).float()
+        return thoughts.unflatten(0, ids.shape), logits.unflatten(0, ids.shape)
+
+    def draft(
+        self, thoughts: torch.Tensor, ids: torch.Tensor, slots: torch.Tensor, memory
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What was thought (R, D) before the tokens ids (R,), which were then said -> what to think after them (R, D),
+        and a guess of what the decoder will say next, logits (R, V). `slots` (R,): of what is guessed."""
+        thoughts = self.drafter(thoughts, self.get_input_embeddings()(ids).to(thoughts.dtype), slots, memory)
+        return thoughts, self.decoder.lm_head(thoughts)

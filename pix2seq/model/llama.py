@@ -8,7 +8,7 @@ from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import DynamicCache
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel, apply_rotary_pos_emb
 
-from pix2seq.model.steps import KeyValues, Product, step_dtype, unit
+from pix2seq.model.steps import KeyValues, Places, Product, step_dtype, unit
 
 
 def prefix_attention(
@@ -97,8 +97,9 @@ class LlamaDecoder(LlamaForCausalLM):
             use_cache=False,
         ).last_hidden_state[:, -length:]
 
-    def start(self, visual: torch.Tensor, length: int) -> "LlamaSteps":
-        """Reads the visual tokens (B, N, D), and makes room for a sentence of `length` tokens: see `step`."""
+    def start(self, visual: torch.Tensor, length: int, block: int = 1) -> "LlamaSteps":
+        """Reads the visual tokens (B, N, D), and makes room for a sentence of `length` tokens, to be read `block` at a
+        time."""
         cache = DynamicCache(config=self.config)
         self.model(
             inputs_embeds=visual,
@@ -107,24 +108,20 @@ class LlamaDecoder(LlamaForCausalLM):
             past_key_values=cache,
             use_cache=True,
         )
-        return LlamaSteps(self.model, visual, length, cache)
-
-    def step(self, ids: torch.Tensor, position: int, steps: "LlamaSteps") -> torch.Tensor:
-        """Reads one more token per row, ids (B,), the `position`-th of the sentence (BOS is 0): (B, D)."""
-        return steps(ids, position)
+        return LlamaSteps(self.model, visual, length, block, cache)
 
     def _num_seen_whole(self, visual: torch.Tensor) -> int:
         return 0 if getattr(self.config, "causal_prefix", False) else visual.shape[1]
 
 
 class LlamaSteps:
-    """Reads a sentence token by token: LlamaModel's layers, laid out for it, and what they have read so far.
+    """Reads a sentence bit by bit: LlamaModel's layers, laid out for it, and what they have read so far.
 
     Says what LlamaModel says with a cache, but for rounding.
     """
 
-    def __init__(self, model: LlamaModel, visual: torch.Tensor, length: int, prefix: DynamicCache):
-        attention = model.layers[0].self_attn
+    def __init__(self, model: LlamaModel, visual: torch.Tensor, length: int, block: int, prefix: DynamicCache):
+        attention, shape = model.layers[0].self_attn, {"like": visual, "count": len(visual) * block}
         self.head_width = attention.head_dim
         self.num_heads = attention.q_proj.out_features // self.head_width
         self.num_visual = visual.shape[1]
@@ -135,23 +132,23 @@ class LlamaSteps:
         self.layers = [
             (
                 layer.mlp.act_fn,
-                Product.of(own.q_proj, own.k_proj, own.v_proj, like=visual, scale=root * layer.input_layernorm.weight),
-                Product.of(own.o_proj, like=visual),
+                Product.of(own.q_proj, own.k_proj, own.v_proj, scale=root * layer.input_layernorm.weight, **shape),
+                Product.of(own.o_proj, **shape),
                 Product.of(
                     *(layer.mlp.gate_proj, layer.mlp.up_proj),
-                    like=visual,
                     scale=root * layer.post_attention_layernorm.weight,
+                    **shape,
                 ),
-                Product.of(layer.mlp.down_proj, like=visual),
+                Product.of(layer.mlp.down_proj, **shape),
             )
             for layer, own in ((layer, layer.self_attn) for layer in model.layers)
         ]
         self.output: dict[tuple, Product] = {}  # of the parts of the vocabulary that were asked for
         num_kv_heads = attention.k_proj.out_features // self.head_width
-        shape = (len(visual), num_kv_heads, self.num_visual + length, self.head_width)
-        self.seen = KeyValues(len(self.layers), shape, step_dtype(visual), visual.device)
+        room = (len(visual), num_kv_heads, self.num_visual + length, self.head_width)
+        self.seen = KeyValues(len(self.layers), room, step_dtype(visual), visual.device)
         for index, layer in enumerate(prefix.layers):
-            self.seen.write(index, 0, torch.cat([layer.keys, layer.values], dim=1))
+            self.seen.fill(index, torch.cat([layer.keys, layer.values], dim=1))
         cos, sin = model.rotary_emb(visual, prefix_positions(0, length, visual.device))
         half = self.head_width // 2
         # Queries and keys are turned, values are not: the three lie side by side. Rolling swaps a head's halves.
@@ -163,15 +160,21 @@ class LlamaSteps:
             for turn, stay in zip(turning, still, strict=True)
         )
 
-    def __call__(self, ids: torch.Tensor, position: int) -> torch.Tensor:
-        """Reads one more token per row, ids (B,), the `position`-th of the sentence (BOS is 0): (B, D)."""
-        hidden, place = self.embeddings[ids], self.num_visual + position
+    def __call__(self, ids: torch.Tensor, position: int | torch.Tensor) -> torch.Tensor:
+        """Reads one more token in each row, ids (B,), the `position`-th of the sentence (BOS is 0): (B, D).
+
+        Or a few: ids (B, n), the first of them at `position` (B,): (B n, D).
+        """
+        places = Places(self.num_visual + position, ids.shape[-1])
+        hidden = self.embeddings[ids.flatten()]
+        if isinstance(position, torch.Tensor):
+            position = (places.at - self.num_visual).flatten()
         cos, sin = self.cos[position], self.sin[position]
         for index, (act, query_key_value, out, gate_up, down) in enumerate(self.layers):
             heads = query_key_value(unit(hidden, self.eps)).unflatten(1, (-1, self.head_width))
             turned = torch.addcmul(heads * cos, heads.roll(self.head_width // 2, dims=-1), sin)
-            self.seen.write(index, place, turned[:, self.num_heads :, None])
-            hidden = hidden + out(self.seen.look(index, turned[:, : self.num_heads, None], place + 1))
+            self.seen.write(index, places, turned[:, self.num_heads :])
+            hidden = hidden + out(self.seen.look(index, turned[:, : self.num_heads], places))
             gate, up = gate_up(unit(hidden, self.eps)).chunk(2, dim=-1)
             hidden = hidden + down(act(gate) * up)
         return unit(hidden, self.eps) * self.norm

@@ -1,4 +1,4 @@
-"""Writing a sentence token by token: what of a decoder's layers a step needs, laid out for it.
+"""Reading a sentence a token or a few at a time: what of a decoder's layers a step needs, laid out for it.
 
 Around a step's few products, transformers' modules and caches do more than the products take: a cache is copied as a
 whole for every token. Here keys and values have their place from the start, products of the same input are one, and
@@ -28,7 +28,7 @@ def unit(hidden: torch.Tensor, eps: float) -> torch.Tensor:
 
 @dataclass
 class Product:
-    """x (B, in) -> x W' + b (B, out) of one or more linear layers with the same input, side by side."""
+    """x (R, in) -> x W' + b (R, out) of one or more linear layers with the same input, side by side."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None
@@ -36,9 +36,14 @@ class Product:
 
     @classmethod
     def of(
-        cls, *layers: nn.Linear, like: torch.Tensor, rows: slice = slice(None), scale: torch.Tensor | None = None
+        cls,
+        *layers: nn.Linear,
+        like: torch.Tensor,
+        count: int,
+        rows: slice = slice(None),
+        scale: torch.Tensor | None = None,
     ) -> "Product":
-        """As it is best for a batch `like` (B, ...). `rows`: of the output; `scale` (in,): of x."""
+        """As it is best for `count` rows of type and device `like`. `rows`: of the output; `scale` (in,): of x."""
         dtype, on_cpu = step_dtype(like), like.device.type == "cpu"
         weight = torch.cat([layer.weight[rows] for layer in layers])
         weight = (weight if scale is None else weight * scale).to(dtype)
@@ -46,8 +51,8 @@ class Product:
         if layers[0].bias is not None:
             bias = torch.cat([layer.bias[rows] for layer in layers]).to(dtype)
         packed = None
-        if on_cpu and len(like) >= FEW_ROWS and dtype == torch.float32 and torch.backends.mkldnn.is_available():
-            packed = torch.ops.mkldnn._reorder_linear_weight(weight, len(like))
+        if on_cpu and count >= FEW_ROWS and dtype == torch.float32 and torch.backends.mkldnn.is_available():
+            packed = torch.ops.mkldnn._reorder_linear_weight(weight, count)
         elif on_cpu and weight.shape[0] > weight.shape[1]:
             # The product with a row or two reads the weight once: fastest along its longer side.
             weight = weight.t().contiguous().t()
@@ -59,23 +64,54 @@ class Product:
         return F.linear(x if x.dtype == self.weight.dtype else x.to(self.weight.dtype), self.weight, self.bias)
 
 
+class Places:
+    """Where the tokens of one pass stand: n of them in each of B rows, one behind the other.
+
+    at   the place of all rows' only token; or places (B,) of each row's first of n tokens
+    """
+
+    def __init__(self, at: int | torch.Tensor, count: int = 1):
+        self.at, self.mask = at, None
+        if isinstance(at, int):
+            self.end = at + 1
+            return
+        self.at = at[:, None] + torch.arange(count, device=at.device)
+        self.end = int(self.at.max()) + 1
+        # Each token sees what stands before it in its row, and itself. What other rows wrote further on is not there.
+        self.mask = (torch.arange(self.end, device=at.device) <= self.at[:, :, None])[:, None]
+        self.rows = torch.arange(len(at), device=at.device)[:, None]
+
+
 class KeyValues:
     """Keys and values of at most T tokens in each layer: (B, 2 H, T, d), the keys' heads first."""
 
     def __init__(self, layers: int, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device):
         batch, heads, most, width = shape
         self.num_heads, self.most = heads, most
-        self.layers = [torch.empty(batch, 2 * heads, most, width, dtype=dtype, device=device) for _ in range(layers)]
+        # Zeros: what is hidden by a mask is still multiplied, and must not be NaN.
+        self.layers = [torch.zeros(batch, 2 * heads, most, width, dtype=dtype, device=device) for _ in range(layers)]
 
-    def write(self, layer: int, place: int, keys_and_values: torch.Tensor) -> None:
-        """(B, 2 H, n, d) of the tokens from `place` on."""
-        self.layers[layer].narrow(2, place, keys_and_values.shape[2]).copy_(keys_and_values)
+    def fill(self, layer: int, keys_and_values: torch.Tensor) -> None:
+        """(B, 2 H, n, d) of the first n tokens."""
+        self.layers[layer].narrow(2, 0, keys_and_values.shape[2]).copy_(keys_and_values)
 
-    def look(self, layer: int, query: torch.Tensor, length: int) -> torch.Tensor:
-        """What a query (B, H', 1, d) finds in the first `length` tokens: (B, H' d)."""
-        keys, values = self.layers[layer].narrow(2, 0, length).chunk(2, dim=1)
+    def write(self, layer: int, places: Places, keys_and_values: torch.Tensor) -> None:
+        """(B n, 2 H, d) of the tokens of one pass."""
+        kept = self.layers[layer]
+        if places.mask is None:
+            kept.select(2, places.at).copy_(keys_and_values)
+        else:
+            kept[places.rows, :, places.at] = keys_and_values.unflatten(0, places.at.shape)
+
+    def look(self, layer: int, query: torch.Tensor, places: Places | None = None) -> torch.Tensor:
+        """What queries (B n, H', d) find in the tokens up to their own, or in all of them: (B n, H' d)."""
+        kept = self.layers[layer] if places is None else self.layers[layer].narrow(2, 0, places.end)
+        keys, values = kept.chunk(2, dim=1)
+        query = query.unflatten(0, (len(kept), -1)).transpose(1, 2)
         grouped = query.shape[1] != self.num_heads
-        return F.scaled_dot_product_attention(query, keys, values, enable_gqa=grouped).flatten(1)
+        mask = None if places is None else places.mask
+        found = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, enable_gqa=grouped)
+        return found.transpose(1, 2).flatten(0, 1).flatten(1)
 
     def keep(self, rows: torch.Tensor) -> None:
         """Only these rows of the batch."""

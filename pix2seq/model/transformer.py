@@ -6,7 +6,7 @@ from torch import nn
 from transformers import BlenderbotConfig, BlenderbotForCausalLM
 from transformers.models.blenderbot.modeling_blenderbot import BlenderbotDecoder
 
-from pix2seq.model.steps import KeyValues, Product, step_dtype
+from pix2seq.model.steps import KeyValues, Places, Product, step_dtype
 
 
 class TransformerDecoder(BlenderbotForCausalLM):
@@ -28,27 +28,24 @@ class TransformerDecoder(BlenderbotForCausalLM):
             input_ids=input_ids, attention_mask=mask[None, None], encoder_hidden_states=visual, use_cache=False
         ).last_hidden_state
 
-    def start(self, visual: torch.Tensor, length: int) -> "TransformerSteps":
-        """Looks at the visual tokens (B, N, D), and makes room for a sentence of `length` tokens: see `step`."""
-        return TransformerSteps(self.model.decoder, visual, length)
-
-    def step(self, ids: torch.Tensor, position: int, steps: "TransformerSteps") -> torch.Tensor:
-        """Reads one more token per row, ids (B,), the `position`-th of the sentence (BOS is 0): (B, D)."""
-        return steps(ids, position)
+    def start(self, visual: torch.Tensor, length: int, block: int = 1) -> "TransformerSteps":
+        """Looks at the visual tokens (B, N, D), and makes room for a sentence of `length` tokens, which will be read
+        `block` at a time."""
+        return TransformerSteps(self.model.decoder, visual, length, block)
 
 
 class TransformerSteps:
-    """Reads a sentence token by token: BlenderbotDecoder's layers, laid out for it, and what they have read so far."""
+    """Reads a sentence bit by bit: BlenderbotDecoder's layers, laid out for it, and what they have read so far."""
 
-    def __init__(self, decoder: BlenderbotDecoder, visual: torch.Tensor, length: int):
+    def __init__(self, decoder: BlenderbotDecoder, visual: torch.Tensor, length: int, block: int):
         attention = decoder.layers[0].self_attn
         self.decoder, self.heads = decoder, (attention.num_heads, attention.head_dim)
         self.output: dict[tuple, Product] = {}  # of the parts of the vocabulary that were asked for
-        self.layers = []
+        self.layers, count = [], len(visual) * block
         for layer in decoder.layers:
             own, cross = layer.self_attn, layer.encoder_attn
             linears = ((own.q_proj, own.k_proj, own.v_proj), (own.out_proj,), (cross.q_proj,), (cross.out_proj,))
-            products = [Product.of(*each, like=visual) for each in (*linears, (layer.fc1,), (layer.fc2,))]
+            products = [Product.of(*each, like=visual, count=count) for each in (*linears, (layer.fc1,), (layer.fc2,))]
             self.layers.append((layer, *products))
         room, dtype = (len(self.layers), (len(visual), attention.num_heads)), step_dtype(visual)
         self.said, self.picture = (
@@ -58,18 +55,24 @@ class TransformerSteps:
         for index, layer in enumerate(decoder.layers):
             linears = layer.encoder_attn.k_proj, layer.encoder_attn.v_proj
             parts = [linear(visual).unflatten(2, self.heads).transpose(1, 2) for linear in linears]
-            self.picture.write(index, 0, torch.cat(parts, dim=1))
+            self.picture.fill(index, torch.cat(parts, dim=1))
 
-    def __call__(self, ids: torch.Tensor, position: int) -> torch.Tensor:
-        """Reads one more token per row, ids (B,), the `position`-th of the sentence (BOS is 0): (B, D)."""
-        decoder = self.decoder
-        hidden = decoder.embed_tokens(ids) + decoder.embed_positions.weight[position]
+    def __call__(self, ids: torch.Tensor, position: int | torch.Tensor) -> torch.Tensor:
+        """Reads one more token in each row, ids (B,), the `position`-th of the sentence (BOS is 0): (B, D).
+
+        Or a few: ids (B, n), the first of them at `position` (B,): (B n, D).
+        """
+        decoder, places = self.decoder, Places(position, ids.shape[-1])
+        learned = decoder.embed_positions.weight
+        if isinstance(position, torch.Tensor):
+            position = places.at.flatten().clamp(max=len(learned) - 1)  # behind the end there is nothing to be right
+        hidden = decoder.embed_tokens(ids.flatten()) + learned[position]
         for index, (layer, query_key_value, out, query, picture_out, fc1, fc2) in enumerate(self.layers):
             heads = query_key_value(_norm(hidden, layer.self_attn_layer_norm)).unflatten(1, (-1, self.heads[1]))
-            self.said.write(index, position, heads[:, self.heads[0] :, None])
-            hidden = hidden + out(self.said.look(index, heads[:, : self.heads[0], None], position + 1))
+            self.said.write(index, places, heads[:, self.heads[0] :])
+            hidden = hidden + out(self.said.look(index, heads[:, : self.heads[0]], places))
             heads = query(_norm(hidden, layer.encoder_attn_layer_norm)).unflatten(1, self.heads)
-            hidden = hidden + picture_out(self.picture.look(index, heads[:, :, None], self.picture.most))
+            hidden = hidden + picture_out(self.picture.look(index, heads))
             hidden = hidden + fc2(layer.activation_fn(fc1(_norm(hidden, layer.final_layer_norm))))
         return _norm(hidden, decoder.layer_norm)
 
