@@ -5,16 +5,20 @@ python -m benchmarks.decode --output docs/results/decode_cpu.json               
 The decoder of the R50 recipe (6 layers, 256 wide, 400 visual tokens), random weights, greedy, 100 objects:
 
 pix2seq      decoding.generate
+all right    the same with a drafter (not a trained one) whose guesses are all taken: the most that drafting can give
+all wrong    the same with a drafter whose guesses are nearly all wrong, random as it is: the least
 generate     transformers' generate of the same LlamaForCausalLM: its dynamic cache, our grammar as a LogitsProcessor
 loop         LlamaForCausalLM called token by token with a dynamic cache
 no cache     the whole sentence read again for every token; timed at some of the tokens, see `without_cache`
-All write the same tokens: `equal_sentences` counts. Times are those of the decoder. The picture's encoder, the same
+All but "all right" write the same tokens: `equal_sentences` counts. The classic decoder is timed beside a loop with
+transformers' cache alone. Times are those of the decoder. The picture's encoder, the same
 for all, is timed by itself, and DETR's R50 as the yardstick of a detector that writes nothing.
 """
 
 import argparse
 import copy
 import json
+import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -23,14 +27,14 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 from transformers import DetrConfig, DetrForObjectDetection, LlamaForCausalLM, LogitsProcessor, ResNetConfig
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from benchmarks.record import environment
 from pix2seq.decoding import DecodingOptions, generate
 from pix2seq.model import build_detector
 from pix2seq.tokenizer import TOKENS_PER_OBJECT, Tokenizer
 
-OURS = "pix2seq"
+OURS, ALL_RIGHT, ALL_WRONG = "pix2seq", "all right", "all wrong"
 
 
 class GrammarProcessor(LogitsProcessor):
@@ -116,22 +120,16 @@ def without_cache(model, visual: torch.Tensor, tokens: torch.Tensor, samples: in
     return seconds[0] + sum((b - a) * (sa + sb) / 2 for a, b, sa, sb in between)
 
 
-class Encoded:
-    """A detector whose pictures are visual tokens already: what is timed is the decoder."""
-
-    def __init__(self, model):
-        self.model, self.config = model, model.config
-
-    def start(self, visual: torch.Tensor, length: int):
-        return self.model.decoder.start(visual, length)
-
-    def step(self, *args):
-        return self.model.step(*args)
+def encoded(model):
+    """The same detector, its pictures visual tokens already: what is timed is the decoder."""
+    model = copy.copy(model)
+    model.encode = lambda visual: visual
+    return model
 
 
-def ours(model, visual: torch.Tensor, tokenizer: Tokenizer, objects: int) -> torch.Tensor:
+def ours(model, visual: torch.Tensor, tokenizer: Tokenizer, objects: int, draft: str = "off") -> torch.Tensor:
     """Boxes (B, N, 4), greedy."""
-    found = generate(Encoded(model), visual, tokenizer, DecodingOptions(objects, top_p=0))
+    found = generate(encoded(model), visual, tokenizer, DecodingOptions(objects, top_p=0, draft=draft))
     return torch.stack([torch.from_numpy(one.boxes) for one in found])
 
 
@@ -148,24 +146,27 @@ def race(model, batch: int, objects: int, rounds: int, samples: int) -> dict:
     plain, length = PrefixedLlama.of(model.decoder), TOKENS_PER_OBJECT * objects
     width = model.config.decoder_config.hidden_size
     side = model.encode(torch.zeros(1, 3, model.config.image_size, model.config.image_size, device=device)).shape[1]
-    equal: dict[str, list[float]] = {"generate": [], "loop": []}
-    seconds: dict[str, list[float]] = {OURS: [], "generate": [], "loop": [], "no cache": []}
+    equal: dict[str, list[float]] = {ALL_WRONG: [], "generate": [], "loop": []}
+    seconds: dict[str, list[float]] = {OURS: [], ALL_RIGHT: [], **{name: [] for name in equal}, "no cache": []}
     for number in tqdm(range(rounds + 1), desc=f"batch {batch}", disable=None):
         torch.manual_seed(number)
         visual = torch.randn(batch, side, width, device=device)
         written = {}
         for name, write in (
             (OURS, lambda v=visual: ours(model, v, tokenizer, objects)),
+            (ALL_RIGHT, lambda v=visual: ours(model, v, tokenizer, objects, "unverified")),
+            (ALL_WRONG, lambda v=visual: ours(model, v, tokenizer, objects, "exact")),
             ("generate", lambda v=visual: by_generate(model, plain, v, tokenizer, length)),
             ("loop", lambda v=visual: by_loop(model, plain, v, tokenizer, length)),
         ):
             seconds[name].append(timed(device, write, written, name))
-        for name, shares in equal.items():
-            shares.append(equal_sentences(written[OURS], written[name], tokenizer))
+        tokens = written["generate"]
+        for name in ("generate", "loop"):
+            equal[name].append(equal_sentences(written[OURS], written[name], tokenizer))
+        equal[ALL_WRONG].append(float((written[OURS] == written[ALL_WRONG]).flatten(1).all(1).float().mean()))
         if number:
-            seconds["no cache"].append(without_cache(model, visual, written["generate"], samples))
-    for name in (OURS, "generate", "loop"):
-        seconds[name] = seconds[name][1:]
+            seconds["no cache"].append(without_cache(model, visual, tokens, samples))
+    seconds = {name: values[-rounds:] for name, values in seconds.items()}  # the first round warms up
     ratios = {
         name: spread([b / a for a, b in zip(seconds[OURS], values, strict=True)])
         for name, values in seconds.items()
@@ -178,6 +179,45 @@ def race(model, batch: int, objects: int, rounds: int, samples: int) -> dict:
         "passes_per_object": TOKENS_PER_OBJECT,
         "equal_sentences": {name: statistics.mean(shares) for name, shares in equal.items()},
     }
+
+
+def race_of_the_classic_decoder(model, batch: int, objects: int, rounds: int) -> dict:
+    """As `race`, against the loop alone."""
+    tokenizer, device = model.tokenizer, model.device
+    width, length = model.config.decoder_config.hidden_size, TOKENS_PER_OBJECT * objects
+    side = model.encode(torch.zeros(1, 3, model.config.image_size, model.config.image_size, device=device)).shape[1]
+    seconds: dict[str, list[float]] = {OURS: [], "loop": []}
+    equal = []
+    for number in tqdm(range(rounds + 1), desc=f"classic decoder, batch {batch}", disable=None):
+        torch.manual_seed(number)
+        visual, written = torch.randn(batch, side, width, device=device), {}
+        for name, write in (
+            (OURS, lambda v=visual: ours(model, v, tokenizer, objects)),
+            ("loop", lambda v=visual: by_classic_loop(model, v, tokenizer, length)),
+        ):
+            seconds[name].append(timed(device, write, written, name))
+        equal.append(equal_sentences(written[OURS], written["loop"], tokenizer))
+    seconds = {name: values[-rounds:] for name, values in seconds.items()}
+    ratios = [b / a for a, b in zip(*seconds.values(), strict=True)]
+    return {
+        "seconds": {name: spread(values) for name, values in seconds.items()},
+        "times_as_fast": {"loop": spread(ratios)},
+        "tokens_per_s": batch * length / statistics.median(seconds[OURS]),
+        "equal_sentences": {"loop": statistics.mean(equal)},
+    }
+
+
+def by_classic_loop(model, visual: torch.Tensor, tokenizer: Tokenizer, length: int) -> torch.Tensor:
+    """Tokens (B, L) by calling transformers' decoder with its cache."""
+    cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+    grammar = GrammarProcessor(tokenizer, visual.device)
+    tokens = torch.full((len(visual), 1), tokenizer.bos_id, device=visual.device)
+    for _ in range(length):
+        output = model.decoder(
+            input_ids=tokens[:, -1:], encoder_hidden_states=visual, past_key_values=cache, use_cache=True
+        )
+        tokens = torch.cat([tokens, grammar(tokens, output.logits[:, -1]).argmax(-1)[:, None]], dim=1)
+    return tokens[:, 1:]
 
 
 def timed(device: torch.device, write: Callable, written: dict, name: str) -> float:
@@ -213,27 +253,36 @@ def whole_detectors(model, batch: int, image_size: int, objects: int, rounds: in
     return {name: spread([batch / value for value in values]) for name, values in seconds.items()}
 
 
-def measure(args: argparse.Namespace) -> dict:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if args.num_threads:
-        torch.set_num_threads(args.num_threads)
+def detector(args: argparse.Namespace, decoder: str):
     torch.manual_seed(0)
     model = build_detector(
         backbone="{model_type: resnet}",
         image_size=args.image_size,
         max_objects=args.num_objects,
-        decoder="llama",
+        decoder=decoder,
         category_ids=tuple(range(80)),
         class_names=tuple(map(str, range(80))),
-    )
-    model = model.to(device).eval()
+    ).eval()
     with torch.no_grad():  # of random weights, all tokens would be nearly equally likely
         for parameter in model.decoder.parameters():
             parameter.mul_(3.0)
+    return model
+
+
+def measure(args: argparse.Namespace) -> dict:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if args.num_threads:
+        torch.set_num_threads(args.num_threads)
+    model, classic = (detector(args, decoder).to(device) for decoder in ("llama", "transformer"))
+    model.add_drafter()
     found = {"environment": environment(device), "flags": {k: v for k, v in vars(args).items() if k != "output"}}
     with torch.inference_mode():
         found["batches"] = {
             str(batch): race(model, batch, args.num_objects, args.rounds, args.samples) for batch in args.batch_sizes
+        }
+        found["classic"] = {
+            str(batch): race_of_the_classic_decoder(classic, batch, args.num_objects, args.rounds)
+            for batch in args.batch_sizes
         }
         found["images_per_s"] = {
             str(batch): whole_detectors(model, batch, args.image_size, args.num_objects, 1)
@@ -241,6 +290,8 @@ def measure(args: argparse.Namespace) -> dict:
         }
     if device.type == "cuda":
         found["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    else:
+        found["peak_memory_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     return found
 
 
@@ -251,6 +302,8 @@ def report(found: dict) -> str:
         lines.append(f"batch {batch}: {part['tokens_per_s']:.0f} tokens/s; equal sentences: {equal}")
         for name, times in part["times_as_fast"].items():
             lines.append(f"  {{median:.2f}} times as fast as {name} ({{min:.2f}} to {{max:.2f}})".format(**times))
+        classic = found["classic"][batch]["times_as_fast"]["loop"]["median"]
+        lines.append(f"  classic decoder: {classic:.2f} times as fast as a loop")
         rates = found["images_per_s"][batch]
         lines.append("  images/s: " + ", ".join(f"{name} {rate['median']:.2f}" for name, rate in rates.items()))
     return "\n".join(lines)

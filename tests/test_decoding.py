@@ -27,13 +27,13 @@ class Scripted:
     def __init__(self, logits: torch.Tensor, noise_objects: bool = True):
         self.logits = logits  # (rows, L, V)
         self.config = SimpleNamespace(noise_objects=noise_objects)
-        self.read: list[list[int]] = []
+        self.fed: list[list[int]] = []
 
     def start(self, pixel_values: torch.Tensor, length: int) -> "Rows":
         return Rows(pixel_values[:, 0, 0, 0].long())
 
     def step(self, ids: torch.Tensor, position: int, steps: "Rows", rows: slice = slice(None)) -> torch.Tensor:
-        self.read.append(ids.tolist())
+        self.fed.append(ids.tolist())
         return self.logits[steps.rows, position][:, rows]
 
 
@@ -109,8 +109,8 @@ def test_any_logits_give_well_formed_objects(seed, top_p, temperature, noise_obj
 def test_every_token_that_is_fed_back_is_of_its_slots_kind(seed, noise_objects):
     model = Scripted(random_logits(4, 3, seed), noise_objects)
     decode(model, range(4), max_objects=3, top_p=1.0)
-    assert model.read[0] == [TOKENIZER.bos_id] * 4
-    for position, tokens in enumerate(model.read[1:]):
+    assert model.fed[0] == [TOKENIZER.bos_id] * 4
+    for position, tokens in enumerate(model.fed[1:]):
         assert len(tokens) == 4 or not noise_objects
         for token in tokens:  # EOS is not fed back: the row is gone
             if position % TOKENS_PER_OBJECT == CLASS_SLOT:
@@ -170,7 +170,7 @@ def test_a_scripted_sentence_is_reproduced(top_p):
     found = decode(model, [0], max_objects=3, top_p=top_p)[0]
     boxes, labels = TOKENIZER.decode(objects)
     assert_equal(SimpleNamespace(boxes=boxes, labels=labels, scores=found.scores), found)
-    assert model.read == [[TOKENIZER.bos_id], *([token] for token in objects.reshape(-1)[:-1].tolist())]
+    assert model.fed == [[TOKENIZER.bos_id], *([token] for token in objects.reshape(-1)[:-1].tolist())]
     assert (found.scores > 0.999).all()
 
 
@@ -211,7 +211,7 @@ def test_decoding_ends_when_all_rows_have():
     one, eos = [*bins(1, 2, 3, 4), cls(0)], [TOKENIZER.eos_id]
     model = Scripted(certain([one + eos + [cls(0)] * 14, eos + [cls(0)] * 19]), noise_objects=False)
     decode(model, range(2), max_objects=4, top_p=0)
-    assert len(model.read) == 6  # BOS and five tokens were read, then nothing more was asked
+    assert len(model.fed) == 6  # BOS and five tokens were read, then nothing more was asked
 
 
 def test_eos_is_not_offered_within_an_object():
@@ -250,7 +250,7 @@ def test_a_noise_object_keeps_its_best_class():
     logits = torch.cat([logits, certain([[*bins(5, 5, 6, 6), cls(1)]])], dim=1)
     model = Scripted(logits)
     found = decode(model, [0], max_objects=2, top_p=0)[0]
-    assert model.read[5] == [TOKENIZER.noise_id]
+    assert model.fed[5] == [TOKENIZER.noise_id]
     assert found.labels.tolist() == [2, 1]
     assert found.scores == pytest.approx([0.06, 1.0], abs=1e-4)
     assert NOISE_LABEL not in found.labels
@@ -397,7 +397,7 @@ def test_a_hundred_thousand_random_sentences_are_grammatical(noise_objects):
         assert ((boxes >= 0) & (boxes <= 1)).all()
         assert (boxes[:, 2:] >= boxes[:, :2]).all()
         assert len(boxes) == 20_000 or not noise_objects
-        for position, tokens in enumerate(model.read[1:]):
+        for position, tokens in enumerate(model.fed[1:]):
             tokens = np.array(tokens)
             is_class = (tokens >= TOKENIZER.noise_id) & (tokens < TOKENIZER.first_bin_id)
             assert (is_class if position % TOKENS_PER_OBJECT == CLASS_SLOT else tokens >= TOKENIZER.first_bin_id).all()
@@ -427,8 +427,8 @@ def test_a_sentence_ends_after_so_many_noise_objects_in_a_row(stop_after_noise, 
         assert len(stopped.scores) == count
         np.testing.assert_array_equal(stopped.boxes, full.boxes[:count])
         np.testing.assert_array_equal(stopped.scores, full.scores[:count])
-    assert len(model.read) == 5 * max(written)
-    assert sum(len(tokens) for tokens in model.read) == 5 * sum(written)  # rows that have ended leave the batch
+    assert len(model.fed) == 5 * max(written)
+    assert sum(len(tokens) for tokens in model.fed) == 5 * sum(written)  # rows that have ended leave the batch
 
 
 def test_what_counts_as_noise_is_an_option():
