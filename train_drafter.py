@@ -28,12 +28,14 @@ from pix2seq.colors import paint
 from pix2seq.command_line import parse, read_flags
 from pix2seq.config import Arguments, flag
 from pix2seq.data import Categories, TrainDataset, load_annotations, train_loader
+from pix2seq.data.unreadable import UnreadableImages
 from pix2seq.decoding import DecodingOptions, write
 from pix2seq.errors import UserError
 from pix2seq.model import Pix2SeqForObjectDetection, load_detector
-from pix2seq.saving import write_detector
+from pix2seq.saving import DISK_ERRORS, write_detector
 from pix2seq.tokenizer import CLASS_SLOT, SLOTS, TOKENS_PER_OBJECT
 
+KNOWN = {field.name for field in fields(Arguments)}  # another version's flags may be others
 WHERE = ("root", "train_images", "train_json", "train_shards")
 # Where a noise object lies is said nearly at random, and guesses of it teach little.
 NOISE_WEIGHT = 0.1
@@ -52,7 +54,7 @@ class DrafterArguments:
     lr: float = flag(1e-3, "peak learning rate")
     seed: int = flag(0, "decides data order, augmentation, sentences and initial weights")
     num_workers: int = flag(2, "data loading processes")
-    mixed_precision: Literal["no", "bf16"] | None = flag(None, "default: that of training")
+    mixed_precision: Literal["no", "bf16"] | None = flag(None, "default: that of training, or no for fp16")
     log_every: int = flag(100, "steps between two lines of progress")
 
     def __post_init__(self):
@@ -119,6 +121,10 @@ def main(args: DrafterArguments) -> int:
     output = Path(args.output_dir)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--output_dir {output}: is there already; name a new folder")
+    try:  # before hours of work, not after them
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output_dir {output}: cannot be made ({error.strerror})") from None
     transformers_logging.disable_progress_bar()
     model, had = load_detector(args.checkpoint, "--checkpoint"), read_flags(args.checkpoint, "--checkpoint")
     training = training_flags(args, had)
@@ -126,18 +132,22 @@ def main(args: DrafterArguments) -> int:
     annotations = load_annotations(find_splits(training)[0], categories, training.follow_links)
     if training.overfit:
         annotations = annotations.subset(range(min(training.overfit, len(annotations))))
+    if not annotations.trainable.any():
+        raise UserError(f"{annotations.split.json}: holds no objects to learn from")
     data = training_set(training, annotations)
-    accelerator = Accelerator(
-        cpu=not torch.cuda.is_available(), mixed_precision=args.mixed_precision or had.get("mixed_precision")
-    )
-    if accelerator.mixed_precision == "fp16":  # its gradients would need scaling
-        raise UserError("--mixed_precision fp16: a drafter learns in bf16 or no")
+    precision = args.mixed_precision or had.get("mixed_precision")
+    # The gradients of fp16 would need scaling, and a drafter is small.
+    precision = "no" if precision == "fp16" else precision
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=precision)
     model = model.to(accelerator.device).eval().requires_grad_(False)
     torch.manual_seed(args.seed)
     model.add_drafter(args.num_layers)
     learn(args, model, data, training, accelerator)
-    model.config.decoding = model.config.decoding | {"draft": "exact"}
-    checkpoint.commit(output, partial(write_detector, model.requires_grad_(True), Arguments(**had)))
+    flags = Arguments(**{name: value for name, value in had.items() if name in KNOWN})
+    try:
+        checkpoint.commit(output, partial(write_detector, model, flags))
+    except DISK_ERRORS as error:
+        raise UserError(f"--output_dir {output}: could not be written ({error})") from None
     print(f"written to {output}; evaluate.py --draft says how it is used")
     return 0
 
@@ -153,10 +163,9 @@ def training_flags(args: DrafterArguments, had: dict) -> Arguments:
         had |= {"val_images": args.train_images, "val_json": args.train_json}
     if args.root:
         had |= {"val_images": None, "val_json": None}
-    known = {field.name for field in fields(Arguments)}
     try:
-        training = Arguments(**{name: value for name, value in had.items() if name in known})
-    except ValueError as error:
+        training = Arguments(**{name: value for name, value in had.items() if name in KNOWN})
+    except (TypeError, ValueError) as error:
         raise UserError(f"--checkpoint {args.checkpoint}: its training.yaml says {error}") from None
     return replace(training, batch_size=args.batch_size, seed=args.seed, gradient_accumulation_steps=1)
 
@@ -174,9 +183,14 @@ def learn(
     sampler = step_sampler(training, len(data.annotations), 0, 1)
     batches = iter(train_loader(data, sampler, args.num_workers, pin_memory=accelerator.device.type == "cuda"))
     options = replace(model.decoding_options, draft="off", stop_after_noise=0)
+    unreadable = UnreadableImages.of(data.annotations, training.max_unreadable)
     bar = tqdm(range(1, args.max_steps + 1), desc="drafter", disable=None)
     for step in bar:
         batch = next(batches)
+        for line in sorted(unreadable.new([batch])):
+            tqdm.write(f"replaced by another image: {line}")
+            unreadable.lines.add(line)
+        unreadable.enforce()
         pixel_values = batch["pixel_values"].to(accelerator.device, non_blocking=True)
         if "colors" in batch:
             pixel_values = paint(pixel_values, batch["size"], batch["colors"])

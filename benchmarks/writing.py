@@ -3,8 +3,9 @@
 python -m benchmarks.writing --checkpoint runs/demo/drafted --root data/shapes --output docs/results/writing_demo.json
 
 Greedy, token by token, is what the others are held against. `equal` is the share of images whose boxes are the same
-to the bit, `passes` how often the decoder ran for an image, and `passes_few` the same for those images with at most
---few objects. Times are of whole detectors, in one run; `times_as_fast` is the median over --rounds.
+to the bit, and their labels; `passes` how often the decoder ran for an image (a batch runs as often as its slowest
+image), and `passes_few` the same for those images with at most --few objects. Times are of whole detectors, in one
+run; `times_as_fast` is the median over --rounds.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from pix2seq.decoding import DecodingOptions, Detections
 from pix2seq.evaluation import coco_results
 from pix2seq.model import load_detector
 from pix2seq.scoring import coco_metrics, load_ground_truth
+from pix2seq.tokenizer import TOKENS_PER_OBJECT
 from pix2seq.transforms import EvalTransform, to_original_pixels
 
 GREEDY = "greedy"
@@ -58,7 +60,7 @@ def ways(has_drafter: bool) -> dict[str, dict]:
 
 def merged(samples: list[Detections]) -> Detections:
     """Several sentences about one picture: of boxes of a class that overlap, the best stays, moved to the average of
-    those it stands for, weighted by scores, and its score is theirs divided by the number of sentences."""
+    all that overlap with it, weighted by scores, and its score is their sum divided by the number of sentences."""
     boxes, labels, scores = (np.concatenate([getattr(one, name) for one in samples]) for name in VALUES)
     tensors = torch.from_numpy(boxes), torch.from_numpy(scores), torch.from_numpy(labels)
     kept = batched_nms(*tensors, MERGE_IOU).numpy()
@@ -106,15 +108,16 @@ class Bench:
             yield from zip(*(batch[name].tolist() for name in ("image_id", "size", "original_size")), strict=True)
 
     def measure(self, options: dict, baseline: list[Detections] | None) -> tuple[dict, list[Detections]]:
-        found, seconds = self.detect(DecodingOptions(self.most, **options))
+        found, _ = self.detect(DecodingOptions(self.most, **options))  # and warms up
         passes = np.array([one.passes for one in found], dtype=float)
         written = np.array([len(one.scores) for one in found], dtype=float)
         result = {"options": options, "ap": self.ap(found), "passes": passes.mean(), "objects": written.mean()}
-        result |= {"passes_few": passes[self.few].mean() if self.few.any() else None, "seconds": [seconds]}
+        result |= {"passes_few": passes[self.few].mean() if self.few.any() else None, "seconds": []}
         result["passes_per_object"] = passes.sum() / written.sum()
+        result["tokens_per_pass"] = TOKENS_PER_OBJECT * written.sum() / passes.sum()
         if baseline is not None:
             same = [
-                len(a.scores) == len(b.scores) and (a.boxes == b.boxes).all()
+                np.array_equal(a.boxes, b.boxes) and np.array_equal(a.labels, b.labels)
                 for a, b in zip(found, baseline, strict=True)
             ]
             result["equal"] = float(np.mean(same))
@@ -128,9 +131,10 @@ def measure(args: argparse.Namespace) -> dict:
     for name, options in tqdm(plans.items(), desc="ways", disable=None):
         found[name], boxes = bench.measure(options, baseline)
         baseline = boxes if baseline is None else baseline
-    for _ in range(args.rounds - 1):
-        for name, options in plans.items():
-            found[name]["seconds"].append(bench.detect(DecodingOptions(bench.most, **options))[1])
+    for number in range(args.rounds):
+        names = list(plans)
+        for name in names[number:] + names[:number]:  # none always comes first
+            found[name]["seconds"].append(bench.detect(DecodingOptions(bench.most, **plans[name]))[1])
     for count in args.samples:
         for top_p in (0.4, 0.8):
             runs = [bench.detect(DecodingOptions(bench.most, top_p=top_p, seed=seed))[0] for seed in range(count)]
@@ -156,16 +160,25 @@ def measure(args: argparse.Namespace) -> dict:
     }
 
 
-def report(found: dict) -> str:
-    lines = [f"{'way':>60s}      AP    gain  passes  times fewer  of few objects  times as fast  equal"]
+def markdown(found: dict) -> str:
+    """A table of a record, for docs."""
+    head = ("way", "AP", "gain", "passes an image", "times fewer", "with few objects", "tokens a pass", "same boxes")
+    lines = [head, ("---",) * len(head)]
     for name, way in found["ways"].items():
-        few, fast, equal = (way.get(key) for key in ("times_fewer_passes_few", "times_as_fast", "equal"))
-        cells = [f"{name[-60:]:>60s}  {way['ap']:.4f}  {way['ap_gain']:+.4f}  {way['passes']:6.2f}"]
-        cells += [
-            f"{value:11.2f}" if value is not None else " " * 11 for value in (way["times_fewer_passes"], few, fast)
-        ]
-        lines.append("  ".join(cells) + (f"  {equal:.3f}" if equal is not None else ""))
-    return "\n".join(lines)
+        few, tokens, equal = (way.get(key) for key in ("times_fewer_passes_few", "tokens_per_pass", "equal"))
+        lines.append(
+            (
+                f"`{name}`",
+                f"{way['ap']:.4f}",
+                f"{way['ap_gain']:+.4f}",
+                f"{way['passes']:.1f}",
+                f"{way['times_fewer_passes']:.2f}",
+                "" if few is None else f"{few:.2f}",
+                "" if tokens is None else f"{tokens:.2f}",
+                "" if equal is None else f"{equal:.1%}",
+            )
+        )
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def main(words: list[str] | None = None) -> int:
@@ -182,7 +195,7 @@ def main(words: list[str] | None = None) -> int:
         parser.error(f"--output {args.output}: its folder does not exist")
     found = measure(args)
     args.output.write_text(json.dumps(found, indent=1) + "\n")
-    print(report(found))
+    print(markdown(found))
     return 0
 
 

@@ -338,22 +338,22 @@ class EvaluateArguments:
     top_p: float | None = flag(None, "nucleus of decoding; 0 is greedy (default: that of training)")
     temperature: float | None = flag(None, "temperature of decoding (default: that of training)")
     max_objects: int | None = flag(None, "objects to write for an image (default: that of training)")
-    stop_after_noise: int = flag(
-        0, "write no more for an image after so many objects in a row that score below --noise_score (0: never stop)"
+    stop_after_noise: int | None = flag(
+        None, "write no more for an image after so many objects in a row that score below --noise_score (0: never)"
     )
-    noise_score: float = flag(0.5, "see --stop_after_noise")
+    noise_score: float | None = flag(None, "see --stop_after_noise and --draft tolerant (default: 0.5)")
     draft: Draft | None = flag(
         None,
         "how a detector with a drafter (train_drafter.py) writes several tokens at once. exact: what it would have "
         "written without; tolerant: up to --draft_bins off; unverified: whatever is guessed is read on "
-        "(default: exact, or off for one without)",
+        "(default: off)",
     )
-    draft_bins: int = flag(1, "see --draft tolerant")
-    expected_bins: int = flag(
-        0, "a coordinate is the mean of the bins up to so many from the one written, weighted by probability"
+    draft_bins: int | None = flag(None, "see --draft tolerant (default: 1)")
+    expected_bins: int | None = flag(
+        None, "a coordinate is the mean of the bins up to so many from the one written, weighted by probability"
     )
-    sharpness: float = flag(
-        0.0, "scores are multiplied by the probability of those bins of all four coordinates, to this power"
+    sharpness: float | None = flag(
+        None, "scores are multiplied by the probability of those bins of all four coordinates, to this power"
     )
     image_size: int = flag(640, "canvas of --oracle")
     num_bins: int = flag(1000, "bins of --oracle")
@@ -375,9 +375,12 @@ class EvaluateArguments:
             _check(self, name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1")
         _check(self, "num_bins", self.num_bins >= 2, "at least 2")
         _check(self, "seed", self.seed is None or 0 <= self.seed < 2**32, "0 to 2^32 - 1")
-        for name in ("num_workers", "num_pictures", "stop_after_noise", "draft_bins", "expected_bins", "sharpness"):
+        for name in ("num_workers", "num_pictures"):
             _check(self, name, getattr(self, name) >= 0, "at least 0")
-        _check(self, "noise_score", 0 <= self.noise_score <= 1, "0 to 1")
+        for name in ("stop_after_noise", "draft_bins", "expected_bins", "sharpness"):
+            value = getattr(self, name)
+            _check(self, name, value is None or 0 <= value < math.inf, "at least 0")
+        _check(self, "noise_score", self.noise_score is None or 0 <= self.noise_score <= 1, "0 to 1")
         _check_decoding(self)
 
 

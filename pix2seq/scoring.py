@@ -20,6 +20,12 @@ from pix2seq.errors import UserError
 
 METRICS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
 METRICS += ("AR_1", "AR_10", "AR_100", "AR_small", "AR_medium", "AR_large")
+# What is read of a ground truth; of the rest, hotcoco refuses some values that nobody needs.
+SCORED_KEYS = {
+    "images": ("id",),
+    "annotations": ("id", "image_id", "category_id", "bbox", "area", "iscrowd"),
+    "categories": ("id", "name"),
+}
 RESULT_KEYS = ("image_id", "category_id", "bbox", "score")  # pycocotools takes others for another task
 
 
@@ -128,6 +134,7 @@ def _evaluated(truth: dict, rows: list[dict], backend: str):
     # Neither can load an empty list of results, but both can evaluate one.
     with contextlib.redirect_stdout(io.StringIO()):
         if backend == "fast":
+            truth = {key: [{k: entry[k] for k in kept} for entry in truth[key]] for key, kept in SCORED_KEYS.items()}
             ground_truth = hotcoco.COCO(truth)
             found = ground_truth.load_res(rows) if rows else hotcoco.COCO(truth | {"annotations": []})
             evaluation = hotcoco.COCOeval(ground_truth, found, "bbox")

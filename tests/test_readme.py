@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from benchmarks.reliability import fill
+from benchmarks.writing import markdown
 from pix2seq.command_line import parse
 from pix2seq.config import Arguments, EvaluateArguments
 from pix2seq.data.commands import COMMANDS as COMMANDS_OF_DATA
@@ -16,6 +17,7 @@ from pix2seq.data.commands import ShardArguments, ShowArguments
 from pix2seq.data.faults import KINDS
 from pix2seq.processing import Pix2SeqImageProcessor
 from plan import PlanArguments
+from train_drafter import DrafterArguments
 
 README = Path("README.md").read_text()
 COMMAND_PAGES = [README, Path("docs/scaling.md").read_text(), Path("docs/data.md").read_text()]
@@ -35,6 +37,8 @@ def test_every_command_parses(command):
         assert re.search(rf"^{words[1]}:", Path("Makefile").read_text(), flags=re.MULTILINE)
     elif "train.py" in words:
         parse(Arguments, words[words.index("train.py") + 1 :])
+    elif "train_drafter.py" in words:
+        parse(DrafterArguments, words[words.index("train_drafter.py") + 1 :])
     elif "plan.py" in words:
         parse(PlanArguments, words[words.index("plan.py") + 1 :])
     elif "evaluate.py" in words:
@@ -78,7 +82,7 @@ def test_the_python_runs(tmp_path, monkeypatch, make_model, capsys):
 def test_the_file_list_is_the_tree():
     listed = set(re.findall(r"^((?:pix2seq/)?[a-z_0-9/]+(?:\.py|/))  ", README, flags=re.MULTILINE))
     modules = {str(path) for path in Path("pix2seq").glob("*.py") if path.name != "__init__.py"}
-    modules |= {"pix2seq/model/", "pix2seq/data/"}
+    modules |= {f"pix2seq/{path.name}/" for path in Path("pix2seq").iterdir() if (path / "__init__.py").exists()}
     assert {name for name in listed if name.startswith("pix2seq/")} == modules
     for name in listed:
         assert Path(name).exists(), name
@@ -155,14 +159,20 @@ def test_figures_of_the_loader_come_from_their_record():
         assert figure in page, figure
 
 
-def test_figures_of_decoding_come_from_their_record():
+def test_figures_of_decoding_come_from_their_records():
     page = Path("docs/decoding.md").read_text()
     for batch, part in json.loads(Path("docs/results/decode_cpu.json").read_text())["batches"].items():
-        ratios = [
-            "{median:.2f} ({min:.2f} to {max:.2f})".format(**part["times_as_fast"][name])
-            for name in ("generate", "loop", "no cache")
-        ]
-        assert f"| {batch} | {part['tokens_per_s']:.0f} | {' | '.join(ratios)} |" in page
+        ratios = {
+            name: "{median:.2f} ({min:.2f} to {max:.2f})".format(**ratio)
+            for name, ratio in part["times_as_fast"].items()
+        }
+        cells = " | ".join(ratios[name] for name in ("generate", "loop", "no cache"))
+        assert f"| {batch} | {part['tokens_per_s']:.0f} | {cells} |" in page
+        # The record says how many times as fast as these one token at a time is.
+        wrong, right = (1 / part["times_as_fast"][name]["median"] for name in ("all wrong", "all right"))
+        assert f"| {batch} | {wrong:.2f} | {right:.2f} |" in page
+    for name in ("demo", "bccd"):
+        assert markdown(json.loads(Path(f"docs/results/writing_{name}.json").read_text())) in page
 
 
 def test_every_record_is_shown():

@@ -150,6 +150,23 @@ def test_odd_boxes_and_ids_have_the_same_numbers_too():
         assert coco_metrics(truth, predictions) == pytest.approx(slow, abs=1e-12, rel=0)
 
 
+def test_what_nobody_needs_may_be_anything():
+    truth = ground_truth({1: [(0, 0, 10, 10)], 2: [(5, 5, 20, 20)]})
+    expected = coco_metrics(truth, as_predictions(truth))
+    truth["images"][0] |= {"license": "CC", "width": None, "height": -1, "coco_url": 5, "date_captured": 5}
+    truth["annotations"][0] |= {
+        "keypoints": "x",
+        "num_keypoints": 1.5,
+        "segmentation": 7,
+        "obb": [],
+        "is_group_of": "?",
+    }
+    truth["categories"] = [
+        entry | {"supercategory": 5, "skeleton": 5, "frequency": 5} for entry in truth["categories"]
+    ]
+    assert coco_metrics(truth | {"info": 3, "licenses": "?"}, as_predictions(truth)) == expected
+
+
 def test_names_stand_for_pycocotools_rows():
     """Of sizes 16, 60 and 200 pixels only the middle one is found, and only loosely: each name must be its row."""
     truth = ground_truth({1: [[0, 0, 16, 16], [100, 0, 60, 60], [0, 200, 200, 200]]})

@@ -72,7 +72,8 @@ def _draft(
     for index in range(int(drafted.max())):
         places = counts[:, None] + index
         thoughts, logits = model.draft(thoughts, ids[-1], places[:, 0] % TOKENS_PER_OBJECT, memory)
-        guess, _ = _say(logits[:, None], places, writing, grammar, options)
+        corners = writing.tokens.gather(1, (places - 2).clamp(min=0))
+        guess, _ = _say(logits[:, None], places, corners, writing, grammar, options)
         _write(writing.tokens, places, guess, index < drafted[:, None])
         ids.append(guess[:, 0])
     return torch.stack(ids, dim=1), drafted
@@ -91,11 +92,17 @@ def _verify(
     Returns how many tokens that are, and whether they end the sentence: (B,) each."""
     rows, columns = torch.arange(len(ids), device=ids.device), torch.arange(ids.shape[1], device=ids.device)
     places = counts[:, None] + columns
-    said, allowed = _say(logits, places, writing, grammar, options)
+    corners = writing.tokens.gather(1, (places - 2).clamp(min=0))
+    said, allowed = _say(logits, places, corners, writing, grammar, options)
+    if options.draft != "exact":  # a box's second corner keeps to the first one as it is said, not as it was guessed
+        corners = torch.cat([corners[:, :2], said[:, :-2]], dim=1) if said.shape[1] > 2 else corners
+        said, allowed = _say(logits, places, corners, writing, grammar, options)
     # Where a class is said: just before the guesses end. A row that begins an object has none.
     has_class, at = drafted > 0, (drafted - 1).clamp(min=0)
     score, label = grammar.best_class(logits[rows, at])
+    # In the tail of noise objects, where one lies does not matter.
     skimmed = has_class & (ids[rows, drafted] == grammar.tokenizer.noise_id) & (score < options.noise_score)
+    skimmed &= writing.noise > 0
     right = _are_right(ids[:, 1:], said[:, :-1], columns[1:] == drafted[:, None], skimmed[:, None], options)
     right &= columns[1:] <= drafted[:, None]
 
@@ -123,7 +130,8 @@ def _verify(
 def _are_right(
     guesses: torch.Tensor, said: torch.Tensor, are_classes: torch.Tensor, noise: torch.Tensor, options: DecodingOptions
 ) -> torch.Tensor:
-    """Which guesses (B, n) of what is `said` will do. `noise` (B, 1): whether both take the object for it."""
+    """Which guesses (B, n) of what is `said` will do. `noise` (B, 1): whether both take the object for it, and the one
+    before it was noise too."""
     if options.draft == "unverified":
         return torch.ones_like(guesses, dtype=torch.bool)
     right = guesses == said
@@ -133,10 +141,15 @@ def _are_right(
 
 
 def _say(
-    logits: torch.Tensor, places: torch.Tensor, writing: Sentences, grammar: Grammar, options: DecodingOptions
+    logits: torch.Tensor,
+    places: torch.Tensor,
+    corners: torch.Tensor,
+    writing: Sentences,
+    grammar: Grammar,
+    options: DecodingOptions,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The tokens (B, n) at some places (B, n), by logits (B, n, V), and those logits the grammar leaves."""
-    corners = writing.tokens.gather(1, (places - 2).clamp(min=0))
+    """The tokens (B, n) at some places (B, n), by logits (B, n, V), and those logits the grammar leaves. `corners`
+    (B, n): the tokens two places before."""
     slots = places % TOKENS_PER_OBJECT
     allowed = grammar.of_any_slot(logits.flatten(0, 1), slots.flatten(), corners.flatten())
     uniforms = None if writing.uniforms is None else writing.uniforms.gather(1, places).flatten()

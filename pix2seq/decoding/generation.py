@@ -28,8 +28,9 @@ def generate(
             `rows` of V that are asked for, and `config.noise_objects`; `steps.keep(indices)` goes on with a part of
             the batch. With a `drafter`, what drafting.py asks of it too. It should be in eval mode
 
-    Before each object asks `interrupted`; at a yes, raises Interrupted. Raises NonFiniteLogits.
-    What is sampled depends on the picture and options.seed: not on its batch, its place in a dataset or the device.
+    At least once an object asks `interrupted`; at a yes, raises Interrupted. Raises NonFiniteLogits.
+    What is sampled depends on the picture and options.seed: but for rounding, not on its batch, its place in a dataset
+    or the device.
     """
     return write(model, pixel_values, tokenizer, options, interrupted).detections(tokenizer, options.sharpness)
 

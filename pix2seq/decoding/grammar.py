@@ -73,9 +73,11 @@ def sample_top_p(logits: torch.Tensor, top_p: float, temperature: float, uniform
 def around(logits: torch.Tensor, chosen: torch.Tensor, reach: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Of logits (B, V) and a chosen token (B,), what lies at most `reach` from it: the mean, as an offset from the
     chosen one, weighted by probability, and the probability of all of them."""
+    reach = min(reach, logits.shape[1] - 1)
     offsets = torch.arange(-reach, reach + 1, device=logits.device)
     places = chosen[:, None] + offsets
     there = (places >= 0) & (places < logits.shape[1])
     weights = logits.softmax(-1).gather(1, places.clamp(0, logits.shape[1] - 1)) * there
     mass = weights.sum(-1)
-    return (weights * offsets).sum(-1) / mass, mass
+    # At a high temperature, what is chosen may be so unlikely that its probability is 0.
+    return (weights * offsets).sum(-1) / mass.clamp(min=torch.finfo(mass.dtype).tiny), mass

@@ -20,9 +20,11 @@ class DecodingOptions:
                        this power (0: not at all): sharp boxes come first
     draft              how a detector with a drafter uses it; without one, there is only "off". The decoder reads a
                        guess of the rest of the object at once, and writes what it would have said after each token: up
-                       to the first that was guessed wrong. "exact": what comes out is what would have without.
-                       "tolerant": a coordinate `draft_bins` off is not wrong, and where an object lies that both take
-                       for noise does not matter. "unverified": no guess is wrong
+                       to the first that was guessed wrong. "exact": what comes out is what would have without, up to
+                       rounding: two tokens that are as good as equally likely may be swapped, which in half
+                       precision happens. "tolerant": a coordinate `draft_bins` off is not wrong, and where an object
+                       lies that both take for noise (by `noise_score`), after another one, does not matter.
+                       "unverified": no guess is wrong
     """
 
     max_objects: int = 100

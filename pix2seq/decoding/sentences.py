@@ -68,15 +68,16 @@ class Sentences:
     def detections(self, tokenizer: Tokenizer, sharpness: float = 0.0) -> list[Detections]:
         """The objects of each picture. A sentence ends at its first EOS. Raises NonFiniteLogits."""
         labels, scores, passes = (part.cpu().numpy() for part in (self.labels, self.scores, self.passes))
-        if not np.isfinite(scores).all():
-            raise NonFiniteLogits((~np.isfinite(scores).all(axis=1)).nonzero()[0].tolist())
         tokens, offsets, masses = (
             part.cpu().numpy().reshape(len(part), -1, TOKENS_PER_OBJECT)[:, :-1]
             for part in (self.tokens, self.offsets, self.masses)
         )
+        finite = np.isfinite(scores).all(axis=1) & np.isfinite(offsets + masses).all(axis=(1, 2))
+        if not finite.all():
+            raise NonFiniteLogits((~finite).nonzero()[0].tolist())
         written = (tokens != tokenizer.eos_id).all(axis=-1).cumprod(axis=1).astype(bool)
         boxes = tokenizer.dequantize((tokens + offsets)[..., [1, 0, 3, 2]])
-        # Said of corners a bin or less apart, averages may lie the wrong way around.
+        # Of corners that are close, averages may lie the wrong way around.
         boxes[..., 2:] = np.maximum(boxes[..., :2], boxes[..., 2:])
         scores = scores.astype(np.float64)
         if sharpness:

@@ -28,7 +28,7 @@ from pix2seq.model.steps import Product
 from pix2seq.model.transformer import TransformerDecoder
 from pix2seq.tokenizer import TOKENS_PER_OBJECT, Tokenizer
 
-NORM_EPS = 1e-6  # the authors', in all layer norms of ours
+NORM_EPS = 1e-6  # the authors', in the layer norms of projection, encoder and bridge
 
 # By the decoder config's model_type: the class, and the layers that end its residual branches.
 DECODERS = {
@@ -293,7 +293,7 @@ class Pix2SeqForObjectDetection(Pix2SeqPreTrainedModel):
     def add_drafter(self, num_layers: int = 1, num_heads: int | None = None, mlp_size: int | None = None) -> None:
         """A new one, which has learnt nothing. The other weights stay as they are."""
         width = self.config.decoder_config.hidden_size
-        heads, mlp_size = num_heads or self.config.encoder_heads, mlp_size or 4 * width
+        heads, mlp_size = num_heads or self.config.decoder_config.num_attention_heads, mlp_size or 4 * width
         self.config.drafter = {"num_layers": num_layers, "num_heads": heads, "mlp_size": mlp_size}
         self.drafter = Drafter(width, heads, mlp_size, num_layers).to(self.device, self.dtype)
 

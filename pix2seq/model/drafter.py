@@ -8,7 +8,7 @@ at the visual tokens, not at the sentence: it keeps no state that a wrong guess 
 import torch
 from torch import nn
 
-from pix2seq.model.steps import KeyValues, step_dtype
+from pix2seq.model.steps import KeyValues
 from pix2seq.tokenizer import TOKENS_PER_OBJECT
 
 
@@ -42,13 +42,8 @@ class Drafter(nn.Module):
     def look(self, visual: torch.Tensor) -> KeyValues:
         """Visual tokens (B, N, D) -> what the layers attend to."""
         heads = self.layers[0].heads
-        shape = (len(visual), heads, visual.shape[1], visual.shape[2] // heads)
-        memory = KeyValues(len(self.layers), shape, step_dtype(visual), visual.device)
-        # Not copied into place: gradients flow through it in training.
-        memory.layers = [
-            layer.key_value(visual).unflatten(2, (2 * heads, -1)).transpose(1, 2) for layer in self.layers
-        ]
-        return memory
+        parts = [layer.key_value(visual).unflatten(2, (2 * heads, -1)).transpose(1, 2) for layer in self.layers]
+        return KeyValues(heads, parts)
 
     def forward(
         self, thought: torch.Tensor, token: torch.Tensor, slots: torch.Tensor, memory: KeyValues

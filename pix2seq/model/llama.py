@@ -146,7 +146,7 @@ class LlamaSteps:
         self.output: dict[tuple, Product] = {}  # of the parts of the vocabulary that were asked for
         num_kv_heads = attention.k_proj.out_features // self.head_width
         room = (len(visual), num_kv_heads, self.num_visual + length, self.head_width)
-        self.seen = KeyValues(len(self.layers), room, step_dtype(visual), visual.device)
+        self.seen = KeyValues.empty(len(self.layers), room, step_dtype(visual), visual.device)
         for index, layer in enumerate(prefix.layers):
             self.seen.fill(index, torch.cat([layer.keys, layer.values], dim=1))
         cos, sin = model.rotary_emb(visual, prefix_positions(0, length, visual.device))

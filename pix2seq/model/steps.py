@@ -85,11 +85,18 @@ class Places:
 class KeyValues:
     """Keys and values of at most T tokens in each layer: (B, 2 H, T, d), the keys' heads first."""
 
-    def __init__(self, layers: int, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device):
+    def __init__(self, num_heads: int, layers: list[torch.Tensor]):
+        self.num_heads, self.layers = num_heads, layers
+
+    @classmethod
+    def empty(
+        cls, layers: int, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device
+    ) -> "KeyValues":
+        """Room for (B, H, T, d) of each."""
         batch, heads, most, width = shape
-        self.num_heads, self.most = heads, most
         # Zeros: what is hidden by a mask is still multiplied, and must not be NaN.
-        self.layers = [torch.zeros(batch, 2 * heads, most, width, dtype=dtype, device=device) for _ in range(layers)]
+        shape = (batch, 2 * heads, most, width)
+        return cls(heads, [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)])
 
     def fill(self, layer: int, keys_and_values: torch.Tensor) -> None:
         """(B, 2 H, n, d) of the first n tokens."""

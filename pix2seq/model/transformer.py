@@ -49,7 +49,7 @@ class TransformerSteps:
             self.layers.append((layer, *products))
         room, dtype = (len(self.layers), (len(visual), attention.num_heads)), step_dtype(visual)
         self.said, self.picture = (
-            KeyValues(room[0], (*room[1], most, attention.head_dim), dtype, visual.device)
+            KeyValues.empty(room[0], (*room[1], most, attention.head_dim), dtype, visual.device)
             for most in (length, visual.shape[1])
         )
         for index, layer in enumerate(decoder.layers):
