@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageColor
 
 import evaluate
 from pix2seq.command_line import parse
@@ -17,9 +17,11 @@ from pix2seq.config import EvaluateArguments
 from pix2seq.data import find_split, load_annotations
 from pix2seq.evaluation.analysis import analyse, best_of_each
 from pix2seq.evaluation.errors import KINDS
+from pix2seq.evaluation.examples import TRUTH, WRONG, draw_error
 from pix2seq.evaluation.figures import FIGURES
 from pix2seq.evaluation.report import write_report
 from pix2seq.scoring import METRICS, coco_metrics, load_ground_truth
+from pix2seq.visualize import CELL
 from tests.test_scoring import CATEGORIES, plain_pycocotools, random_dataset
 
 
@@ -298,6 +300,19 @@ def test_the_page_shows_pictures_of_errors(shapes_root, tmp_path, predictions_of
     assert "The truth" not in text
     for kind in set(KINDS) - kinds:
         assert kind in text.split("Not shown: ")[1]
+
+
+def test_small_errors_are_shown_from_near():
+    """Of a large image, the part around both boxes: the object is blue where the wrong box is not orange."""
+    truth, predictions = dataset([(1, 3, [600, 440, 20, 20], 0)], [(1, 3, [610, 440, 20, 20], 0.9)])
+    analysis = analyse(truth, predictions)
+    assert analysis.errors[0].kind == "localisation"
+    picture = draw_error(Image.new("RGB", (640, 480)), analysis.errors[0], analysis)
+    assert max(picture.size) == CELL
+    scale = CELL / 75  # 2.5 times the 30 pixels both boxes take together; the image ends at 640 and 480
+    x, y = (600 - (640 - 75)) * scale, (450 - (480 - 75)) * scale
+    assert picture.getpixel((round(x) + 2, round(y))) == ImageColor.getrgb(TRUTH)
+    assert picture.getpixel((round(x + 30 * scale) - 1, round(y))) == ImageColor.getrgb(WRONG)
 
 
 def test_images_that_cannot_be_read_are_passed_over(shapes_root, tmp_path, predictions_of_shapes, blank_charts):
