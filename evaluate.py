@@ -4,6 +4,9 @@
     python evaluate.py --predictions p.json --gt instances.json --output_dir E  any COCO results file
     python evaluate.py --oracle --root DIR                                      the AP a perfect model would have
 
+--report adds a page that shows what is right and what is wrong. `python -m pix2seq.evaluation compare A B` says which
+of two folders is better.
+
 Under `accelerate launch` the images are shared between the processes and each is counted once.
 """
 
@@ -24,6 +27,8 @@ from pix2seq.data.faults import tally
 from pix2seq.decoding import DecodingOptions
 from pix2seq.errors import UserError
 from pix2seq.evaluation import oracle_predictions, predict, prediction_picture
+from pix2seq.evaluation.provenance import write_provenance
+from pix2seq.evaluation.report import write_report
 from pix2seq.model import load_detector
 from pix2seq.scoring import coco_metrics, load_ground_truth, load_predictions, metrics_table
 from pix2seq.tokenizer import Tokenizer
@@ -99,13 +104,29 @@ def main(args: EvaluateArguments) -> dict:
     if data is not None and data.annotations.faults:
         print(f"faults in {data.annotations.split.json}: {tally(data.annotations.faults)}")
     if output is not None:
-        (output / "metrics.json").write_text(json.dumps(metrics, indent=1))
-        (output / "predictions.json").write_text(json.dumps(predictions))
-        drawn = data is not None and args.num_pictures > 0
-        if drawn:
-            prediction_picture(data.annotations, predictions, args.num_pictures).save(output / "predictions.png")
-        print(f"written to {output}: metrics.json, predictions.json" + (", predictions.png" if drawn else ""))
+        write(args, output, metrics, truth, predictions, data)
     return metrics
+
+
+def write(
+    args: EvaluateArguments, output: Path, metrics: dict, truth: dict, predictions: list, data: EvalDataset | None
+) -> None:
+    (output / "metrics.json").write_text(json.dumps(metrics, indent=1))
+    (output / "predictions.json").write_text(json.dumps(predictions))
+    annotations = None if data is None else data.annotations
+    if annotations is None:
+        write_provenance(output, args.gt)
+    else:
+        write_provenance(output, annotations.split.json, annotations.image_ids, annotations.categories)
+    written = ["metrics.json", "predictions.json"]
+    if annotations is not None and args.num_pictures > 0:
+        prediction_picture(annotations, predictions, args.num_pictures).save(output / "predictions.png")
+        written.append("predictions.png")
+    if args.report:
+        title = "the oracle" if args.oracle else args.checkpoint or args.predictions
+        write_report(output, truth, predictions, annotations, "predictions", title)
+        written.append("report.html")
+    print(f"written to {output}: {', '.join(written)}")
 
 
 def run(args: EvaluateArguments) -> int:

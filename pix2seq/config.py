@@ -330,7 +330,7 @@ class EvaluateArguments:
     val_images: str | None = flag(None, "folder of images, for any other layout")
     val_json: str | None = flag(None, "COCO annotation file of the images")
     follow_links: bool = flag(False, "open images that are symbolic links to files outside their folder")
-    output_dir: str | None = flag(None, "where metrics.json, predictions.json and predictions.png go")
+    output_dir: str | None = flag(None, "where metrics.json, predictions.json and predictions.png go, and the report")
     eval_batch_size: int | None = flag(None, "default: that of training")
     num_workers: int = flag(2, "data loading processes")
     mixed_precision: Literal["no", "fp16", "bf16"] | None = flag(None, "default: that of training")
@@ -358,6 +358,9 @@ class EvaluateArguments:
     image_size: int = flag(640, "canvas of --oracle")
     num_bins: int = flag(1000, "bins of --oracle")
     num_pictures: int = flag(8, "images shown in predictions.png")
+    report: bool = flag(
+        False, "write report.html too: AP by class, size and score, kinds of errors, examples; needs --output_dir"
+    )
 
     def __post_init__(self):
         modes = [self.checkpoint is not None, self.predictions is not None, self.oracle]
@@ -371,6 +374,8 @@ class EvaluateArguments:
             raise ValueError("--root and --val_json exclude each other: name the dataset one way")
         if self.oracle and self.root is None and self.val_json is None:
             raise ValueError("--oracle: --root (or --val_images and --val_json) is missing")
+        if self.report and self.output_dir is None:
+            raise ValueError("--report: needs --output_dir, the folder report.html goes to")
         for name in ("eval_batch_size", "max_objects", "image_size"):
             _check(self, name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1")
         _check(self, "num_bins", self.num_bins >= 2, "at least 2")

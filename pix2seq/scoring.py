@@ -112,41 +112,88 @@ def coco_metrics(
     the predictions are called `name`. `fast` is hotcoco, whose numbers are the same and come many times sooner.
     """
     check_predictions(predictions, truth, name)
-    names = [category["name"] for category in truth["categories"]]
-    class_names = {
-        category["id"]: category["name"] + (f" ({category['id']})" if names.count(category["name"]) > 1 else "")
-        for category in truth["categories"]
-    }
+    name_of = class_names(truth)
     evaluation = _evaluated(truth, [{key: row[key] for key in RESULT_KEYS} for row in predictions], backend)
     metrics = {name: float(value) for name, value in zip(METRICS, evaluation.stats, strict=True)}
     precision = evaluation.eval["precision"]  # (IoU thresholds, recalls, classes, areas, max detections)
     for index, category_id in enumerate(evaluation.params.catIds):
         values = precision[:, :, index, 0, -1]
         values = values[values > -1]
-        metrics[f"per_class/{class_names[category_id]}"] = float(values.mean()) if values.size else -1.0
+        metrics[f"per_class/{name_of[category_id]}"] = float(values.mean()) if values.size else -1.0
     return metrics
 
 
 def _evaluated(truth: dict, rows: list[dict], backend: str):
     """A COCOeval, hotcoco's or pycocotools', that has done its work."""
     ids = [entry["id"] for key in ("images", "categories") for entry in truth[key]]
-    backend = "pycocotools" if min(ids) < 0 else backend  # hotcoco knows no negative ones
-    # Neither can load an empty list of results, but both can evaluate one.
+    if backend == "fast" and min(ids) >= 0:  # hotcoco knows no negative ones
+        return evaluate_fast(truth, rows)
     with contextlib.redirect_stdout(io.StringIO()):
-        if backend == "fast":
-            truth = {key: [{k: entry[k] for k in kept} for entry in truth[key]] for key, kept in SCORED_KEYS.items()}
-            ground_truth = hotcoco.COCO(truth)
-            found = ground_truth.load_res(rows) if rows else hotcoco.COCO(truth | {"annotations": []})
-            evaluation = hotcoco.COCOeval(ground_truth, found, "bbox")
-        else:
-            ground_truth = COCO()
-            ground_truth.dataset = truth
-            ground_truth.createIndex()
-            evaluation = COCOeval(ground_truth, ground_truth.loadRes(rows) if rows else COCO(), "bbox")
+        ground_truth = COCO()
+        ground_truth.dataset = truth
+        ground_truth.createIndex()
+        # Neither can load an empty list of results, but both can evaluate one.
+        evaluation = COCOeval(ground_truth, ground_truth.loadRes(rows) if rows else COCO(), "bbox")
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
     return evaluation
+
+
+def evaluate_fast(truth: dict, rows: list[dict], areas: dict[str, tuple[float, float]] | None = None):
+    """hotcoco's COCOeval after its work, by other classes of area (name: from, to) than COCO's if `areas` has them.
+
+    No id may be negative. With `areas` there are no `stats`, for these are of COCO's.
+    """
+    truth = {key: [{k: entry[k] for k in kept} for entry in truth[key]] for key, kept in SCORED_KEYS.items()}
+    with contextlib.redirect_stdout(io.StringIO()):
+        ground_truth = hotcoco.COCO(truth)
+        found = ground_truth.load_res(rows) if rows else hotcoco.COCO(truth | {"annotations": []})
+        evaluation = hotcoco.COCOeval(ground_truth, found, "bbox")
+        if areas is not None:
+            evaluation.params.areaRng = [list(borders) for borders in areas.values()]
+            evaluation.params.areaRngLbl = list(areas)
+        evaluation.evaluate()
+        evaluation.accumulate()
+        if areas is None:
+            evaluation.summarize()
+    return evaluation
+
+
+def numbered(truth: dict, predictions: list[dict]) -> tuple[dict, list[dict]]:
+    """Copies whose image, class and annotation ids count from 1, in the order of the ids: which changes no number,
+    makes an id a place in a list, and suits hotcoco, whatever the ids were."""
+    images = sorted(truth["images"], key=lambda image: image["id"])
+    categories = sorted(truth["categories"], key=lambda category: category["id"])
+    image_of = {image["id"]: number for number, image in enumerate(images, start=1)}
+    category_of = {category["id"]: number for number, category in enumerate(categories, start=1)}
+
+    def moved(entry: dict) -> dict:
+        return {"image_id": image_of[entry["image_id"]], "category_id": category_of[entry["category_id"]]}
+
+    return {
+        "images": [image | {"id": number} for number, image in enumerate(images, start=1)],
+        "categories": [category | {"id": number} for number, category in enumerate(categories, start=1)],
+        "annotations": [
+            entry | moved(entry) | {"id": number} for number, entry in enumerate(truth["annotations"], start=1)
+        ],
+    }, [{"bbox": row["bbox"], "score": row["score"]} | moved(row) for row in predictions]
+
+
+def box_ious(found: list, objects: list) -> np.ndarray:
+    """IoU (p, g) of boxes xywh, as COCO computes it."""
+    if not len(found) or not len(objects):
+        return np.zeros((len(found), len(objects)))
+    return hotcoco.primitives.bbox_iou(np.array(found, float), np.array(objects, float), [False] * len(objects))
+
+
+def class_names(truth: dict) -> dict[int, str]:
+    """The name of each category id; with the id where several have the same."""
+    names = [category["name"] for category in truth["categories"]]
+    return {
+        category["id"]: category["name"] + (f" ({category['id']})" if names.count(category["name"]) > 1 else "")
+        for category in truth["categories"]
+    }
 
 
 def metrics_table(metrics: dict[str, float]) -> str:

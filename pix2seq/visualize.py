@@ -19,12 +19,18 @@ def draw_boxes(
     colors: Sequence[str],
     dashed: Sequence[bool] | None = None,
     font_size: int = 12,
+    width: int | None = None,
+    names_below: bool = False,
 ) -> Image.Image:
-    """A copy of the image with boxes (N, 4) xyxy in its pixels; `dashed` ones are drawn as such."""
+    """A copy of the image with boxes (N, 4) xyxy in its pixels; `dashed` ones are drawn as such.
+
+    Lines are `width` pixels wide, by default what suits the image; 0: no lines. Names stand over their boxes, or below
+    them.
+    """
     image = image.convert("RGB")
     draw = ImageDraw.Draw(image)
     font = ImageFont.load_default(font_size)
-    width = max(1, round(min(image.size) / 160))
+    width = max(1, round(min(image.size) / 160)) if width is None else width
     for index, (x1, y1, x2, y2) in enumerate(np.asarray(boxes, dtype=float).reshape(-1, 4)):
         x2, y2 = max(x1, x2 - 1), max(y1, y2 - 1)
         if dashed is not None and dashed[index]:
@@ -32,11 +38,12 @@ def draw_boxes(
         else:
             draw.rectangle((x1, y1, x2, y2), outline=colors[index], width=width)
     # Names after all boxes, so that no box crosses a name.
-    for index, (x1, y1, _, _) in enumerate(np.asarray(boxes, dtype=float).reshape(-1, 4)):
+    for index, (x1, y1, _, y2) in enumerate(np.asarray(boxes, dtype=float).reshape(-1, 4)):
         if names[index]:
             left, top, right, bottom = draw.textbbox((0, 0), names[index], font=font)
             x = min(max(x1, 0), max(image.width - right - 2, 0))
-            y = min(max(y1 - bottom - 2, 0), image.height - bottom - 2)
+            y = y2 + 1 if names_below else y1 - bottom - 2
+            y = min(max(y, 0), image.height - bottom - 2)
             draw.rectangle((x, y, x + right + 2, y + bottom + 2), fill=colors[index])
             draw.text((x + 1, y + 1), names[index], fill="black", font=font)
     return image

@@ -87,7 +87,8 @@ ALLOWED = {
     "reporting": {
         *("colors", "data", "decoding", "evaluation", "preemption", "run_folder", "scoring", "tokenizer", "visualize"),
     },
-    "evaluation": {
+    "evaluation": {"evaluation.predictions"},
+    "evaluation.predictions": {
         "data",
         "data.images",
         "progress",
@@ -97,6 +98,22 @@ ALLOWED = {
         "transforms",
         "visualize",
     },
+    # what can be read from predictions
+    "evaluation.matches": {"scoring"},
+    "evaluation.errors": {"scoring", "evaluation.matches"},
+    "evaluation.analysis": {"scoring", "evaluation.errors", "evaluation.matches"},
+    "evaluation.figures": {"charts", "visualize"},
+    "evaluation.examples": {"data", "data.images", "visualize", "evaluation.analysis", "evaluation.errors"},
+    "evaluation.captions": set(),
+    "evaluation.page": set(),
+    "evaluation.report": {
+        *("data", "errors", "scoring"),
+        *(f"evaluation.{module}" for module in ("analysis", "captions", "errors", "examples", "figures", "page")),
+    },
+    "evaluation.provenance": {"data", "data.coco", "errors", "scoring"},
+    "evaluation.compare": {"progress", "scoring", "evaluation.matches"},
+    "evaluation.commands": {"data.coco", "errors", "scoring", "evaluation.compare", "evaluation.provenance"},
+    "evaluation.__main__": {"evaluation.commands"},
     # level 6: what is left behind
     "saving": {"assembly", "checkpoint", "command_line", "config", "model", "processing", "trainer_state"},
     # level 5: from the flags to a run

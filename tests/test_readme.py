@@ -15,13 +15,15 @@ from pix2seq.config import Arguments, EvaluateArguments
 from pix2seq.data.commands import COMMANDS as COMMANDS_OF_DATA
 from pix2seq.data.commands import ShardArguments, ShowArguments
 from pix2seq.data.faults import KINDS
+from pix2seq.evaluation.commands import COMMANDS as COMMANDS_OF_EVALUATION
+from pix2seq.evaluation.commands import parse_compare
 from pix2seq.processing import Pix2SeqImageProcessor
 from plan import PlanArguments
 from train_drafter import DrafterArguments
 
 README = Path("README.md").read_text()
 COMMAND_PAGES = [README, Path("docs/scaling.md").read_text(), Path("docs/data.md").read_text()]
-COMMAND_PAGES.append(Path("docs/decoding.md").read_text())
+COMMAND_PAGES += [Path("docs/decoding.md").read_text(), Path("docs/report.md").read_text()]
 BLOCKS = [block for page in COMMAND_PAGES for block in re.findall(r"```bash\n(.*?)```", page, flags=re.DOTALL)]
 COMMANDS = [line for block in BLOCKS for line in block.replace("\\\n", " ").splitlines() if line.strip()]
 
@@ -57,6 +59,9 @@ def test_every_command_parses(command):
             parse(kinds[words[3]], words[4:])
         else:
             assert len(words) == 6
+    elif words[:3] == ["python", "-m", "pix2seq.evaluation"]:
+        assert words[3] in COMMANDS_OF_EVALUATION
+        assert parse_compare(words[4:]).a is not None
     elif words[:2] == ["python", "-m"]:
         script = Path(words[2].replace(".", "/") + ".py").read_text()
         assert all(f'"{word}"' in script for word in words if word.startswith("--"))

@@ -1,0 +1,5 @@
+"""From a model and a dataset to predictions, and what can be read from them: see report.py and compare.py."""
+
+from pix2seq.evaluation.predictions import coco_results, oracle_predictions, predict, prediction_picture
+
+__all__ = ["coco_results", "oracle_predictions", "predict", "prediction_picture"]

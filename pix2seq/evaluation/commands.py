@@ -1,0 +1,100 @@
+"""What evaluate.py has written, from the command line: `python -m pix2seq.evaluation COMMAND ...`
+
+    compare A B       which of two is better, and whether that can be told: folders of evaluate.py, or results files
+
+--help after a command lists its flags.
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from pix2seq.data.coco import read_json
+from pix2seq.errors import UserError
+from pix2seq.evaluation.compare import compare, table, verdict
+from pix2seq.evaluation.provenance import load_truth, read_provenance
+from pix2seq.scoring import check_predictions, load_ground_truth
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def parse_compare(words: list[str]) -> argparse.Namespace:
+    parser = _Parser(prog="pix2seq.evaluation compare", description="Which of two detectors is better?")
+    parser.add_argument("a", type=Path, help="output folder of evaluate.py, or a COCO results file")
+    parser.add_argument("b", type=Path, help="another, of the same images")
+    parser.add_argument("--gt", type=Path, help="COCO annotation file (default: what A and B were scored against)")
+    parser.add_argument("--resamples", type=int, default=1000, help="resamples of the images (default: 1000)")
+    parser.add_argument("--seed", type=int, default=0, help="decides which images are drawn (default: 0)")
+    parser.add_argument("--output", type=Path, help="JSON file to write the numbers to")
+    return parser.parse_args(words)
+
+
+def _compare(words: list[str]) -> int:
+    args = parse_compare(words)
+    for name, value, least in (("resamples", args.resamples, 1), ("seed", args.seed, 0)):
+        if value < least:
+            raise UserError(f"--{name} {value}: must be at least {least}")
+    truth = _ground_truth(args)
+    results = []
+    for letter, path in (("A", args.a), ("B", args.b)):
+        file = path / "predictions.json" if path.is_dir() else path
+        results.append(read_json(file, name=f"{letter} {file}"))
+        check_predictions(results[-1], truth, f"{letter} {file}")
+    rows = compare(truth, *results, args.resamples, args.seed)
+    print(f"A: {args.a}\nB: {args.b}\n{len(truth['images'])} images, {args.resamples} resamples of them\n")
+    print(f"{table(rows)}\n\n{verdict(rows[0])}")
+    if args.output is not None:
+        _write(args.output, rows, args)
+    return 0
+
+
+def _ground_truth(args) -> dict:
+    """What both were scored against, which must be the same, or --gt. Raises UserError."""
+    known = [read_provenance(path) for path in (args.a, args.b)]
+    if known[0] and known[1] and known[0] != known[1] and args.gt is None:
+        raise UserError(
+            f"{args.a} and {args.b}: were scored against different images or classes "
+            f"({known[0]['ground_truth']}, {known[1]['ground_truth']}); name what is common to them with --gt"
+        )
+    found = known[0] or known[1]
+    if args.gt is not None:
+        return load_ground_truth(args.gt, warn=print)
+    if found is None:
+        raise UserError("--gt: missing (the COCO annotation file of the images; neither A nor B tells which)")
+    return load_truth(found)
+
+
+def _write(path: Path, rows, args) -> None:
+    content = {
+        "A": str(args.a),
+        "B": str(args.b),
+        "resamples": args.resamples,
+        "seed": args.seed,
+        "verdict": verdict(rows[0]),
+        "rows": [{key: None if value != value else value for key, value in asdict(row).items()} for row in rows],
+    }
+    try:
+        path.write_text(json.dumps(content, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"--output {path}: cannot be written ({error.strerror})") from None
+    print(f"written to {path}")
+
+
+COMMANDS = {"compare": _compare}
+
+
+def main(words: list[str]) -> int:
+    """Runs a command; the exit code. A mistake of the user is told in one line."""
+    if not words or words[0] not in COMMANDS:
+        print(__doc__, file=sys.stdout if words in (["-h"], ["--help"]) else sys.stderr)
+        return 0 if words in (["-h"], ["--help"]) else 2
+    try:
+        return COMMANDS[words[0]](words[1:])
+    except UserError as error:
+        print(f"pix2seq.evaluation {words[0]}: error: {error}", file=sys.stderr)
+        return 2

@@ -1,0 +1,138 @@
+"""Which of two detectors is better, and whether that can be told from so many images: a paired bootstrap.
+
+A resample draws as many images as there are, with replacement, the same for both. Matches are computed once; a
+resample only counts some images several times and others not at all.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from pix2seq.evaluation.matches import IOUS, Matches, match
+from pix2seq.progress import progress
+from pix2seq.scoring import class_names, numbered
+
+RECALLS = np.linspace(0, 1, 101)
+INTERVAL = (2.5, 97.5)  # percentiles
+
+
+class Resampled:
+    """AP of a resample of the images, given how often each has been drawn."""
+
+    def __init__(self, matches: Matches):
+        self.image, self.num_classes = matches.image, matches.num_classes
+        self.object_image = matches.object_image[matches.counted]
+        self.object_label = matches.object_label[matches.counted]
+        self.ignored = [row if row.any() else None for row in matches.ignored]
+        self.hits = [np.flatnonzero(row) for row in matches.right]
+        labels = np.arange(self.num_classes + 1)
+        self.starts = np.searchsorted(matches.label, labels)  # of each class among the predictions
+        self.hit_starts = [np.searchsorted(matches.label[hits], labels) for hits in self.hits]
+
+    def __call__(self, counts: np.ndarray) -> np.ndarray:
+        """Counts (images,) -> AP (10, classes), NaN of a class without objects."""
+        weight = counts[self.image]
+        objects = np.bincount(self.object_label, counts[self.object_image], self.num_classes)
+        all_seen, ap = _cumulated(weight), np.full((len(IOUS), self.num_classes), np.nan)
+        for row, (hits, starts, ignored) in enumerate(zip(self.hits, self.hit_starts, self.ignored, strict=True)):
+            seen = all_seen if ignored is None else _cumulated(np.where(ignored, 0, weight))
+            found = _cumulated(weight[hits])
+            for label in np.flatnonzero(objects):
+                first, end = starts[label], starts[label + 1]
+                ap[row, label] = _average_precision(
+                    found[first + 1 : end + 1] - found[first],
+                    seen[hits[first:end] + 1] - seen[self.starts[label]],
+                    objects[label],
+                )
+        return ap
+
+
+def _cumulated(values: np.ndarray) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(values)])
+
+
+def _average_precision(found: np.ndarray, seen: np.ndarray, objects: float) -> float:
+    """COCO's AP of a class, from how many are found and how many predictions seen up to each true positive.
+
+    Precision has its maxima there, and recall grows nowhere else: the false positives between them need no look.
+    """
+    precision = np.divide(found, seen, out=np.zeros(len(found)), where=seen > 0)
+    highest = np.maximum.accumulate(precision[::-1])[::-1]
+    reached = np.searchsorted(found / objects, RECALLS)
+    return float(np.append(highest, 0.0)[reached].mean())
+
+
+@dataclass
+class Row:
+    """A number of both, their difference B - A, and the interval that holds 95 % of the resamples' differences."""
+
+    name: str
+    a: float
+    b: float
+    low: float
+    high: float
+
+    @property
+    def difference(self) -> float:
+        return self.b - self.a
+
+
+def compare(truth: dict, a: list[dict], b: list[dict], resamples: int = 1000, seed: int = 0) -> list[Row]:
+    """AP, AP50, AP75, then the AP of each class; NaN where there is nothing to find. Both have been checked."""
+    names = [name for _, name in sorted(class_names(truth).items())]
+    scorers = [Resampled(match(*numbered(truth, predictions))) for predictions in (a, b)]
+    num_images = len(truth["images"])
+    whole = [_rows(scorer(np.ones(num_images, int))) for scorer in scorers]
+    rng = np.random.default_rng(seed)
+    differences = np.empty((resamples, len(whole[0])))
+    for number in progress(range(resamples), "comparing"):
+        counts = np.bincount(rng.integers(num_images, size=num_images), minlength=num_images)
+        first, second = (_rows(scorer(counts)) for scorer in scorers)
+        differences[number] = second - first
+    low, high = _percentiles(differences)
+    return [Row(*map(_plain, row)) for row in zip(["AP", "AP50", "AP75", *names], *whole, low, high, strict=True)]
+
+
+def _plain(value):
+    return value if isinstance(value, str) else float(value)
+
+
+def _rows(ap: np.ndarray) -> np.ndarray:
+    """AP (10, classes) -> AP, AP50, AP75 and the AP of each class (3 + classes,)."""
+    present = ~np.isnan(ap[0])
+    if not present.any():
+        return np.full(3 + ap.shape[1], np.nan)
+    means = ap[:, present].mean(axis=1)
+    return np.array([means.mean(), means[0], means[5], *ap.mean(axis=0)])
+
+
+def _percentiles(differences: np.ndarray) -> np.ndarray:
+    """(2, columns); a class may be missing from some resamples, and is NaN if it is missing from all."""
+    bounds = np.full((2, differences.shape[1]), np.nan)
+    for column, values in enumerate(differences.T):
+        if (present := values[~np.isnan(values)]).size:
+            bounds[:, column] = np.percentile(present, INTERVAL)
+    return bounds
+
+
+def verdict(row: Row) -> str:
+    """One sentence."""
+    interval = "(95 % interval {:.3f} to {:.3f})"
+    if row.low > 0:
+        return f"B is better by {row.difference:.3f} AP {interval.format(row.low, row.high)}"
+    if row.high < 0:
+        return f"A is better by {-row.difference:.3f} AP {interval.format(-row.high, -row.low)}"
+    return f"no difference can be told: B - A is {row.difference:.3f} AP {interval.format(row.low, row.high)}"
+
+
+def table(rows: list[Row]) -> str:
+    """For a terminal; a star where the interval leaves out 0."""
+    width = max(len(row.name) for row in rows)
+    lines = [f"{'':<{width}}{'A':>9}{'B':>9}{'B - A':>9}   95 % interval"]
+    for number, row in enumerate(rows):
+        if number == 3:
+            lines.append("AP by class")
+        told = " *" if row.low > 0 or row.high < 0 else ""
+        values = f"{row.a:>9.3f}{row.b:>9.3f}{row.difference:>+9.3f}"
+        lines.append(f"{row.name:<{width}}{values}   {row.low:+.3f} to {row.high:+.3f}{told}")
+    return "\n".join(lines)
