@@ -3,8 +3,8 @@
 python -m benchmarks.metrics --output docs/results/metrics_cpu.json
 
 Two recipes: the demo's, whose steps are so short that everything beside the model shows, and an R50 at 640 pixels.
-Ratios are of times of the same round; a round times a few steps of each kind, in turn. On a CPU they are seconds of the
-processor, which other processes on the machine do not lengthen.
+Ratios are of times of the same round; a round times a few steps of each kind, in turn. On a CPU they are seconds of
+the processor, which other processes on the machine do not lengthen.
 """
 
 import argparse

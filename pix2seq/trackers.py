@@ -51,10 +51,13 @@ class Trackers:
     def start(self, accelerator, project: str, flags: dict) -> None:
         """Raises what a tracker that cannot be started raises."""
         ids = self._ids()
-        accelerator.init_trackers(project, flags, self._init_kwargs(ids))
+        accelerator.init_trackers(project, init_kwargs=self._init_kwargs(ids))
         # Taken from Accelerate, whose end_training() passes on what a tracker raises.
         self._running, accelerator.trackers = accelerator.trackers, []
         self._resumed = {tracker.name for tracker in self._running} & ids.keys()
+        for tracker in self._running:
+            if tracker.name != "mlflow" or tracker.name not in self._resumed:  # which takes no flag a second time
+                tracker.store_init_configuration(flags)
         self._each(self._set_up)
         if self._running:
             ids |= {tracker.name: _run_id(tracker) for tracker in self._running}
@@ -110,7 +113,7 @@ class Trackers:
                 layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                 tracker.log_images({name: np.asarray(picture)[None]}, step=step, **layout)
             elif hasattr(tracker, "log_artifact"):
-                tracker.log_artifact(str(file), os.path.dirname(name))
+                tracker.log_artifact(str(file), f"{os.path.dirname(name)}/step_{step}")
 
         self._each(send)
 
