@@ -85,6 +85,7 @@ def run(training: Training) -> int:
             raise NotSaved(f"{stop.name}: the checkpoint of step {training.step} could not be written") from None
         folder.status("preempted", training.step, stop.name)
         folder.log(f"{stop.name}: saved at step {training.step}; the same command with --resume auto continues")
+        folder.trackers.finish()
         accelerator.end_training()
         return stop.exit_code
     detector = list(training.detectors().values())[-1]  # the average, if there is one
@@ -95,6 +96,7 @@ def run(training: Training) -> int:
         raise NotSaved(f"{folder.path}: the last checkpoint or final/ could not be written")
     folder.status("finished", training.step)
     folder.log(f"finished: {folder.path}; best AP {training.state.best_ap:.4f} in best/, the last in final/")
+    folder.trackers.finish()
     accelerator.end_training()
     return 0
 
@@ -165,12 +167,11 @@ def announce(training: Training) -> None:
     # As text where a value is not a plain one: TensorBoard takes nothing else.
     flags = {k: v if isinstance(v, int | float) else str(v) for k, v in yaml.safe_load(to_yaml(args)).items()}
     try:
-        accelerator.init_trackers(args.project_name, flags)
+        folder.trackers.start(accelerator, args.project_name, flags)
     except Exception as error:  # each tracker has errors of its own
         fault = UserError(f"--report_to {' '.join(args.report_to)}: cannot be started ({error})")
         folder.status("failed", training.step, str(fault))
         raise fault from None
-    folder.trackers = accelerator.trackers
     for name, data in (("train", training.train_set), ("val", training.reporter.val_set)):
         for line in data.annotations.summary(args.max_objects):
             folder.log(f"{name + ':':6} {line}")
@@ -229,12 +230,12 @@ def train_step(training: Training, micro_batches: list[dict]) -> tuple[torch.Ten
     buffers = [buffer.clone() for buffer in training.unwrapped.buffers()]
     weight = sum(batch["weights"].sum() for batch in micro_batches).to(device, non_blocking=True)
     total_weight = accelerator.reduce(weight, "sum").clamp(min=1e-9)
-    losses, statistics = [], []
+    losses, statistics, tokenizer = [], [], training.train_set.build.tokenizer
     for batch in micro_batches:
         batch = batch | {"targets": batch["weights"].flatten().nonzero()[:, 0]}
-        pixel_values, input_ids, labels, weights, targets = (
+        pixel_values, size, input_ids, labels, weights, targets = (
             batch[name].to(device, non_blocking=True)
-            for name in ("pixel_values", "input_ids", "labels", "weights", "targets")
+            for name in ("pixel_values", "size", "input_ids", "labels", "weights", "targets")
         )
         if "colors" in batch:
             pixel_values = paint(pixel_values, batch["size"], batch["colors"])
@@ -244,7 +245,8 @@ def train_step(training: Training, micro_batches: list[dict]) -> tuple[torch.Ten
             # DDP averages over ranks and backward() divides by the accumulation: both are undone here.
             accelerator.backward(loss * accelerator.num_processes * args.gradient_accumulation_steps)
         losses.append(loss.detach())
-        statistics.append(token_statistics(output.logits.detach(), output.token_losses, labels, weights, targets))
+        words = (output.logits, output.token_losses, labels, weights, targets)
+        statistics.append(token_statistics(*words, tokenizer, content=size / pixel_values.shape[-1]))
     # Clipping to infinity measures the norm and changes nothing.
     norm = whole_tensor(accelerator.clip_grad_norm_(training.model.parameters(), args.max_grad_norm or math.inf))
     # The one place where a step waits for the device, and for the other ranks.

@@ -10,6 +10,7 @@ from pix2seq import checkpoint, trainer_state
 from pix2seq.colors import ColorAugmentation
 from pix2seq.command_line import FLAGS_FILE, changed_flags, read_flags
 from pix2seq.config import FREE_ON_FINE_TUNING, FREE_ON_RESUME, Arguments, ModelArguments, model_flags
+from pix2seq.cost import detector_cost, peak_flops
 from pix2seq.data import (
     Annotations,
     Categories,
@@ -33,7 +34,7 @@ from pix2seq.run_folder import RunFolder
 from pix2seq.scoring import load_ground_truth
 from pix2seq.sequence import SequenceBuilder
 from pix2seq.sharding import whole_detector
-from pix2seq.tokenizer import Tokenizer
+from pix2seq.tokenizer import TOKENS_PER_OBJECT, Tokenizer
 from pix2seq.trainer_state import TrainerState
 from pix2seq.transforms import EvalTransform, TrainTransform
 
@@ -98,6 +99,7 @@ def build(args: Arguments, accelerator, folder: RunFolder, stop: StopRequest) ->
         model = new_detector(args, categories, folder)
 
     world, rank = accelerator.num_processes, accelerator.process_index
+    meter = Meter(accelerator.device, share_of_peak(args, model, train_set.annotations, accelerator.device, folder))
     prepare_for_training(args, model, world, accelerator.device)
     sampler = step_sampler(args, num_images, rank, world)
     max_steps = args.max_steps or math.ceil(args.num_epochs * sampler.steps_per_epoch)
@@ -113,7 +115,7 @@ def build(args: Arguments, accelerator, folder: RunFolder, stop: StopRequest) ->
         average = AveragedModel(model, accelerator.device, multi_avg_fn=get_ema_multi_avg_fn(args.ema_decay))
     model, optimizer = accelerator.prepare(model, optimizer)
     state = TrainerState(
-        *(optimizer, scheduler, accelerator.scaler, Meter(accelerator.device)),
+        *(optimizer, scheduler, accelerator.scaler, meter),
         samples_per_step=sampler.samples_per_step,
         num_images=num_images,
         images=train_set.annotations.digest,
@@ -215,6 +217,26 @@ def prepare_for_training(args: Arguments, model: Pix2SeqForObjectDetection, worl
     )
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+
+
+def share_of_peak(
+    args: Arguments, model: Pix2SeqForObjectDetection, images: Annotations, device: torch.device, folder: RunFolder
+) -> float:
+    """FLOPs of an image's share of a step, over what the GPU can do in a second; 0 where that is not known."""
+    peak = peak_flops(torch.cuda.get_device_name(device), args.mixed_precision) if device.type == "cuda" else None
+    if peak is None:
+        return 0.0
+    real = min(images.trainable.sum() / len(images), args.max_objects)
+    length = TOKENS_PER_OBJECT * args.max_objects + (not args.noise_objects)
+    targets = TOKENS_PER_OBJECT * real + (args.max_objects - real if args.noise_objects else 1)
+    try:
+        with torch.device("meta"):
+            twin = type(model)(model.config)
+        prepare_for_training(args, twin, 1, torch.device("meta"))
+        return detector_cost(twin, 1, length, args.mixed_precision, round(targets)).step_flops / peak
+    except Exception as error:  # a backbone of anybody's may ask for values, and no run fails for a metric
+        folder.log(f"perf/mfu is left out: the step's FLOPs cannot be counted ({error})")
+        return 0.0
 
 
 def step_sampler(args: Arguments, num_images: int, rank: int, world: int) -> StepSampler:

@@ -54,6 +54,25 @@ def dataset_overview(
     return sheet
 
 
+def learning_curves(
+    runs: dict[str, dict[str, tuple[Sequence[int], Sequence[float]]]], panels: dict[str, Sequence[str]]
+) -> Image.Image:
+    """Metrics over the steps, (steps, values) by run and name: a row of charts for a run, one for each panel."""
+    figure = Figure(figsize=(3.6 * len(panels), 2.6 * len(runs)), dpi=100, layout="constrained")
+    axes = figure.subplots(len(runs), len(panels), squeeze=False)
+    for row, (run, curves) in zip(axes, runs.items(), strict=True):
+        for axis, (title, names) in zip(row, panels.items(), strict=True):
+            for color, name in zip(PALETTE, names, strict=False):
+                if name in curves:
+                    axis.plot(*curves[name], color=color, linewidth=1.2, label=name.split("/")[-1])
+            axis.set_title(f"{run}: {title}", fontsize=9)
+            axis.set_ylim(bottom=0)
+            axis.tick_params(labelsize=7)
+            if axis.lines:
+                axis.legend(fontsize=7)
+    return to_image(figure)
+
+
 def to_image(figure: Figure) -> Image.Image:
     buffer = io.BytesIO()
     with warnings.catch_warnings():

@@ -2,19 +2,23 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 from torchvision.transforms.v2.functional import to_pil_image
 
 from pix2seq.colors import paint
-from pix2seq.data import EvalDataset
+from pix2seq.data import Annotations, EvalDataset
+from pix2seq.data.images import BadImage
 from pix2seq.decoding import DecodingOptions
 from pix2seq.evaluation import predict, prediction_picture
 from pix2seq.preemption import StopRequest
 from pix2seq.run_folder import RunFolder
 from pix2seq.scoring import coco_metrics
 from pix2seq.tokenizer import Tokenizer
-from pix2seq.visualize import draw_examples
+from pix2seq.trackers import Example
+from pix2seq.visualize import draw_examples, enlarge
 
 NUM_SAMPLES = 8  # images in every picture
+SIDE = 640  # of those whose boxes a tracker draws
 
 
 @dataclass
@@ -41,7 +45,7 @@ class Reporter:
             return None
         metrics = coco_metrics(self.truth, predictions)
         picture = prediction_picture(self.val_set.annotations, predictions, NUM_SAMPLES)
-        self.folder.evaluation(step, metrics, predictions, picture, name)
+        self.folder.evaluation(step, metrics, predictions, picture, name, *self._for_trackers(predictions))
         return metrics
 
     def sample(self, detector, step: int) -> None:
@@ -50,7 +54,8 @@ class Reporter:
         some = annotations.subset(range(min(NUM_SAMPLES, len(annotations))))
         predictions = self._predict(detector, EvalDataset(some, self.val_set.transform))
         if self.accelerator.is_main_process:
-            self.folder.sample("predictions", step, prediction_picture(some, predictions, NUM_SAMPLES))
+            picture = prediction_picture(some, predictions, NUM_SAMPLES)
+            self.folder.sample("predictions", step, picture, *self._for_trackers(predictions))
 
     def show_batch(self, batch: dict, tokenizer: Tokenizer) -> None:
         """What the model is about to learn, decoded back from its tokens: the cheapest detector of data bugs."""
@@ -62,9 +67,35 @@ class Reporter:
         names = self.val_set.annotations.categories.names
         self.folder.sample("first_batch", 0, draw_examples(images, decoded, names))
 
+    def _for_trackers(self, predictions: list[dict]) -> tuple[list[Example], tuple[str, ...]]:
+        """The first images with their objects and the predictions, and the classes' names; nothing if none asks."""
+        annotations = self.val_set.annotations
+        names = annotations.categories.names
+        return (examples(annotations, predictions, NUM_SAMPLES) if self.folder.trackers else []), names
+
     def _predict(self, detector, dataset: EvalDataset) -> list[dict]:
         return predict(
             *(detector, dataset, self.options, self.batch_size, self.accelerator, self.num_workers),
             stop=lambda: bool(self.stop),
             warn=self.folder.log,
         )
+
+
+def examples(annotations: Annotations, predictions: list[dict], count: int) -> list[Example]:
+    """The first `count` images with their objects and the predictions for them, without those that cannot be read."""
+    label_of_category = {category_id: label for label, category_id in enumerate(annotations.categories.ids)}
+    found = []
+    for index in range(min(count, len(annotations))):
+        try:
+            image = to_pil_image(annotations.picture(index).pixels())
+        except BadImage:
+            continue
+        boxes, labels = annotations.objects(index)
+        mine = [row for row in predictions if row["image_id"] == annotations.image_ids[index]]
+        found_boxes = np.array([row["bbox"] for row in mine]).reshape(-1, 4)
+        found_boxes[:, 2:] += found_boxes[:, :2]
+        found_labels = np.array([label_of_category[row["category_id"]] for row in mine], dtype=np.int64)
+        scores = np.array([row["score"] for row in mine])
+        found_boxes = enlarge(image, found_boxes, SIDE)[1]
+        found.append(Example(*enlarge(image, boxes, SIDE), labels, found_boxes, found_labels, scores))
+    return found

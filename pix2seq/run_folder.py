@@ -9,9 +9,9 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 import transformers
 from PIL.Image import Image
@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 import pix2seq
 from pix2seq.launcher import launcher_id
+from pix2seq.trackers import Example, Trackers
 
 
 def _survives_a_full_disk(method):
@@ -42,14 +43,14 @@ class RunFolder:
     env.json         versions, devices, command        best/ final/   plain from_pretrained folders
     status.json      state, step, reason               samples/       pictures by step
     metrics.jsonl    one row per logged step           eval/step_x/   metrics, predictions, pictures
-    train.log        what was printed
+    train.log        what was printed                  trackers.json  the run's ids there
     """
 
     def __init__(self, path: str | Path, is_main: bool):
         self.path = Path(path)
         self.is_main = is_main
         self._unwritten: list[str] = []  # said before the folder was made
-        self.trackers: list = []  # Accelerate's, once they are started; they get the metrics and pictures too
+        self.trackers = Trackers(self.path, self.log)  # they get the metrics and pictures too
 
     @property
     def checkpoints(self) -> Path:
@@ -111,15 +112,21 @@ class RunFolder:
         plain = {key: value if math.isfinite(value) else None for key, value in row.items()}
         with (self.path / "metrics.jsonl").open("a") as file:
             file.write(json.dumps({"step": step} | plain) + "\n")
-        for tracker in self.trackers:
-            tracker.log(row, step=step)
+        self.trackers.metrics(step, row)
 
     @_survives_a_full_disk
     def evaluation(
-        self, step: int, metrics: dict[str, float], predictions: list[dict], picture: Image, name: str = ""
+        self,
+        step: int,
+        metrics: dict[str, float],
+        predictions: list[dict],
+        picture: Image,
+        name: str = "",
+        examples: Sequence[Example] = (),
+        class_names: Sequence[str] = (),
     ) -> None:
         """What an evaluation found: eval/step_x, and a row of metrics.jsonl. `name` tells the model, if not the one
-        that learns: eval/step_x/name, and eval/name/AP and so on."""
+        that learns: eval/step_x/name, and eval/name/AP and so on. `examples`: of the picture, for trackers."""
         if not self.is_main:
             return
         prefix = f"eval/{name}/" if name else "eval/"
@@ -131,19 +138,27 @@ class RunFolder:
         (folder / "metrics.json").write_text(json.dumps(metrics, indent=1))
         (folder / "predictions.json").write_text(json.dumps(predictions))
         picture.save(folder / "predictions.png")
+        classes = [(key.removeprefix("per_class/"), ap) for key, ap in metrics.items() if key.startswith("per_class/")]
+        self.trackers.table(f"{prefix}AP_of_classes", step, ("class", "AP"), classes)
+        self.trackers.picture(f"{prefix}predictions", step, folder / "predictions.png", picture, examples, class_names)
 
     @_survives_a_full_disk
-    def sample(self, name: str, step: int, picture: Image) -> None:
-        """A picture by its step: samples/name_x.png."""
+    def sample(
+        self,
+        name: str,
+        step: int,
+        picture: Image,
+        examples: Sequence[Example] = (),
+        class_names: Sequence[str] = (),
+    ) -> None:
+        """A picture by its step: samples/name_x.png. `examples`: of the picture, for trackers."""
         if not self.is_main:
             return
         folder = self.path / "samples"
         folder.mkdir(exist_ok=True)
-        picture.save(folder / f"{name}_{step:08d}.png")
-        for tracker in self.trackers:
-            if hasattr(tracker, "log_images"):
-                layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                tracker.log_images({f"samples/{name}": np.asarray(picture)[None]}, step=step, **layout)
+        file = folder / f"{name}_{step:08d}.png"
+        picture.save(file)
+        self.trackers.picture(f"samples/{name}", step, file, picture, examples, class_names)
 
     def rewind_metrics(self, step: int, keep_evaluation: bool = True) -> None:
         """Drops the rows after `step`, and of its own evaluation if that has to be done again: a run resumed there
@@ -157,6 +172,7 @@ class RunFolder:
                 rows.append(json.loads(line))
             except ValueError:
                 continue  # the line a killed process was writing
+        self.trackers.sent(rows)
         rows = [row for row in rows if row["step"] <= step]
         if not keep_evaluation:
             rows = [row for row in rows if row["step"] < step or not any(key.startswith("eval/") for key in row)]

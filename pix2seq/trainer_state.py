@@ -13,7 +13,8 @@ from pix2seq.metrics import Meter
 from pix2seq.sharding import load_optimizer_state, optimizer_state
 
 FILE = "trainer.pt"
-FORMAT = 2  # of its content
+FORMAT = 3  # of its content
+SAME_BUT_FOR_STATISTICS = 2  # such a checkpoint is read, and the row it was in the middle of begins anew
 
 
 @dataclass
@@ -68,7 +69,7 @@ class TrainerState:
     def load(self, folder: Path, model: nn.Module, is_main: bool) -> None:
         """Raises UserError if the steps of this run are not of the images that the checkpoint's were."""
         content = torch.load(folder / FILE, map_location="cpu", weights_only=True)  # nothing in the file can run code
-        if content.get("format") != FORMAT:
+        if content.get("format") not in (FORMAT, SAME_BUT_FOR_STATISTICS):
             raise UserError(
                 f"--resume {folder}: was written by another version of the code, whose state has another form"
             )
@@ -101,5 +102,5 @@ class TrainerState:
             self.scaler.load_state_dict(content["scaler"])
         if self.average is not None:
             self.average.load_state_dict(content["average"])
-        if is_main:  # the sum over all ranks, so one of them carries it on
+        if is_main and content["format"] == FORMAT:  # the sum over all ranks, so one of them carries it on
             self.meter.statistics += content["statistics"].to(self.meter.statistics.device)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pix2seq.charts import dataset_overview
+from pix2seq.charts import dataset_overview, learning_curves
 
 
 def overview(counts, sides=(10.0, 50.0), objects=(0, 3), examples=(), max_objects=100) -> np.ndarray:
@@ -30,3 +30,13 @@ def test_examples_are_below_the_charts():
 def test_a_limit_on_objects_shows_where_it_cuts():
     assert not np.array_equal(overview([3], objects=[1, 9], max_objects=5), overview([3], objects=[1, 9]))
     assert np.array_equal(overview([3], objects=[1, 9], max_objects=10), overview([3], objects=[1, 9]))
+
+
+def test_curves_are_drawn_of_what_there_is():
+    panels = {"loss": ("train/loss", "train/loss_eos"), "boxes": ("train/iou",)}
+    one = learning_curves({"demo": {"train/loss": ([1, 2], [3.0, 2.0])}}, panels)
+    assert one.size == (720, 260)
+    both = learning_curves(dict.fromkeys(("demo", "overfit"), {"train/loss": ([1, 2], [3.0, 2.0])}), panels)
+    assert both.size == (720, 520)
+    other = learning_curves({"demo": {"train/loss": ([1, 2], [3.0, 1.0])}}, panels)
+    assert not np.array_equal(np.asarray(one), np.asarray(other))

@@ -1,13 +1,16 @@
 """What a step costs, counted without values, against the same step taken for real; and the plan made of it."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import plan
+from pix2seq.assembly import share_of_peak
 from pix2seq.command_line import parse
 from pix2seq.cost import GPUS, detector_cost, flop_counter, peak_flops
+from pix2seq.data import find_split, load_annotations
 from tests.test_architectures import build
 
 BATCH, LENGTH, TARGETS = 2, 10, 4
@@ -126,3 +129,22 @@ def test_mistakes_in_a_plan_are_one_line(words, part, capsys):
     error = capsys.readouterr().err
     assert part in error
     assert error.count("\n") == 1
+
+
+def test_a_run_knows_its_share_of_the_gpus_peak(make_model, shapes_root, monkeypatch):
+    """On a pretended GPU. Nothing is known of one that is not in the table, and a count that fails ends no run."""
+    images = load_annotations(find_split("train", str(shapes_root)))
+    args = SimpleNamespace(mixed_precision="bf16", max_objects=4, noise_objects=True, freeze_backbone=False)
+    args.batch_norm, args.frozen_stages, args.gradient_checkpointing = "sync", 0, False
+    model, said = make_model().train(), []
+    ask = (args, model, images, torch.device("cuda"), SimpleNamespace(log=said.append))
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    real = images.trainable.sum() / len(images)
+    cost = detector_cost(model, 1, 20, "bf16", round(5 * real + 4 - real))
+    assert share_of_peak(*ask) == cost.step_flops / 989e12
+    assert share_of_peak(*ask[:3], torch.device("cpu"), None) == 0
+    monkeypatch.setattr("pix2seq.assembly.detector_cost", lambda *words: 1 / 0)
+    assert share_of_peak(*ask) == 0
+    assert said == ["perf/mfu is left out: the step's FLOPs cannot be counted (division by zero)"]
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "Somebody's")
+    assert share_of_peak(*ask) == 0

@@ -1,48 +1,44 @@
-"""Statistics by slot, on rows small enough to count by hand."""
+"""Statistics of the sentences, on rows small enough to count by hand and, at random, by plain loops."""
 
 import math
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from pix2seq.metrics import Meter, describe, token_statistics
-from pix2seq.tokenizer import TOKENS_PER_OBJECT
+from pix2seq.metrics import NAMES, PRINTED, Meter, describe, token_statistics
+from pix2seq.sequence import SequenceBuilder
+from pix2seq.tokenizer import SLOTS, Tokenizer
 
-VOCABULARY = 12
-
-
-def targets(weights: torch.Tensor) -> torch.Tensor:
-    return weights.flatten().nonzero()[:, 0]
+TOKENIZER = Tokenizer(num_classes=2, num_bins=6)  # NOISE is 3, the classes are 4 and 5, bins 6 to 11
 
 
-def statistics(labels, weights, said, losses) -> torch.Tensor:
-    """labels, weights (B, L); said and losses for all B * L tokens, of which only those with weight reach us."""
+def statistics(labels, weights, said, losses, content=(1.0, 1.0)) -> torch.Tensor:
+    """labels, weights (B, L); said and losses for all B * L tokens, of which only those with weight reach us.
+
+    `said` is the likeliest token; the likeliest bin is the last one where that is no bin."""
     labels, weights = torch.tensor(labels), torch.tensor(weights, dtype=torch.float32)
     counted = weights > 0
-    logits = torch.nn.functional.one_hot(torch.tensor(said), VOCABULARY).float()[counted]
-    return token_statistics(
-        logits, torch.tensor(losses, dtype=torch.float32)[counted], labels, weights, targets(weights)
-    )
+    logits = 2 * torch.nn.functional.one_hot(torch.tensor(said), TOKENIZER.vocab_size).float()[counted]
+    logits[:, -1] += 1
+    targets = weights.flatten().nonzero()[:, 0]
+    losses = torch.tensor(losses, dtype=torch.float32)[counted]
+    content = torch.tensor([[float(share) for share in content]] * len(labels))
+    return token_statistics(logits, losses, labels, weights, targets, TOKENIZER, content)
 
 
 # One real object, one noise object; then two real ones. Losses are powers of two, so that any sum tells its parts.
-LABELS = [[5, 6, 7, 8, 1, 5, 5, 6, 6, 3], [9, 8, 9, 9, 2, 5, 6, 7, 8, 0]]
+LABELS = [[6, 7, 8, 9, 4, 6, 6, 7, 7, 3], [6, 7, 11, 11, 5, 6, 7, 8, 9, 4]]
 WEIGHTS = [[1, 1, 1, 1, 1, 0, 0, 0, 0, 0.5], [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]]
-SAID = [[5, 0, 7, 8, 1, 0, 0, 0, 0, 3], [9, 8, 0, 9, 0, 5, 6, 7, 0, 0]]
+SAID = [[6, 7, 8, 9, 4, 0, 0, 0, 0, 3], [6, 7, 9, 11, 3, 0, 7, 8, 9, 4]]
 LOSSES = [[1, 2, 4, 8, 16, 999, 999, 999, 999, 32], [64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768]]
 
 
-def test_sums_by_slot():
-    """A bug others shipped: position modulo 5 was taken on the flattened batch, so slots drifted; noise counted."""
-    assert statistics(LABELS, WEIGHTS, SAID, LOSSES).tolist() == [
-        [1 + 64 + 2048, 2 + 128 + 4096, 4 + 256 + 8192, 8 + 512 + 16384, 16 + 0.5 * 32 + 1024 + 32768],
-        [3, 3, 3, 3, 3.5],
-        [3, 2, 2, 2, 3],
-        [3, 3, 3, 3, 4],
-    ]
-
-
 def test_described():
+    """The noise object's coordinates count nowhere. A bug others shipped: position modulo 5 was taken on the flattened
+    batch, so slots drifted."""
     metrics = describe(statistics(LABELS, WEIGHTS, SAID, LOSSES))
     coordinates = sum(2**k for k in (0, 1, 2, 3, 6, 7, 8, 9, 11, 12, 13, 14))
     classes = 16 + 16 + 1024 + 32768
@@ -50,12 +46,35 @@ def test_described():
         {
             "train/loss": (coordinates + classes) / 15.5,
             "train/loss_coord": coordinates / 12,
+            "train/loss_y1": (1 + 64 + 2048) / 3,
+            "train/loss_x1": (2 + 128 + 4096) / 3,
+            "train/loss_y2": (4 + 256 + 8192) / 3,
+            "train/loss_x2": (8 + 512 + 16384) / 3,
             "train/loss_class": classes / 3.5,
-            "train/acc_y1": 1,
-            "train/acc_x1": 2 / 3,
+            "train/loss_real": (16 + 1024 + 32768) / 3,
+            "train/loss_noise": 32,
+            "train/acc_y1": 2 / 3,
+            "train/acc_x1": 1,
             "train/acc_y2": 2 / 3,
-            "train/acc_x2": 2 / 3,
+            "train/acc_x2": 1,
             "train/acc_class": 3 / 4,
+            "train/acc_real": 2 / 3,
+            "train/acc_noise": 1,
+            "train/bin_error_y1": 5 / 3,  # 0, 0, and the last bin where the first was right
+            "train/bin_error_x1": 0,
+            "train/bin_error_y2": 2 / 3,
+            "train/bin_error_x2": 0,
+            "train/object_acc": 1 / 3,
+            "train/iou": (1 + 12 / 20 + 0) / 3,  # 3 x 4 bins of 5 x 4; a box upside down has no area
+            "train/sequence_acc": 1 / 2,
+            "train/noise_predicted": 2 / 4,
+            "train/noise_true": 1 / 4,
+            "train/loss_object_1": (31 + 64 + 128 + 256 + 512 + 1024) / 10,
+            "train/loss_object_2_4": (2048 + 4096 + 8192 + 16384 + 32768) / 5,
+            "data/misplaced_tokens": 0,
+            "data/supervised_noise": 0,
+            "data/inverted_boxes": 0,
+            "data/boxes_in_padding": 0,
         }
     )
     assert all(type(value) is float for value in metrics.values())
@@ -63,19 +82,90 @@ def test_described():
 
 def test_all_classes_wrong_and_all_coordinates_right():
     """A bug others shipped: this came out as class .67 and coordinates .85."""
-    labels = [[5, 6, 7, 8, 1] * 3] * 4
-    said = [[5, 6, 7, 8, 2] * 3] * 4
+    labels = [[6, 7, 8, 9, 4] * 3] * 4
+    said = [[6, 7, 8, 9, 5] * 3] * 4
     metrics = describe(statistics(labels, [[1] * 15] * 4, said, [[1] * 15] * 4))
-    assert [metrics[f"train/acc_{slot}"] for slot in ("y1", "x1", "y2", "x2", "class")] == [1, 1, 1, 1, 0]
+    assert [metrics[f"train/acc_{slot}"] for slot in SLOTS] == [1, 1, 1, 1, 0]
+    assert metrics["train/iou"] == 1
+    assert metrics["train/object_acc"] == metrics["train/sequence_acc"] == 0
 
 
 def test_rows_that_are_no_multiple_of_five():
-    """With EOS a row has 5 k + 1 tokens: the next row's slots start at y1 again."""
-    labels = [[5, 6, 7, 8, 1, 2]] * 3
-    said = [[5, 0, 0, 0, 0, 0]] * 3
-    sums = statistics(labels, [[1, 1, 1, 1, 1, 0]] * 3, said, [[1] * 6] * 3)
-    assert sums[2].tolist() == [3, 0, 0, 0, 0]
-    assert sums[3].tolist() == [3, 3, 3, 3, 3]
+    """With EOS a row has 5 k + 1 tokens: the next row's slots start at y1 again, and EOS is no y1."""
+    labels = [[6, 7, 8, 9, 4, 2]] * 3
+    metrics = describe(statistics(labels, [[1, 1, 1, 1, 1, 0.5]] * 3, labels, [[1, 1, 1, 1, 1, 8]] * 3))
+    assert [metrics[f"train/acc_{slot}"] for slot in (*SLOTS, "eos")] == [1] * 6
+    assert metrics["train/loss_eos"] == 8
+    assert metrics["train/loss_y1"] == metrics["train/loss_coord"] == 1
+    assert metrics["train/loss"] == (5 + 4) / 5.5
+    assert metrics["data/misplaced_tokens"] == 0
+    assert metrics["train/sequence_acc"] == 1
+
+
+def test_targets_that_cannot_be():
+    shifted = [7, 8, 9, 4, 6]
+    assert describe(statistics([shifted], [[1] * 5], [shifted], [[1] * 5]))["data/misplaced_tokens"] == 2 / 5
+    noise = [6, 6, 7, 7, 3]
+    metrics = describe(statistics([[6, 7, 8, 9, 4, *noise]], [[1] * 10], [[6] * 10], [[1] * 10]))
+    assert metrics["data/supervised_noise"] == 1 / 2
+    upside_down, good = [8, 7, 6, 9, 4], [6, 7, 8, 9, 4]
+    metrics = describe(statistics([upside_down + good], [[1] * 10], [[6] * 10], [[1] * 10]))
+    assert metrics["data/inverted_boxes"] == 1 / 2
+    low, just = [6, 6, 10, 7, 4], [6, 6, 9, 7, 4]  # bins 4 and 3 of 0 to 5: the picture ends at 2.5
+    metrics = describe(statistics([low + just], [[1] * 10], [[6] * 10], [[1] * 10], content=(0.5, 1.0)))
+    assert metrics["data/boxes_in_padding"] == 1 / 2
+
+
+@given(seed=st.integers(0, 10**6), noise_objects=st.booleans(), jitter=st.sampled_from([0.0, 0.2]))
+def test_healthy_sentences_have_no_faults(seed, noise_objects, jitter):
+    """And their metrics are what plain loops over the tokens count."""
+    rng = np.random.default_rng(seed)
+    build = SequenceBuilder(TOKENIZER, 7, noise_objects=noise_objects, box_jitter=jitter, mix_rate=0.5)
+    content = rng.uniform(0.2, 1, 2)
+    sentences = []
+    for _ in range(3):
+        corners = np.sort(rng.random((rng.integers(0, 9), 2, 2)), axis=1) * content
+        boxes = corners.reshape(-1, 4)
+        sentences.append(build(boxes, rng.integers(0, 2, len(boxes)), rng, tuple(content)))
+    labels, weights = (np.stack([sentence[name] for sentence in sentences]) for name in ("labels", "weights"))
+    said = np.where(rng.random(labels.shape) < 0.8, labels, rng.integers(0, 12, labels.shape))
+    losses = rng.integers(0, 9, labels.shape)
+    metrics = describe(statistics(labels.tolist(), weights.tolist(), said.tolist(), losses.tolist(), content[::-1]))
+    assert {metrics[name] for name in NAMES if name.startswith("data/") and name in metrics} <= {0.0}
+
+    right, objects, of_class = {}, [], []
+    for row in range(3):
+        for start in range(0, labels.shape[1], 5):
+            tokens = range(start, min(start + 5, labels.shape[1]))
+            for slot, token in zip(SLOTS, tokens, strict=False):
+                if weights[row, token]:
+                    kind = "eos" if labels[row, token] == 2 else slot
+                    right.setdefault(kind, []).append(said[row, token] == labels[row, token])
+            if len(tokens) == 5 and weights[row, tokens[4]]:
+                of_class.append((labels[row, tokens[4]] == 3, said[row, tokens[4]] == 3))
+            if len(tokens) == 5 and weights[row, tokens].all():
+                objects.append((row, (said[row, tokens] == labels[row, tokens]).all()))
+    for kind, answers in right.items():
+        assert metrics[f"train/acc_{kind}"] == pytest.approx(np.mean(answers))
+    assert metrics["train/loss"] == pytest.approx((weights * losses).sum() / weights.sum())
+    if of_class:
+        true, predicted = np.mean(of_class, axis=0)
+        assert metrics["train/noise_true"] == pytest.approx(true)
+        assert metrics["train/noise_predicted"] == pytest.approx(predicted)
+    if objects:
+        assert metrics["train/object_acc"] == pytest.approx(np.mean([good for _, good in objects]))
+        rows = {row for row, _ in objects}
+        whole = [all(good for of, good in objects if of == row) for row in rows]
+        assert metrics["train/sequence_acc"] == pytest.approx(np.mean(whole))
+
+
+def test_objects_are_grouped_by_their_place():
+    """Losses are the place of the object, 1 to 25."""
+    labels = [[6, 7, 8, 9, 4] * 25]
+    losses = [[place for place in range(1, 26) for _ in range(5)]]
+    metrics = describe(statistics(labels, [[1] * 125], labels, losses))
+    groups = {"1": 1, "2_4": 3, "5_9": 7, "10_19": 14.5, "20_up": 22.5}
+    assert {group: metrics[f"train/loss_object_{group}"] for group in groups} == groups
 
 
 def test_statistics_of_parts_add_up():
@@ -83,22 +173,20 @@ def test_statistics_of_parts_add_up():
     assert torch.equal(parts, statistics(LABELS, WEIGHTS, SAID, LOSSES))
 
 
-def test_slots_without_tokens_are_zero():
-    sums = statistics([[5, 6, 7, 8, 1]], [[0, 0, 0, 0, 1]], [[0] * 5], [[1] * 5])
-    metrics = describe(sums)
-    assert metrics["train/loss_coord"] == 0
-    assert metrics["train/acc_y1"] == 0
-    assert metrics["train/loss"] == metrics["train/loss_class"] == 1
-    nothing = describe(torch.zeros(4, TOKENS_PER_OBJECT, dtype=torch.float64))
-    assert math.isnan(nothing.pop("train/loss")), "the loss of no token at all is no good loss"
-    assert set(nothing.values()) == {0.0}
+def test_what_was_not_counted_is_left_out():
+    metrics = describe(statistics([[6, 7, 8, 9, 4]], [[0, 0, 0, 0, 1]], [[0] * 5], [[1] * 5]))
+    assert metrics["train/loss"] == metrics["train/loss_class"] == metrics["train/loss_real"] == 1
+    assert math.isnan(metrics["train/loss_coord"])
+    assert not {"train/acc_y1", "train/iou", "train/acc_noise", "train/object_acc"} & metrics.keys()
+    nothing = describe(torch.zeros(2, len(NAMES), dtype=torch.float64))
+    assert nothing.keys() == set(PRINTED)
+    assert all(map(math.isnan, nothing.values())), "the loss of no token at all is no good loss"
 
 
 def test_statistics_carry_no_gradient():
     losses = torch.ones(5, requires_grad=True)
-    sums = token_statistics(
-        torch.zeros(5, VOCABULARY), losses * 2, torch.zeros(1, 5).long(), torch.ones(1, 5), torch.arange(5)
-    )
+    sentence = torch.zeros(1, 5).long(), torch.ones(1, 5), torch.arange(5)
+    sums = token_statistics(torch.zeros(5, 12), losses * 2, *sentence, TOKENIZER, torch.ones(1, 2))
     assert not sums.requires_grad
     assert sums.dtype == torch.float64
 
@@ -130,3 +218,5 @@ def test_a_meters_clock_leaves_out_pauses_and_knows_waits(monkeypatch):
         passes(1000)
     rates = meter.rates(num_processes=2, tokens_per_image=10)
     assert rates == {"perf/images_per_s": 12, "perf/tokens_per_s": 120, "perf/data_wait_frac": 0.2}
+    meter.flops_share = 0.05  # an image takes so much of a second of the GPU's peak; each process has its half
+    assert meter.rates(num_processes=2, tokens_per_image=10)["perf/mfu"] == pytest.approx(6 * 0.05)

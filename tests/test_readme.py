@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from benchmarks import curves
 from benchmarks.reliability import fill
 from benchmarks.writing import markdown
 from pix2seq.command_line import parse
@@ -17,13 +18,15 @@ from pix2seq.data.commands import ShardArguments, ShowArguments
 from pix2seq.data.faults import KINDS
 from pix2seq.evaluation.commands import COMMANDS as COMMANDS_OF_EVALUATION
 from pix2seq.evaluation.commands import parse_compare
+from pix2seq.metrics import NAMES
 from pix2seq.processing import Pix2SeqImageProcessor
+from pix2seq.tokenizer import SLOTS
 from plan import PlanArguments
 from train_drafter import DrafterArguments
 
 README = Path("README.md").read_text()
-COMMAND_PAGES = [README, Path("docs/scaling.md").read_text(), Path("docs/data.md").read_text()]
-COMMAND_PAGES += [Path("docs/decoding.md").read_text(), Path("docs/report.md").read_text()]
+PAGES_WITH_COMMANDS = ("scaling", "data", "decoding", "report", "what-to-expect")
+COMMAND_PAGES = [README, *(Path(f"docs/{name}.md").read_text() for name in PAGES_WITH_COMMANDS)]
 BLOCKS = [block for page in COMMAND_PAGES for block in re.findall(r"```bash\n(.*?)```", page, flags=re.DOTALL)]
 COMMANDS = [line for block in BLOCKS for line in block.replace("\\\n", " ").splitlines() if line.strip()]
 
@@ -104,6 +107,7 @@ def test_links_and_pictures_exist():
             assert target.startswith("https://") or (page.parent / target).exists(), (page, target)
 
 
+EXPECT = "docs/what-to-expect.md"
 PAGES = ["README.md", "docs/experiments.md"]
 
 
@@ -125,8 +129,11 @@ def test_results_come_from_records(page):
 
 
 def test_every_promise_names_tests_that_exist():
-    named = re.findall(r"`(test_\w+\.py)(?:::(test_\w+))?`", Path("docs/reliability.md").read_text())
-    assert len(named) >= 12
+    pages = [Path(f"docs/{page}.md").read_text() for page in ("reliability", "what-to-expect")]
+    named = [re.findall(r"`(test_\w+\.py)(?:::(test_\w+))?`", page) for page in pages]
+    assert len(named[0]) >= 12
+    assert len(named[1]) >= 4
+    named = sum(named, [])
     for file, test in named:
         assert f"def {test}(" in (Path("tests") / file).read_text() if test else (Path("tests") / file).exists()
 
@@ -144,6 +151,28 @@ def test_figures_of_the_step_come_from_their_record():
             if found[name] is not None:
                 figures = "{median:.2f} ({min:.2f} to {max:.2f})".format(**found[name])
                 assert f"| {figures} | [record](results/{record.name}) |" in page
+
+
+def test_figures_of_the_metrics_come_from_their_records():
+    page = Path("docs/what-to-expect.md").read_text()
+    ratios = [
+        f"{recipe['times_as_long']['median']:.3f}"
+        for recipe in json.loads(Path("docs/results/metrics_cpu.json").read_text())["recipes"].values()
+    ]
+    text = " ".join(page.split())
+    assert f"takes {ratios[0]} times as long with them, of an R50 at 640 pixels {ratios[1]} times" in text
+    runs = json.loads(Path("docs/results/curves.json").read_text())["runs"]
+    assert all(run["environment"]["commit"] for run in runs.values())
+    assert curves.fill(page, runs) == page
+    assert curves.table(runs["demo"]["curves"]) in page
+
+
+def test_every_metric_is_explained():
+    page = Path("docs/what-to-expect.md").read_text().split("## The demo")[0]
+    for name in NAMES:
+        *_, slot = name.rpartition("_")
+        series = slot in SLOTS[1:3] or name.startswith("train/loss_object")  # between the first and the last named
+        assert f"`{name}`" in page or series, name
 
 
 def test_figures_of_the_loader_come_from_their_record():
@@ -183,7 +212,7 @@ def test_figures_of_decoding_come_from_their_records():
 def test_every_record_is_shown():
     shown = {
         (Path(page).parent / link).resolve()
-        for page in (*PAGES, "docs/data.md", "docs/decoding.md", "docs/reliability.md", "docs/scaling.md")
+        for page in (*PAGES, *(f"docs/{name}.md" for name in ("data", "decoding", "reliability", "scaling")), EXPECT)
         for link in re.findall(r"\]\((\S+\.json)\)", Path(page).read_text())
     }
     assert {path.resolve() for path in Path("docs/results").rglob("*.json")} - shown == {

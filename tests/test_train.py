@@ -408,6 +408,12 @@ def test_a_checkpoint_of_another_form_is_refused_and_flags_newer_than_it_are_not
     rewrite("training.yaml", "".join(line for line in flags if "decay_steps" not in line).encode())
     assert train.main(arguments(shapes_root, output, "--resume", "auto")) == 0
     content = torch.load(folder / "trainer.pt", weights_only=True)
+    older = {"format": 2, "statistics": torch.ones(4, 5, dtype=torch.float64)}  # those of the row being counted
+    torch.save(content | older, tmp_path / "old.pt")
+    rewrite("trainer.pt", (tmp_path / "old.pt").read_bytes())
+    assert train.main(arguments(shapes_root, output, "--resume", "auto", "--max_steps", "8")) == 0
+    assert rows(output)[-2]["step"] == 8
+    shutil.rmtree(output / "checkpoints" / "step_00000008")
     torch.save(content | {"format": 1}, tmp_path / "old.pt")
     rewrite("trainer.pt", (tmp_path / "old.pt").read_bytes())
     assert train.main(arguments(shapes_root, output, "--resume", "auto")) == 2

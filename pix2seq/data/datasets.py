@@ -31,11 +31,12 @@ class TrainDataset(Dataset):
     colors: ColorAugmentation | None = None
 
     def __getitem__(self, key: tuple[int, int, int]) -> dict:
-        """pixel_values uint8 (3, S, S), image_id, and SequenceBuilder's input_ids, labels, weights, each (L,).
+        """pixel_values uint8 (3, S, S), image_id, size (2,): (height, width) of what the picture covers of the canvas,
+        and SequenceBuilder's input_ids, labels, weights, each (L,).
 
         Another image, the same in every run, stands in for one that cannot be read; `unreadable` then has a line for
         each that was tried, its file and the reason, and is "" otherwise. With colour augmentation also `colors`, to
-        be painted on the device, and `size`: see colors.paint.
+        be painted on the device: see colors.paint.
         """
         unreadable = []
         for attempt in range(MAX_ATTEMPTS):
@@ -50,9 +51,10 @@ class TrainDataset(Dataset):
     def _example(self, index: int, rng: np.random.Generator) -> dict:
         boxes, labels = self.annotations.objects(index)
         canvas = self.transform(self.annotations.picture(index), boxes, rng)
-        example = {"pixel_values": canvas.image, "image_id": self.annotations.image_ids[index]}
+        image_id, size = self.annotations.image_ids[index], np.array(canvas.size)
+        example = {"pixel_values": canvas.image, "image_id": image_id, "size": size}
         if self.colors is not None:
-            example |= {"colors": self.colors.draw(rng), "size": np.array(canvas.size)}
+            example["colors"] = self.colors.draw(rng)
         return example | self.build(canvas.boxes, labels[canvas.kept], rng, canvas.content)
 
 
