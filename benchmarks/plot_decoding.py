@@ -4,6 +4,7 @@ python -m benchmarks.plot_decoding docs/results/decode_cpu.json docs/results/wri
 """
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -36,6 +37,7 @@ def speeds(axis, record: dict) -> None:
             axis.text(place, rate, f"{rate:.0f}", ha="center", va="bottom", fontsize=7)
     axis.set_xticks(range(len(record["batches"])), [f"{batch} at a time" for batch in record["batches"]])
     axis.set_yscale("log")
+    axis.set_ylim(top=12_000)  # room for the legend
     axis.set_ylabel("tokens a second")
     axis.set_title(f"writing on {record['environment']['num_threads']} cores, random weights", fontsize=10)
     axis.legend(fontsize=7, loc="upper left")
@@ -48,7 +50,7 @@ def trades(axis, record: dict) -> None:
         greedy["passes"], greedy["ap"], color="black", marker="*", s=90, zorder=3, label="greedy, token by token"
     )
     for row, (kind, label) in enumerate(KINDS.items()):
-        ways = [way for name, way in record["ways"].items() if kind in name.split(",")[0]]
+        ways = [way for name, way in record["ways"].items() if re.match(rf"(\d )?{kind}", name)]
         passes, aps = ([way[key] for way in ways] for key in ("passes", "ap"))
         axis.scatter(passes, aps, color=PALETTE[(row + 1) % len(PALETTE)], marker="osD^v"[row], s=30, label=label)
     axis.axhline(greedy["ap"], color="grey", linewidth=0.8, linestyle=":")

@@ -205,7 +205,7 @@ def test_figures_of_decoding_come_from_their_records():
         # The record says how many times as fast as these one token at a time is.
         wrong, right = (1 / part["times_as_fast"][name]["median"] for name in ("all wrong", "all right"))
         assert f"| {batch} | {wrong:.2f} | {right:.2f} |" in page
-    for name in ("demo", "bccd"):
+    for name in ("demo", "demo20", "bccd"):
         assert markdown(json.loads(Path(f"docs/results/writing_{name}.json").read_text())) in page
 
 
