@@ -167,7 +167,7 @@ def announce(training: Training) -> None:
     # As text where a value is not a plain one: TensorBoard takes nothing else.
     flags = {k: v if isinstance(v, int | float) else str(v) for k, v in yaml.safe_load(to_yaml(args)).items()}
     try:
-        folder.trackers.start(accelerator, args.project_name, flags)
+        folder.trackers.start(accelerator, args.project_name, flags, resumed=training.step > 0)
     except Exception as error:  # each tracker has errors of its own
         fault = UserError(f"--report_to {' '.join(args.report_to)}: cannot be started ({error})")
         folder.status("failed", training.step, str(fault))

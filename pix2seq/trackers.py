@@ -48,9 +48,10 @@ class Trackers:
     def __bool__(self) -> bool:
         return bool(self._running)
 
-    def start(self, accelerator, project: str, flags: dict) -> None:
-        """Raises what a tracker that cannot be started raises."""
-        ids = self._ids()
+    def start(self, accelerator, project: str, flags: dict, resumed: bool) -> None:
+        """Raises what a tracker that cannot be started raises. `resumed`: this run goes on with that of the folder,
+        and so it does in the trackers."""
+        ids = self._ids() if resumed else {}
         accelerator.init_trackers(project, init_kwargs=self._init_kwargs(ids))
         # Taken from Accelerate, whose end_training() passes on what a tracker raises.
         self._running, accelerator.trackers = accelerator.trackers, []
@@ -66,9 +67,10 @@ class Trackers:
 
     def _ids(self) -> dict[str, str | None]:
         try:
-            return json.loads(self._file.read_text())
+            ids = json.loads(self._file.read_text())
         except (OSError, ValueError):
             return {}
+        return ids if isinstance(ids, dict) else {}
 
     def _init_kwargs(self, ids: dict[str, str | None]) -> dict[str, dict]:
         wandb_id = os.environ.get("WANDB_RUN_ID") or ids.get("wandb") or uuid.uuid4().hex[:8]

@@ -199,7 +199,7 @@ class Fake:
         self.given.append("finished")
 
 
-def started(folder: Path, *fakes: Fake) -> tuple[Trackers, dict]:
+def started(folder: Path, *fakes: Fake, resumed: bool = False) -> tuple[Trackers, dict]:
     asked = {}
 
     def init_trackers(project, init_kwargs):
@@ -208,7 +208,7 @@ def started(folder: Path, *fakes: Fake) -> tuple[Trackers, dict]:
 
     accelerator = SimpleNamespace(init_trackers=init_trackers, trackers=[])
     run_folder = RunFolder(folder, is_main=True)
-    run_folder.trackers.start(accelerator, "pix2seq", {"lr": 1e-3})
+    run_folder.trackers.start(accelerator, "pix2seq", {"lr": 1e-3}, resumed=resumed)
     assert accelerator.trackers == [], "end_training would let one that fails end the run"
     return run_folder.trackers, asked
 
@@ -216,7 +216,7 @@ def started(folder: Path, *fakes: Fake) -> tuple[Trackers, dict]:
 def test_mlflow_and_trackio_go_on_in_their_run_too(tmp_path):
     _, first = started(tmp_path, before := Fake("mlflow"), Fake("trackio"))
     assert not {"mlflow", "trackio"} & first.keys()
-    _, then = started(tmp_path, again := Fake("mlflow"), Fake("trackio"))
+    _, then = started(tmp_path, again := Fake("mlflow"), Fake("trackio"), resumed=True)
     assert before.flags == {"lr": 1e-3}
     assert not hasattr(again, "flags"), "MLflow raises where a flag has another value than before"
     assert then["mlflow"] == {"run_id": "abc"}
@@ -240,10 +240,20 @@ def test_what_a_resumed_run_repeats_is_not_sent_again(tmp_path):
     before = [{"step": 2, "train/loss": 3.0}, {"step": 4, "train/loss": 2.0}]
     started(tmp_path, Fake("tensorboard"))
     old, new = Fake("tensorboard"), Fake("comet_ml")
-    trackers, _ = started(tmp_path, old, new)
+    trackers, _ = started(tmp_path, old, new, resumed=True)
     trackers.sent(before)
     again = [(2, {"train/loss": 3.0}), (4, {"train/loss": 2.0}), (4, {"eval/AP": 0.1}), (6, {"train/loss": 1.0})]
     for step, row in again:
         trackers.metrics(step, row)
     assert old.given == again[2:]
     assert new.given == again
+
+
+def test_another_run_in_the_same_folder_is_another_run(tmp_path):
+    """The first one may have ended before it left anything to go on from."""
+    started(tmp_path, Fake("tensorboard"), Fake("mlflow"))
+    trackers, asked = started(tmp_path, new := Fake("tensorboard"), Fake("mlflow"))
+    assert "mlflow" not in asked
+    trackers.sent([{"step": 4, "train/loss": 2.0}])
+    trackers.metrics(2, {"train/loss": 9.0})
+    assert new.given == [(2, {"train/loss": 9.0})]

@@ -31,8 +31,8 @@ CAPTIONS = {
         "chance. It changes no AP, but what a threshold on the score means."
     ),
     "kept": (
-        "What is left if only the best predictions of an image are kept. Where the curve is flat, more of "
-        "them change nothing: try a lower --max_objects when you evaluate, which takes less time."
+        "What is left if only the predictions of an image with the best scores are kept. Where the curve is "
+        "flat, more of them change nothing. (--max_objects keeps those that are written first: not the same.)"
     ),
 }
 ALTERNATIVES = {  # for who cannot see them

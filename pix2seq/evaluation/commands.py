@@ -47,9 +47,10 @@ def _compare(words: list[str]) -> int:
         check_predictions(results[-1], truth, f"{letter} {file}")
     rows = compare(truth, *results, args.resamples, args.seed)
     print(f"A: {args.a}\nB: {args.b}\n{len(truth['images'])} images, {args.resamples} resamples of them\n")
-    print(f"{table(rows)}\n\n{verdict(rows[0])}")
+    sentence = verdict(rows[0], len(truth["images"]))
+    print(f"{table(rows)}\n\n{sentence}")
     if args.output is not None:
-        _write(args.output, rows, args)
+        _write(args.output, rows, sentence, args)
     return 0
 
 
@@ -69,13 +70,13 @@ def _ground_truth(args) -> dict:
     return load_truth(found)
 
 
-def _write(path: Path, rows, args) -> None:
+def _write(path: Path, rows, sentence: str, args) -> None:
     content = {
         "A": str(args.a),
         "B": str(args.b),
         "resamples": args.resamples,
         "seed": args.seed,
-        "verdict": verdict(rows[0]),
+        "verdict": sentence,
         "rows": [{key: None if value != value else value for key, value in asdict(row).items()} for row in rows],
     }
     try:

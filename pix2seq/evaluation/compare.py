@@ -13,6 +13,7 @@ from pix2seq.progress import progress
 from pix2seq.scoring import class_names, numbered
 
 RECALLS = np.linspace(0, 1, 101)
+FEWEST_IMAGES = 20  # of fewer, noise is called a difference more often than in one case of twenty
 INTERVAL = (2.5, 97.5)  # percentiles
 
 
@@ -115,8 +116,13 @@ def _percentiles(differences: np.ndarray) -> np.ndarray:
     return bounds
 
 
-def verdict(row: Row) -> str:
-    """One sentence."""
+def verdict(row: Row, num_images: int) -> str:
+    """One sentence. Of a few images, intervals by resampling are too narrow to go by."""
+    if num_images < FEWEST_IMAGES:
+        return (
+            f"no difference can be told by {num_images} images, at least {FEWEST_IMAGES} are needed: "
+            f"B - A is {row.difference:.3f} AP"
+        )
     interval = "(95 % interval {:.3f} to {:.3f})"
     if row.low > 0:
         return f"B is better by {row.difference:.3f} AP {interval.format(row.low, row.high)}"
