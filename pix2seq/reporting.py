@@ -9,7 +9,7 @@ from pix2seq.colors import paint
 from pix2seq.data import Annotations, EvalDataset
 from pix2seq.data.images import BadImage
 from pix2seq.decoding import DecodingOptions
-from pix2seq.evaluation import predict, prediction_picture
+from pix2seq.evaluation import predict, prediction_picture, worst_picture
 from pix2seq.preemption import StopRequest
 from pix2seq.run_folder import RunFolder
 from pix2seq.scoring import coco_metrics
@@ -18,6 +18,7 @@ from pix2seq.trackers import Example
 from pix2seq.visualize import draw_examples, enlarge
 
 NUM_SAMPLES = 8  # images in every picture
+ENOUGH_OBJECTS = 3  # the strip is of the first image that has them, or of one that has most
 SIDE = 640  # of those whose boxes a tracker draws
 
 
@@ -44,18 +45,23 @@ class Reporter:
         if not self.accelerator.is_main_process:
             return None
         metrics = coco_metrics(self.truth, predictions)
-        picture = prediction_picture(self.val_set.annotations, predictions, NUM_SAMPLES)
-        self.folder.evaluation(step, metrics, predictions, picture, name, *self._for_trackers(predictions))
+        pictures = {
+            "predictions": prediction_picture(self.val_set.annotations, predictions, NUM_SAMPLES),
+            "worst": worst_picture(self.val_set.annotations, predictions, NUM_SAMPLES),
+        }
+        self.folder.evaluation(step, metrics, predictions, pictures, name, *self._for_trackers(predictions))
         return metrics
 
     def sample(self, detector, step: int) -> None:
-        """Ground truth beside predictions, always of the same images."""
+        """Ground truth beside predictions, always of the same images, and one of them over the steps."""
         annotations = self.val_set.annotations
         some = annotations.subset(range(min(NUM_SAMPLES, len(annotations))))
         predictions = self._predict(detector, EvalDataset(some, self.val_set.transform))
         if self.accelerator.is_main_process:
             picture = prediction_picture(some, predictions, NUM_SAMPLES)
             self.folder.sample("predictions", step, picture, *self._for_trackers(predictions))
+            counts = [len(some.objects(index)[1]) for index in range(len(some))]
+            self.folder.strip(step, int(np.argmax(np.minimum(counts, ENOUGH_OBJECTS))))
 
     def show_batch(self, batch: dict, tokenizer: Tokenizer) -> None:
         """What the model is about to learn, decoded back from its tokens: the cheapest detector of data bugs."""

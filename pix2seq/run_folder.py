@@ -12,14 +12,18 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 import transformers
-from PIL.Image import Image
+from PIL import Image
 from tqdm import tqdm
 
 import pix2seq
 from pix2seq.launcher import launcher_id
 from pix2seq.trackers import Example, Trackers
+from pix2seq.visualize import strip
+
+MOST_STEPS = 12  # in the strip
 
 
 def _survives_a_full_disk(method):
@@ -120,13 +124,13 @@ class RunFolder:
         step: int,
         metrics: dict[str, float],
         predictions: list[dict],
-        picture: Image,
+        pictures: dict[str, Image.Image],
         name: str = "",
         examples: Sequence[Example] = (),
         class_names: Sequence[str] = (),
     ) -> None:
         """What an evaluation found: eval/step_x, and a row of metrics.jsonl. `name` tells the model, if not the one
-        that learns: eval/step_x/name, and eval/name/AP and so on. `examples`: of the picture, for trackers."""
+        that learns: eval/step_x/name, and eval/name/AP and so on. `examples`: of the "predictions", for trackers."""
         if not self.is_main:
             return
         prefix = f"eval/{name}/" if name else "eval/"
@@ -137,17 +141,19 @@ class RunFolder:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "metrics.json").write_text(json.dumps(metrics, indent=1))
         (folder / "predictions.json").write_text(json.dumps(predictions))
-        picture.save(folder / "predictions.png")
         classes = [(key.removeprefix("per_class/"), ap) for key, ap in metrics.items() if key.startswith("per_class/")]
         self.trackers.table(f"{prefix}AP_of_classes", step, ("class", "AP"), classes)
-        self.trackers.picture(f"{prefix}predictions", step, folder / "predictions.png", picture, examples, class_names)
+        for what, picture in pictures.items():
+            file, shown = folder / f"{what}.png", examples if what == "predictions" else ()
+            picture.save(file)
+            self.trackers.picture(f"{prefix}{what}", step, file, picture, shown, class_names)
 
     @_survives_a_full_disk
     def sample(
         self,
         name: str,
         step: int,
-        picture: Image,
+        picture: Image.Image,
         examples: Sequence[Example] = (),
         class_names: Sequence[str] = (),
     ) -> None:
@@ -159,6 +165,23 @@ class RunFolder:
         file = folder / f"{name}_{step:08d}.png"
         picture.save(file)
         self.trackers.picture(f"samples/{name}", step, file, picture, examples, class_names)
+
+    @_survives_a_full_disk
+    def strip(self, step: int, number: int) -> None:
+        """samples/strip.png: one image, the `number`-th of the samples called predictions, over the steps up to this
+        one. Drawn from these samples, so a run that is resumed has those from before too."""
+        if not self.is_main:
+            return
+        found = sorted((self.path / "samples").glob(f"predictions_{'[0-9]' * 8}.png"))
+        # Later ones were left by a run that broke off, which this one repeats.
+        found = [(at, file) for file in found if (at := int(file.stem[-8:])) <= step]
+        chosen = np.unique(np.linspace(0, len(found) - 1, min(len(found), MOST_STEPS)).round().astype(int))
+        sheets = {}
+        for at, file in (found[index] for index in chosen):
+            with contextlib.suppress(OSError, SyntaxError):  # half of it, written by a process that was killed
+                sheets[at] = Image.open(file).convert("RGB")
+        if sheets:
+            strip(sheets, number).save(self.path / "samples" / "strip.png")
 
     def rewind_metrics(self, step: int, keep_evaluation: bool = True) -> None:
         """Drops the rows after `step`, and of its own evaluation if that has to be done again: a run resumed there

@@ -180,11 +180,11 @@ def numbered(truth: dict, predictions: list[dict]) -> tuple[dict, list[dict]]:
     }, [{"bbox": row["bbox"], "score": row["score"]} | moved(row) for row in predictions]
 
 
-def box_ious(found: list, objects: list) -> np.ndarray:
-    """IoU (p, g) of boxes xywh, as COCO computes it."""
+def box_ious(found: list, objects: list, crowd: bool = False) -> np.ndarray:
+    """IoU (p, g) of boxes xywh, as COCO computes it; of crowds, the share of what was found that lies in them."""
     if not len(found) or not len(objects):
         return np.zeros((len(found), len(objects)))
-    return hotcoco.primitives.bbox_iou(np.array(found, float), np.array(objects, float), [False] * len(objects))
+    return hotcoco.primitives.bbox_iou(np.array(found, float), np.array(objects, float), [crowd] * len(objects))
 
 
 def class_names(truth: dict) -> dict[int, str]:

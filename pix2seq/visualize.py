@@ -10,6 +10,8 @@ PALETTE = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#C
 GREY = "#8A8A8A"
 MARGIN = 8
 CELL = 320  # side of a picture in a grid
+TITLE, CAPTION = 28, 24  # pixels for what stands over a column, and over a picture
+IN_A_ROW = 7  # pictures of a strip
 
 
 def draw_boxes(
@@ -54,13 +56,20 @@ def color_of(label: int) -> str:
     return PALETTE[label % len(PALETTE)] if label >= 0 else GREY
 
 
-def grid(rows: Sequence[Sequence[Image.Image]], titles: Sequence[str] = (), cell: int | None = None) -> Image.Image:
-    """Images in rows on white, each fitted into a square cell, with a title over each column."""
+def grid(
+    rows: Sequence[Sequence[Image.Image]],
+    titles: Sequence[str] = (),
+    cell: int | None = None,
+    captions: Sequence[Sequence[str]] = (),
+) -> Image.Image:
+    """Images in rows on white, each fitted into a square cell, with a title over each column and a caption over each
+    image."""
     cell = cell or max(max(image.size) for row in rows for image in row)
     font = ImageFont.load_default(16)
-    top = 28 if titles else 0
+    top = TITLE if titles else 0
+    high = cell + MARGIN + (CAPTION if captions else 0)
     columns = max(len(row) for row in rows)
-    sheet = Image.new("RGB", (columns * (cell + MARGIN) + MARGIN, len(rows) * (cell + MARGIN) + MARGIN + top), "white")
+    sheet = Image.new("RGB", (columns * (cell + MARGIN) + MARGIN, len(rows) * high + MARGIN + top), "white")
     draw = ImageDraw.Draw(sheet)
     for column, title in enumerate(titles):
         draw.text((MARGIN + column * (cell + MARGIN), 6), title, fill="black", font=font)
@@ -68,7 +77,12 @@ def grid(rows: Sequence[Sequence[Image.Image]], titles: Sequence[str] = (), cell
         for c, image in enumerate(row):
             image = image.copy()
             image.thumbnail((cell, cell))
-            sheet.paste(image, (MARGIN + c * (cell + MARGIN), MARGIN + top + r * (cell + MARGIN)))
+            sheet.paste(image, (MARGIN + c * (cell + MARGIN), top + (r + 1) * high - cell))
+    small = ImageFont.load_default(14)
+    for r, row in enumerate(captions):
+        for c, caption in enumerate(row):
+            place = (MARGIN + c * (cell + MARGIN), top + r * high + MARGIN)
+            draw.text(place, _fitted(caption, small, cell), fill="black", font=small)
     return sheet
 
 
@@ -77,6 +91,25 @@ def side_by_side(pairs: Sequence[tuple[Image.Image, Image.Image]], columns: int 
     rows = [[image for pair in pairs[i : i + columns] for image in pair] for i in range(0, len(pairs), columns)]
     titles = ["ground truth", "predictions"] * min(columns, len(pairs))
     return grid(rows, titles, cell)
+
+
+def pair_of(sheet: Image.Image, number: int, columns: int = 2, cell: int = CELL) -> list[Image.Image]:
+    """Of what `side_by_side` gives, the cells of one pair."""
+    row, column = divmod(number, columns)
+    top = TITLE + MARGIN + row * (cell + MARGIN)
+    lefts = [MARGIN + (2 * column + side) * (cell + MARGIN) for side in (0, 1)]
+    return [sheet.crop((left, top, left + cell, top + cell)) for left in lefts]
+
+
+def strip(sheets: dict[int, Image.Image], number: int) -> Image.Image:
+    """One picture over the steps: its ground truth, and its predictions in each of the sheets, which are what
+    `side_by_side` gave at that step."""
+    pairs = {step: pair_of(sheet, number) for step, sheet in sorted(sheets.items())}
+    cells = [next(iter(pairs.values()))[0], *(predicted for _, predicted in pairs.values())]
+    captions = ["ground truth", *(f"step {step:,}" for step in pairs)]
+    starts = range(0, len(cells), IN_A_ROW)
+    cells, captions = ([row[start : start + IN_A_ROW] for start in starts] for row in (cells, captions))
+    return grid(cells, cell=CELL, captions=captions)
 
 
 def enlarge(image: Image.Image, boxes: np.ndarray, side: int) -> tuple[Image.Image, np.ndarray]:
@@ -118,8 +151,7 @@ def sentence_table(
         for left, right, cell, has_weight in zip(columns, columns[1:], cells, weighted, strict=False):
             box = (left * side, y, right * side - 4, y + 26)
             draw.rectangle(box, fill=color if has_weight else "#EEEEEE")
-            while len(cell) > 1 and draw.textlength(cell, font) > box[2] - box[0] - 8:
-                cell = cell.rstrip("…")[:-1] + "…"
+            cell = _fitted(cell, font, box[2] - box[0] - 8)
             draw.text((box[0] + 5, y + 6), cell, fill="black" if has_weight else "#999999", font=font)
         draw.text((columns[-1] * side + 6, y + 6), meaning, fill="black" if all(weighted) else "#777777", font=font)
         y += 32
@@ -139,6 +171,13 @@ def paragraph(text: str, width: int, font_size: int = 14) -> Image.Image:
     for row, line in enumerate(lines):
         draw.text((MARGIN, MARGIN + row * (font_size + 6)), line, fill="black", font=font)
     return sheet
+
+
+def _fitted(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
+    """What of the text is at most so many pixels wide."""
+    while len(text) > 1 and font.getlength(text) > width:
+        text = text.rstrip("…")[:-1] + "…"
+    return text
 
 
 def _dashed_rectangle(draw: ImageDraw.ImageDraw, box: tuple[float, float, float, float], color: str) -> None:

@@ -21,7 +21,7 @@ ALLOWED = {
     "launcher": set(),
     "preemption": {"launcher"},
     "optimizer": {"errors"},
-    "run_folder": {"launcher", "pix2seq", "trackers"},
+    "run_folder": {"launcher", "pix2seq", "trackers", "visualize"},
     "trackers": set(),
     "command_line": {"errors"},
     "config": {"command_line", "decoding", "sizes"},
@@ -89,7 +89,7 @@ ALLOWED = {
         *("colors", "data", "data.images", "decoding", "evaluation", "preemption", "run_folder", "scoring"),
         *("tokenizer", "trackers", "visualize"),
     },
-    "evaluation": {"evaluation.predictions"},
+    "evaluation": {"evaluation.predictions", "evaluation.worst"},
     "evaluation.predictions": {
         "data",
         "data.images",
@@ -101,6 +101,7 @@ ALLOWED = {
         "visualize",
     },
     # what can be read from predictions
+    "evaluation.worst": {"data", "data.images", "scoring", "visualize"},
     "evaluation.matches": {"scoring"},
     "evaluation.errors": {"scoring", "evaluation.matches"},
     "evaluation.analysis": {"scoring", "evaluation.errors", "evaluation.matches"},
@@ -114,7 +115,13 @@ ALLOWED = {
     },
     "evaluation.provenance": {"data", "data.coco", "errors", "scoring"},
     "evaluation.compare": {"progress", "scoring", "evaluation.matches"},
-    "evaluation.commands": {"data.coco", "errors", "scoring", "evaluation.compare", "evaluation.provenance"},
+    # what can be read from a detector
+    "evaluation.tokens": {"decoding", "errors", "tokenizer"},
+    "evaluation.token_picture": {"charts", "tokenizer", "visualize", "evaluation.tokens"},
+    "evaluation.commands": {
+        *("data.coco", "data.images", "errors", "model", "scoring", "transforms"),
+        *(f"evaluation.{module}" for module in ("compare", "provenance", "token_picture", "tokens")),
+    },
     "evaluation.__main__": {"evaluation.commands"},
     # level 6: what is left behind
     "saving": {"assembly", "checkpoint", "command_line", "config", "model", "processing", "trainer_state"},

@@ -17,7 +17,7 @@ from pix2seq.data.commands import COMMANDS as COMMANDS_OF_DATA
 from pix2seq.data.commands import ShardArguments, ShowArguments
 from pix2seq.data.faults import KINDS
 from pix2seq.evaluation.commands import COMMANDS as COMMANDS_OF_EVALUATION
-from pix2seq.evaluation.commands import parse_compare
+from pix2seq.evaluation.commands import parse_compare, parse_tokens
 from pix2seq.metrics import NAMES
 from pix2seq.processing import Pix2SeqImageProcessor
 from pix2seq.tokenizer import SLOTS
@@ -64,7 +64,7 @@ def test_every_command_parses(command):
             assert len(words) == 6
     elif words[:3] == ["python", "-m", "pix2seq.evaluation"]:
         assert words[3] in COMMANDS_OF_EVALUATION
-        assert parse_compare(words[4:]).a is not None
+        assert {"compare": parse_compare, "tokens": parse_tokens}[words[3]](words[4:])
     elif words[:2] == ["python", "-m"]:
         script = Path(words[2].replace(".", "/") + ".py").read_text()
         assert all(f'"{word}"' in script for word in words if word.startswith("--"))

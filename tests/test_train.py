@@ -60,8 +60,9 @@ def test_a_run_explains_itself(finished):
     assert parse(Arguments, ["--config", str(finished / "config.yaml")]).max_steps == 6
     assert (finished / "samples" / "first_batch_00000000.png").is_file()
     assert (finished / "samples" / "predictions_00000004.png").is_file()
+    assert (finished / "samples" / "strip.png").is_file()
     assert {path.name for path in (finished / "eval" / "step_6").iterdir()} == {
-        *("metrics.json", "predictions.json", "predictions.png")
+        *("metrics.json", "predictions.json", "predictions.png", "worst.png")
     }
     for folder in ("best", "final", "checkpoints/step_00000006"):
         assert checkpoint.verify(finished / folder) is None

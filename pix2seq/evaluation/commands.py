@@ -1,6 +1,7 @@
-"""What evaluate.py has written, from the command line: `python -m pix2seq.evaluation COMMAND ...`
+"""A closer look at detectors, from the command line: `python -m pix2seq.evaluation COMMAND ...`
 
     compare A B       which of two is better, and whether that can be told: folders of evaluate.py, or results files
+    tokens            how an object was written, token by token: what else it could have been, and where it looked
 
 --help after a command lists its flags.
 """
@@ -11,11 +12,20 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
+from torchvision.transforms.v2.functional import to_pil_image
+from transformers.utils import logging as transformers_logging
+
 from pix2seq.data.coco import read_json
+from pix2seq.data.images import BadImage, Picture
 from pix2seq.errors import UserError
 from pix2seq.evaluation.compare import compare, table, verdict
 from pix2seq.evaluation.provenance import load_truth, read_provenance
+from pix2seq.evaluation.token_picture import token_picture
+from pix2seq.evaluation.tokens import read_object
+from pix2seq.model import load_detector
 from pix2seq.scoring import check_predictions, load_ground_truth
+from pix2seq.transforms import EvalTransform
 
 
 class _Parser(argparse.ArgumentParser):
@@ -86,7 +96,37 @@ def _write(path: Path, rows, sentence: str, args) -> None:
     print(f"written to {path}")
 
 
-COMMANDS = {"compare": _compare}
+def parse_tokens(words: list[str]) -> argparse.Namespace:
+    parser = _Parser(prog="pix2seq.evaluation tokens", description="How was an object written, token by token?")
+    parser.add_argument("--checkpoint", required=True, help="OUT/best, OUT/final, a checkpoint folder, or a hub name")
+    parser.add_argument("--image", type=Path, required=True, help="file of a picture")
+    parser.add_argument("--object", type=int, help="which of the objects written, from 1 (default: of highest score)")
+    parser.add_argument("--output", type=Path, required=True, help="PNG file to draw to")
+    return parser.parse_args(words)
+
+
+def _tokens(words: list[str]) -> int:
+    args = parse_tokens(words)
+    try:
+        pixels = Picture(np.frombuffer(bytearray(args.image.read_bytes()), np.uint8)).pixels()
+    except OSError as error:
+        raise UserError(f"--image {args.image}: cannot be read ({error.strerror})") from None
+    except BadImage as error:
+        raise UserError(f"--image {args.image}: cannot be read ({error})") from None
+    transformers_logging.disable_progress_bar()
+    model = load_detector(args.checkpoint, "--checkpoint").eval()
+    canvas = EvalTransform(model.config.image_size)(pixels)
+    written = read_object(model, canvas.image[None], args.object)
+    picture = token_picture(written, to_pil_image(canvas.image), model.tokenizer, model.config.class_names)
+    try:
+        picture.save(args.output, "PNG")
+    except OSError as error:
+        raise UserError(f"--output {args.output}: cannot be written ({error.strerror})") from None
+    print(f"object {written.number} of {written.count}, score {written.score:.3f}, drawn to {args.output}")
+    return 0
+
+
+COMMANDS = {"compare": _compare, "tokens": _tokens}
 
 
 def main(words: list[str]) -> int:
