@@ -13,6 +13,7 @@ from pix2seq.data.images import BadImage
 from pix2seq.decoding import DecodingOptions, write
 from pix2seq.evaluation import worst_picture
 from pix2seq.evaluation.commands import main
+from pix2seq.evaluation.token_picture import LEAST_BINS, _part
 from pix2seq.evaluation.tokens import attention_weights, read_again, read_object
 from pix2seq.evaluation.worst import WRONG, worst
 from pix2seq.model import build_detector
@@ -266,6 +267,20 @@ def test_attention_is_what_the_layer_gives(model):
         again = (attention.o_proj if is_llama else attention.out_proj)(mixed.transpose(1, 2).flatten(2))
     torch.testing.assert_close(again, gave[0][:, -10:], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(seen, weights[0].mean(0))
+
+
+def test_a_long_ruler_is_shown_where_the_probability_lies():
+    narrow, two = np.zeros(1000), np.zeros(1000)
+    narrow[400:410] = 0.1
+    two[[100, 900]] = 0.5
+    low, high = _part(narrow, 405)
+    assert LEAST_BINS - 1 <= high - low <= LEAST_BINS + 1
+    assert low < 400 < 410 < high
+    low, high = _part(narrow, 995)  # what was written is shown, however unlikely
+    assert low <= 400 < 995 < high <= 1000
+    low, high = _part(two, 100)
+    assert low <= 100 < 900 < high
+    assert _part(np.ones(50), 3) == (0, 50)
 
 
 @pytest.fixture(scope="module")

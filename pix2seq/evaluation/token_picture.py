@@ -27,7 +27,7 @@ def token_picture(
     axes = figure.subplots(1 + len(SLOTS), 2, width_ratios=(2.1, 1))
     edges = tokenizer.dequantize(written.tokens[:CLASS_SLOT])
     image, (box,) = enlarge(image, edges[[1, 0, 3, 2]] * image.width, SIDE)
-    name = f"{class_names[written.label]} {written.score:.2f}"
+    name = f"{_short(class_names[written.label], 12)} {written.score:.2f}"
     _introduction(axes[0, 0], written, tokenizer, class_names)
     _show(axes[0, 1], draw_boxes(image, [box], [name], [SAID], font_size=40, width=6))
     for slot, (left, right) in enumerate(axes[1:]):
@@ -48,6 +48,10 @@ def _word(token: int, tokenizer: Tokenizer, class_names: Sequence[str]) -> str:
     if token >= tokenizer.first_bin_id:
         return str(token - tokenizer.first_bin_id)
     return "NOISE" if token == tokenizer.noise_id else class_names[token - tokenizer.first_class_id]
+
+
+def _short(name: str, length: int = 24) -> str:
+    return name if len(name) <= length else f"{name[: length - 1]}…"
 
 
 def _introduction(axis, written: WrittenObject, tokenizer: Tokenizer, class_names: Sequence[str]) -> None:
@@ -72,7 +76,9 @@ def _ruler(axis, slot: int, written: WrittenObject, tokenizer: Tokenizer) -> Non
     chosen = int(written.tokens[slot]) - tokenizer.first_bin_id
     low, high = _part(probabilities, chosen)
     bins = np.arange(low, high)
-    axis.bar(bins, probabilities[low:high], 0.9, color=[SAID if place == chosen else OTHER for place in bins])
+    width = 0.9 if len(bins) <= LEAST_BINS else 1  # gaps between bars thinner than a pixel make patterns
+    axis.bar(bins, probabilities[low:high], width, color=OTHER)
+    axis.bar(chosen, probabilities[chosen], max(width, len(bins) / 200), color=SAID)
     axis.set_xlim(low - 1, high)
     axis.margins(y=0.15)
     axis.set_title(
@@ -103,7 +109,7 @@ def _class_bars(axis, written: WrittenObject, tokenizer: Tokenizer, class_names:
     axis.barh(range(len(shown)), probabilities[shown], 0.8, color=[SAID if i == said else OTHER for i in shown])
     for place, token in enumerate(shown):
         axis.text(probabilities[token] + 0.01, place, f"{probabilities[token]:.2f}", va="center", fontsize=8)
-    names = [_word(token, tokenizer, class_names)[:24] for token in shown]
+    names = [_short(_word(token, tokenizer, class_names)) for token in shown]
     axis.set_yticks(range(len(shown)), names, fontsize=9, parse_math=False)
     axis.invert_yaxis()
     axis.set_xlim(0, 1.1)
