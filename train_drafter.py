@@ -127,7 +127,7 @@ def main(args: DrafterArguments) -> int:
         raise UserError(f"--output_dir {output}: cannot be made ({error.strerror})") from None
     transformers_logging.disable_progress_bar()
     model, had = load_detector(args.checkpoint, "--checkpoint"), read_flags(args.checkpoint, "--checkpoint")
-    training = training_flags(args, had)
+    training, flags = training_flags(args, had), as_arguments(args, had)
     categories = Categories(tuple(model.config.category_ids), model.config.class_names)
     annotations = load_annotations(find_splits(training)[0], categories, training.follow_links)
     if training.overfit:
@@ -143,7 +143,6 @@ def main(args: DrafterArguments) -> int:
     torch.manual_seed(args.seed)
     model.add_drafter(args.num_layers)
     learn(args, model, data, training, accelerator)
-    flags = Arguments(**{name: value for name, value in had.items() if name in KNOWN})
     try:
         checkpoint.commit(output, partial(write_detector, model, flags))
     except DISK_ERRORS as error:
@@ -163,11 +162,16 @@ def training_flags(args: DrafterArguments, had: dict) -> Arguments:
         had |= {"val_images": args.train_images, "val_json": args.train_json}
     if args.root:
         had |= {"val_images": None, "val_json": None}
+    training = as_arguments(args, had)
+    return replace(training, batch_size=args.batch_size, seed=args.seed, gradient_accumulation_steps=1)
+
+
+def as_arguments(args: DrafterArguments, had: dict) -> Arguments:
+    """Raises UserError for flags that are not those of a run."""
     try:
-        training = Arguments(**{name: value for name, value in had.items() if name in KNOWN})
+        return Arguments(**{name: value for name, value in had.items() if name in KNOWN})
     except (TypeError, ValueError) as error:
         raise UserError(f"--checkpoint {args.checkpoint}: its training.yaml says {error}") from None
-    return replace(training, batch_size=args.batch_size, seed=args.seed, gradient_accumulation_steps=1)
 
 
 def learn(
