@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from transformers.generation.logits_process import TopPLogitsWarper
 
 from benchmarks.decode import PrefixedLlama, by_generate
-from pix2seq.decoding import DecodingOptions, Grammar, NonFiniteLogits, generate, sample_top_p
+from pix2seq.decoding import DecodingOptions, Grammar, NonFiniteLogits, generate, generation, sample_top_p
 from pix2seq.tokenizer import CLASS_SLOT, NOISE_LABEL, TOKENS_PER_OBJECT, Tokenizer
+from tests.test_architectures import build
 
 TOKENIZER = Tokenizer(num_classes=3, num_bins=12)
 V = TOKENIZER.vocab_size
@@ -384,6 +385,53 @@ def test_the_model_itself_can_be_decoded(make_model, noise_objects):
         alone = generate(model, images[row : row + 1], tokenizer, options)[0]
         np.testing.assert_array_equal(alone.boxes, together[row].boxes)
         assert alone.scores == pytest.approx(together[row].scores, abs=1e-5)
+
+
+@pytest.fixture
+def recordings(monkeypatch) -> list:
+    """From here on, sentences are written as a GPU is asked to: an object at a time, its steps recorded."""
+    recordings = []
+    monkeypatch.setattr(generation, "token_by_token", generation.object_by_object)
+    monkeypatch.setattr(generation, "recorded", lambda work, device: recordings.append(device) or work)
+    return recordings
+
+
+@pytest.mark.parametrize("decoder", ["llama", "transformer"])
+@pytest.mark.parametrize("words", [{"top_p": 0}, {"top_p": 0.9}, {"expected_bins": 2}])
+def test_where_the_device_counts_the_steps_itself_the_same_is_written(request, decoder, words):
+    model = build(decoder, max_objects=4).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():  # or everything would be nearly equally likely
+        for parameter in model.decoder.parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(0, 0.5, generator=generator)
+    images = torch.randint(0, 256, (12, 3, 64, 64), generator=generator).byte()
+    options = DecodingOptions(max_objects=4, **words)
+    expected = generate(model, images, model.tokenizer, options)
+    recordings = request.getfixturevalue("recordings")
+    found = generate(model, images, model.tokenizer, options)
+    assert len(recordings) == 1
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(ours.labels, theirs.labels)
+        np.testing.assert_allclose(ours.boxes, theirs.boxes, atol=1e-6)
+        np.testing.assert_allclose(ours.scores, theirs.scores, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("noise_objects", "words"),
+    [(False, {}), (True, {"stop_after_noise": 2, "noise_score": 0.4}), (False, {"top_p": 0})],
+)
+def test_a_sentence_that_has_ended_says_no_more_while_others_go_on(request, noise_objects, words):
+    logits = random_logits(40, 8)
+    if not noise_objects:
+        logits[:, ::TOKENS_PER_OBJECT, TOKENIZER.eos_id] += 4.0
+    expected = decode(Scripted(logits, noise_objects), range(40), max_objects=8, **words)
+    recordings = request.getfixturevalue("recordings")
+    found = decode(Scripted(logits, noise_objects), range(40), max_objects=8, **words)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert_equal(ours, theirs)
+    assert len({len(one.scores) for one in expected}) > 3
+    assert len(recordings) > 1  # the batch has become smaller on its way
 
 
 @pytest.mark.parametrize("noise_objects", [True, False])

@@ -4,12 +4,14 @@ import json
 import signal
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import train
-from pix2seq.decoding import DecodingOptions
+from pix2seq.decoding import DecodingOptions, generation
+from tests.test_architectures import build
 from tests.test_train import arguments, interrupt_at, rows
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -20,6 +22,20 @@ def fresh_state(monkeypatch):
     """Precision is part of Accelerate's state, of which a process has one."""
     monkeypatch.setattr("accelerate.state.AcceleratorState._shared_state", {})
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+def spread(model):
+    """The model with weights that do not make everything nearly equally likely."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.decoder.parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(0, 0.3, generator=generator)
+    return model
+
+
+def some_pictures() -> torch.Tensor:
+    return torch.randint(0, 256, (40, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
@@ -42,17 +58,37 @@ def test_a_compiled_run_trains_and_is_evaluated(shapes_root, tmp_path):
     assert json.loads((tmp_path / "out" / "status.json").read_text())["state"] == "finished"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("noise_objects", [True, False])
+@pytest.mark.parametrize("decoder", ["llama", "transformer"])
+def test_recorded_steps_write_what_single_ones_write(monkeypatch, decoder, noise_objects, dtype):
+    model = spread(build(decoder, noise_objects=noise_objects, max_objects=6).eval()).cuda()
+    if not noise_objects:
+        with torch.no_grad():
+            model.get_input_embeddings().weight[model.tokenizer.eos_id] *= 2
+    options = DecodingOptions(6, top_p=0, stop_after_noise=2 if noise_objects else 0)
+    with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+        found = model.detect(some_pictures().cuda(), options)
+        monkeypatch.setattr(generation, "object_by_object", generation.token_by_token)
+        expected = model.detect(some_pictures().cuda(), options)
+    assert sum(np.array_equal(a.boxes, b.boxes) for a, b in zip(expected, found, strict=True)) >= 36
+
+
+def test_recordings_do_not_pile_up(make_model):
+    model = spread(make_model(max_objects=6)).cuda()
+    taken = []
+    for _ in range(5):
+        model.detect(some_pictures().cuda(), DecodingOptions(6, top_p=0.4))
+        taken.append(torch.cuda.memory_reserved())
+    assert taken[-1] == taken[1]
+
+
 @pytest.mark.parametrize("draft", ["off", "exact"])
 def test_a_gpu_writes_what_a_cpu_writes(make_model, draft):
     """Some sentences may part where two tokens are as good as equally likely."""
-    model = make_model(max_objects=6)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():  # or everything would be nearly equally likely
-        for parameter in model.decoder.parameters():
-            if parameter.ndim == 2:
-                parameter.normal_(0, 0.3, generator=generator)
+    model = spread(make_model(max_objects=6))
     model.add_drafter()
-    pictures = torch.randint(0, 256, (40, 3, 64, 64), dtype=torch.uint8, generator=generator)
+    pictures = some_pictures()
     options = DecodingOptions(6, top_p=0)
     expected = model.detect(pictures, options)
     found = model.cuda().detect(pictures.cuda(), replace(options, draft=draft))

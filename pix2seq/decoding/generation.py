@@ -26,7 +26,8 @@ def generate(
 
     model   offers `start(pixels, length) -> steps`, `step(ids (B,), position, steps, rows) -> logits (B, V)`, of the
             `rows` of V that are asked for, and `config.noise_objects`; `steps.keep(indices)` goes on with a part of
-            the batch. With a `drafter`, what drafting.py asks of it too. It should be in eval mode
+            the batch. On a GPU, `position` is a tensor. With a `drafter`, what drafting.py asks of it too. It should be
+            in eval mode
 
     At least once an object asks `interrupted`; at a yes, raises Interrupted. Raises NonFiniteLogits.
     What is sampled depends on the picture and options.seed: but for rounding, not on its batch, its place in a dataset
@@ -46,7 +47,10 @@ def write(
     """As `generate`, but what was written as such."""
     writing = Sentences.new(pixel_values, tokenizer, options)
     grammar = Grammar(tokenizer, allow_eos=not model.config.noise_objects, device=pixel_values.device)
-    write_all = token_by_token if options.draft == "off" else with_drafts
+    if options.draft != "off":
+        write_all = with_drafts
+    else:
+        write_all = object_by_object if pixel_values.is_cuda else token_by_token
     return Sentences.together(write_all(model, pixel_values, writing, grammar, options, interrupted))
 
 
@@ -59,39 +63,126 @@ def token_by_token(
     interrupted: Callable[[], bool],
 ) -> list[Sentences]:
     """All sentences, in parts: those that ended together."""
-    tokenizer, length = grammar.tokenizer, TOKENS_PER_OBJECT * options.max_objects
+    length = TOKENS_PER_OBJECT * options.max_objects
     steps = model.start(pixel_values, length)
-    token = torch.full_like(writing.rows, tokenizer.bos_id)
+    token = torch.full_like(writing.rows, grammar.tokenizer.bos_id)
     done = []
     for position in range(length):
-        number, slot = divmod(position, TOKENS_PER_OBJECT)
+        slot = position % TOKENS_PER_OBJECT
         if slot == 0 and interrupted():
             raise Interrupted
-        logits = model.step(token, position, steps, grammar.rows[slot])
+        token = _say(model, steps, token, position, slot, writing, grammar, options)
         writing.passes += 1
-        if slot == CLASS_SLOT:
-            writing.scores[:, number], writing.labels[:, number] = score, _ = grammar.best_class(logits)
-        allowed = grammar(logits, slot, writing.tokens[:, position - 2] if slot in (2, 3) else None)
-        uniform = None if writing.uniforms is None else writing.uniforms[:, position]
-        token = sample_top_p(allowed, options.top_p, options.temperature, uniform) + grammar.rows[slot].start
-        writing.tokens[:, position] = token
-        if options.looks_around and slot != CLASS_SLOT:
-            writing.offsets[:, position], writing.masses[:, position] = around(
-                allowed, token - grammar.rows[slot].start, options.expected_bins
-            )
-        ended = None
-        if grammar.allow_eos and slot == 0:
-            ended = token == tokenizer.eos_id
-        elif options.stop_after_noise and slot == CLASS_SLOT:
-            writing.noise = torch.where(score < options.noise_score, writing.noise + 1, 0)
-            ended = writing.noise >= options.stop_after_noise
-        if ended is not None and ended.any():
+        if not (ended := _ended(writing, token, slot, grammar, options)).any():
+            continue
+        done.append(writing.of(ended.nonzero()[:, 0]))
+        going = (~ended).nonzero()[:, 0]
+        if len(going) == 0:
+            return done
+        writing, token = writing.of(going), token[going]
+        steps.keep(going)
+    return [*done, writing]
+
+
+def object_by_object(
+    model,
+    pixel_values: torch.Tensor,
+    writing: Sentences,
+    grammar: Grammar,
+    options: DecodingOptions,
+    interrupted: Callable[[], bool],
+) -> list[Sentences]:
+    """As token_by_token, for a GPU: an object's steps are recorded once and then replayed as one.
+
+    A GPU is done with a kernel before Python has asked for the next. Where in the sentence a step is, the device counts
+    itself. A sentence that has ended stays in the batch until half of them have, as a smaller batch is recorded anew.
+    """
+    steps = model.start(pixel_values, TOKENS_PER_OBJECT * options.max_objects)
+    token = torch.full_like(writing.rows, grammar.tokenizer.bos_id)
+    position, ended = torch.zeros_like(writing.rows[0]), torch.zeros_like(token, dtype=torch.bool)
+    done, replay = [], None
+
+    def write_object() -> None:
+        for slot in range(TOKENS_PER_OBJECT):
+            said = _say(model, steps, token, position, slot, writing, grammar, options, ended)
+            writing.passes.add_(~ended)
+            token.copy_(said)
+            ended.logical_or_(_ended(writing, token, slot, grammar, options))
+            position.add_(1)
+
+    for number in range(options.max_objects):
+        if interrupted():
+            raise Interrupted
+        if number == 0:
+            write_object()  # not recorded: what is made at first use is made now
+        else:
+            replay = replay or recorded(write_object, pixel_values.device)
+            replay()
+        if not (grammar.allow_eos or options.stop_after_noise):
+            continue
+        count = int(ended.sum())
+        if count == len(ended):
+            break
+        if 2 * count >= len(ended):
             done.append(writing.of(ended.nonzero()[:, 0]))
             going = (~ended).nonzero()[:, 0]
-            if len(going) == 0:
-                break
-            writing, token = writing.of(going), token[going]
+            writing, token, ended, replay = writing.of(going), token[going], ended[going], None
             steps.keep(going)
-    else:
-        done.append(writing)
-    return done
+    return [*done, writing]
+
+
+def recorded(work: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """What does the same work again: as a CUDA graph, where there is one to be had."""
+    if device.type != "cuda":
+        return work
+    graph = torch.cuda.CUDAGraph()
+    # What a loader's thread asks of the device meanwhile is no part of it.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        work()
+    return graph.replay
+
+
+def _say(
+    model,
+    steps,
+    token: torch.Tensor,
+    position: int | torch.Tensor,
+    slot: int,
+    writing: Sentences,
+    grammar: Grammar,
+    options: DecodingOptions,
+    ended: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Reads the `token` (B,) at a position and writes the one after it, (B,): EOS in rows that have `ended`."""
+
+    def at(place: int | torch.Tensor) -> slice | torch.Tensor:
+        return slice(place, place + 1) if isinstance(place, int) else place.view(1)
+
+    logits = model.step(token, position, steps, grammar.rows[slot])
+    if slot == CLASS_SLOT:
+        score, label = grammar.best_class(logits)
+        number = at(position // TOKENS_PER_OBJECT)
+        writing.scores[:, number], writing.labels[:, number] = score[:, None], label[:, None]
+        writing.noise.copy_(torch.where(score < options.noise_score, writing.noise + 1, 0))
+    corner = writing.tokens[:, at(position - 2)][:, 0] if slot in (2, 3) else None
+    allowed = grammar(logits, slot, corner)
+    uniform = None if writing.uniforms is None else writing.uniforms[:, at(position)][:, 0]
+    said = sample_top_p(allowed, options.top_p, options.temperature, uniform)
+    if options.looks_around and slot != CLASS_SLOT:
+        offsets, masses = around(allowed, said, options.expected_bins)
+        writing.offsets[:, at(position)] = offsets[:, None].double()
+        writing.masses[:, at(position)] = masses[:, None].double()
+    said = said + grammar.rows[slot].start
+    if ended is not None:
+        said = torch.where(ended, grammar.tokenizer.eos_id, said)
+    writing.tokens[:, at(position)] = said[:, None]
+    return said
+
+
+def _ended(
+    writing: Sentences, token: torch.Tensor, slot: int, grammar: Grammar, options: DecodingOptions
+) -> torch.Tensor:
+    """Which sentences (B,) end with this token."""
+    if slot == CLASS_SLOT and options.stop_after_noise:
+        return writing.noise >= options.stop_after_noise
+    return token == grammar.tokenizer.eos_id

@@ -8,7 +8,7 @@ from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import DynamicCache
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel, apply_rotary_pos_emb
 
-from pix2seq.model.steps import KeyValues, Places, Product, step_dtype, unit
+from pix2seq.model.steps import KeyValues, Product, step_dtype, unit
 
 
 def prefix_attention(
@@ -161,11 +161,12 @@ class LlamaSteps:
         )
 
     def __call__(self, ids: torch.Tensor, position: int | torch.Tensor) -> torch.Tensor:
-        """Reads one more token in each row, ids (B,), the `position`-th of the sentence (BOS is 0): (B, D).
+        """Reads one more token in each row, ids (B,), the `position`-th of the sentence (BOS is 0): (B, D). A tensor
+        without dimensions is a position that the device alone knows.
 
         Or a few: ids (B, n), the first of them at `position` (B,): (B n, D).
         """
-        places = Places(self.num_visual + position, ids.shape[-1])
+        places = self.seen.places(self.num_visual + position, ids.shape[-1] if ids.ndim > 1 else 1)
         hidden = self.embeddings[ids.flatten()]
         if isinstance(position, torch.Tensor):
             position = (places.at - self.num_visual).flatten()

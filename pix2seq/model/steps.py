@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 FEW_ROWS = 4  # from here on, packing weights for the processor pays
+MASK_ALIGNMENT = 16  # what CUDA's attention asks of the length of a mask
 
 
 def step_dtype(like: torch.Tensor) -> torch.dtype:
@@ -22,6 +23,9 @@ def step_dtype(like: torch.Tensor) -> torch.dtype:
 
 def unit(hidden: torch.Tensor, eps: float) -> torch.Tensor:
     """(B, D) divided by its root mean square and by the square root of D, which whoever reads it makes up for."""
+    if hidden.is_cuda:
+        width = hidden.shape[-1]
+        return F.rms_norm(hidden, (width,), hidden.new_full((width,), width**-0.5), eps)
     squares = torch.linalg.vecdot(hidden, hidden).add_(hidden.shape[-1] * eps)
     return hidden * squares.rsqrt_().unsqueeze(-1)
 
@@ -67,13 +71,20 @@ class Product:
 class Places:
     """Where the tokens of one pass stand: n of them in each of B rows, one behind the other.
 
-    at   the place of all rows' only token; or places (B,) of each row's first of n tokens
+    at   the place of all rows' only token, a number or, known to the device alone, a tensor without dimensions; or
+         places (B,) of each row's first of n tokens
     """
 
-    def __init__(self, at: int | torch.Tensor, count: int = 1):
-        self.at, self.mask = at, None
+    def __init__(self, at: int | torch.Tensor, count: int, room: int, dtype: torch.dtype):
+        self.at, self.mask, self.rows = at, None, None
         if isinstance(at, int):
             self.end = at + 1
+            return
+        if at.ndim == 0:
+            self.end = room
+            hidden = torch.arange(room, device=at.device) > at
+            # As numbers, not as yes and no: attention would make them such in every layer.
+            self.mask = torch.zeros(room, dtype=dtype, device=at.device).masked_fill(hidden, -torch.inf)
             return
         self.at = at[:, None] + torch.arange(count, device=at.device)
         self.end = int(self.at.max()) + 1
@@ -88,12 +99,17 @@ class KeyValues:
     def __init__(self, num_heads: int, layers: list[torch.Tensor]):
         self.num_heads, self.layers = num_heads, layers
 
+    def places(self, at: int | torch.Tensor, count: int = 1) -> Places:
+        return Places(at, count, self.layers[0].shape[2], self.layers[0].dtype)
+
     @classmethod
     def empty(
         cls, layers: int, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device
     ) -> "KeyValues":
         """Room for (B, H, T, d) of each."""
         batch, heads, most, width = shape
+        if device.type == "cuda":
+            most = -(-most // MASK_ALIGNMENT) * MASK_ALIGNMENT
         # Zeros: what is hidden by a mask is still multiplied, and must not be NaN.
         shape = (batch, 2 * heads, most, width)
         return cls(heads, [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)])
@@ -105,8 +121,10 @@ class KeyValues:
     def write(self, layer: int, places: Places, keys_and_values: torch.Tensor) -> None:
         """(B n, 2 H, d) of the tokens of one pass."""
         kept = self.layers[layer]
-        if places.mask is None:
+        if isinstance(places.at, int):
             kept.select(2, places.at).copy_(keys_and_values)
+        elif places.rows is None:
+            kept.index_copy_(2, places.at.view(1), keys_and_values.unsqueeze(2).to(kept.dtype))
         else:
             kept[places.rows, :, places.at] = keys_and_values.unflatten(0, places.at.shape)
 
@@ -117,6 +135,8 @@ class KeyValues:
         query = query.unflatten(0, (len(kept), -1)).transpose(1, 2)
         grouped = query.shape[1] != self.num_heads
         mask = None if places is None else places.mask
+        if mask is not None and mask.ndim == 1:
+            mask = mask.expand(len(kept), query.shape[1], 1, -1)
         found = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, enable_gqa=grouped)
         return found.transpose(1, 2).flatten(0, 1).flatten(1)
 

@@ -6,7 +6,7 @@ from torch import nn
 from transformers import BlenderbotConfig, BlenderbotForCausalLM
 from transformers.models.blenderbot.modeling_blenderbot import BlenderbotDecoder
 
-from pix2seq.model.steps import KeyValues, Places, Product, step_dtype
+from pix2seq.model.steps import KeyValues, Product, step_dtype
 
 
 class TransformerDecoder(BlenderbotForCausalLM):
@@ -58,11 +58,12 @@ class TransformerSteps:
             self.picture.fill(index, torch.cat(parts, dim=1))
 
     def __call__(self, ids: torch.Tensor, position: int | torch.Tensor) -> torch.Tensor:
-        """Reads one more token in each row, ids (B,), the `position`-th of the sentence (BOS is 0): (B, D).
+        """Reads one more token in each row, ids (B,), the `position`-th of the sentence (BOS is 0): (B, D). A tensor
+        without dimensions is a position that the device alone knows.
 
         Or a few: ids (B, n), the first of them at `position` (B,): (B n, D).
         """
-        decoder, places = self.decoder, Places(position, ids.shape[-1])
+        decoder, places = self.decoder, self.said.places(position, ids.shape[-1] if ids.ndim > 1 else 1)
         learned = decoder.embed_positions.weight
         if isinstance(position, torch.Tensor):
             position = places.at.flatten().clamp(max=len(learned) - 1)  # behind the end there is nothing to be right
