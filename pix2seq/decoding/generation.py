@@ -26,8 +26,8 @@ def generate(
 
     model   offers `start(pixels, length) -> steps`, `step(ids (B,), position, steps, rows) -> logits (B, V)`, of the
             `rows` of V that are asked for, and `config.noise_objects`; `steps.keep(indices)` goes on with a part of
-            the batch. On a GPU, `position` is a tensor. With a `drafter`, what drafting.py asks of it too. It should be
-            in eval mode
+            the batch. On a GPU, `position` is a tensor. With a `drafter`, what drafting.py asks of it too. It should
+            be in eval mode
 
     At least once an object asks `interrupted`; at a yes, raises Interrupted. Raises NonFiniteLogits.
     What is sampled depends on the picture and options.seed: but for rounding, not on its batch, its place in a dataset
@@ -47,10 +47,9 @@ def write(
     """As `generate`, but what was written as such."""
     writing = Sentences.new(pixel_values, tokenizer, options)
     grammar = Grammar(tokenizer, allow_eos=not model.config.noise_objects, device=pixel_values.device)
+    write_all = object_by_object if pixel_values.is_cuda else token_by_token
     if options.draft != "off":
         write_all = with_drafts
-    else:
-        write_all = object_by_object if pixel_values.is_cuda else token_by_token
     return Sentences.together(write_all(model, pixel_values, writing, grammar, options, interrupted))
 
 
@@ -94,8 +93,9 @@ def object_by_object(
 ) -> list[Sentences]:
     """As token_by_token, for a GPU: an object's steps are recorded once and then replayed as one.
 
-    A GPU is done with a kernel before Python has asked for the next. Where in the sentence a step is, the device counts
-    itself. A sentence that has ended stays in the batch until half of them have, as a smaller batch is recorded anew.
+    A GPU is done with a kernel before Python has asked for the next. Where in the sentence a step is, the device
+    counts itself. A sentence that has ended stays in the batch until half of them have: a smaller batch is recorded
+    anew.
     """
     steps = model.start(pixel_values, TOKENS_PER_OBJECT * options.max_objects)
     token = torch.full_like(writing.rows, grammar.tokenizer.bos_id)
