@@ -75,7 +75,7 @@ def prefix_cache(decoder, visual: torch.Tensor) -> DynamicCache:
     """The keys and values of the picture, as transformers keeps them."""
     seen, cache = decoder.start(visual, 1).seen, DynamicCache(config=decoder.config)
     for index, layer in enumerate(seen.layers):
-        keys, values = layer[:, :, : visual.shape[1]].chunk(2, dim=1)
+        keys, values = layer[:, :, :, : visual.shape[1]]
         cache.update(keys.clone(), values.clone(), index)
     return cache
 

@@ -234,7 +234,7 @@ def test_a_causal_prefix(causal):
     changed[:, -1] += 1
     with torch.no_grad():
         keys = [model.decoder.start(v, 1).seen.layers[1] for v in (visual, changed)]  # of the second layer
-    assert torch.equal(keys[0][:, :, 0], keys[1][:, :, 0]) == causal
+    assert torch.equal(keys[0][:, :, :, 0], keys[1][:, :, :, 0]) == causal
 
 
 # -- backbones -------------------------------------------------------------------------------------

@@ -100,14 +100,16 @@ def object_by_object(
     steps = model.start(pixel_values, TOKENS_PER_OBJECT * options.max_objects)
     token = torch.full_like(writing.rows, grammar.tokenizer.bos_id)
     position, ended = torch.zeros_like(writing.rows[0]), torch.zeros_like(token, dtype=torch.bool)
+    may_end = grammar.allow_eos or options.stop_after_noise > 0
     done, replay = [], None
 
     def write_object() -> None:
         for slot in range(TOKENS_PER_OBJECT):
-            said = _say(model, steps, token, position, slot, writing, grammar, options, ended)
-            writing.passes.add_(~ended)
+            said = _say(model, steps, token, position, slot, writing, grammar, options, ended if may_end else None)
+            writing.passes.add_(~ended if may_end else 1)
             token.copy_(said)
-            ended.logical_or_(_ended(writing, token, slot, grammar, options))
+            if may_end:
+                ended.logical_or_(_ended(writing, token, slot, grammar, options))
             position.add_(1)
 
     for number in range(options.max_objects):
@@ -118,7 +120,7 @@ def object_by_object(
         else:
             replay = replay or recorded(write_object, pixel_values.device)
             replay()
-        if not (grammar.allow_eos or options.stop_after_noise):
+        if not may_end:
             continue
         count = int(ended.sum())
         if count == len(ended):

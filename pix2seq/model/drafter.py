@@ -41,9 +41,8 @@ class Drafter(nn.Module):
 
     def look(self, visual: torch.Tensor) -> KeyValues:
         """Visual tokens (B, N, D) -> what the layers attend to."""
-        heads = self.layers[0].heads
-        parts = [layer.key_value(visual).unflatten(2, (2 * heads, -1)).transpose(1, 2) for layer in self.layers]
-        return KeyValues(heads, parts)
+        parts = [layer.key_value(visual).unflatten(2, (2, layer.heads, -1)) for layer in self.layers]
+        return KeyValues([part.permute(2, 0, 3, 1, 4) for part in parts])
 
     def forward(
         self, thought: torch.Tensor, token: torch.Tensor, slots: torch.Tensor, memory: KeyValues

@@ -8,7 +8,7 @@ from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import DynamicCache
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel, apply_rotary_pos_emb
 
-from pix2seq.model.steps import KeyValues, Product, step_dtype, unit
+from pix2seq.model.steps import KeyValues, Product, Unit, step_dtype
 
 
 def prefix_attention(
@@ -125,10 +125,10 @@ class LlamaSteps:
         self.head_width = attention.head_dim
         self.num_heads = attention.q_proj.out_features // self.head_width
         self.num_visual = visual.shape[1]
-        self.embeddings, self.eps = model.embed_tokens.weight, model.config.rms_norm_eps
-        root = math.sqrt(model.config.hidden_size)
+        self.embeddings, width = model.embed_tokens.weight, model.config.hidden_size
+        self.unit, root = Unit(width, model.config.rms_norm_eps, self.embeddings), math.sqrt(width)
         self.norm = root * model.norm.weight
-        # The weights of norms are part of the products that read them: see `unit`.
+        # The weights of norms are part of the products that read them: see Unit.
         self.layers = [
             (
                 layer.mlp.act_fn,
@@ -148,7 +148,7 @@ class LlamaSteps:
         room = (len(visual), num_kv_heads, self.num_visual + length, self.head_width)
         self.seen = KeyValues.empty(len(self.layers), room, step_dtype(visual), visual.device)
         for index, layer in enumerate(prefix.layers):
-            self.seen.fill(index, torch.cat([layer.keys, layer.values], dim=1))
+            self.seen.fill(index, layer.keys, layer.values)
         cos, sin = model.rotary_emb(visual, prefix_positions(0, length, visual.device))
         half = self.head_width // 2
         # Queries and keys are turned, values are not: the three lie side by side. Rolling swaps a head's halves.
@@ -156,7 +156,7 @@ class LlamaSteps:
         turning = cos[0, :, None], torch.cat([-sin[0, :, None, :half], sin[0, :, None, half:]], dim=2)
         counts = self.num_heads + self.seen.num_heads, self.seen.num_heads
         self.cos, self.sin = (
-            torch.cat([turn.expand(-1, counts[0], -1), stay.expand(-1, counts[1], -1)], dim=1)
+            torch.cat([turn.expand(-1, counts[0], -1), stay.expand(-1, counts[1], -1)], dim=1).to(step_dtype(visual))
             for turn, stay in zip(turning, still, strict=True)
         )
 
@@ -172,13 +172,13 @@ class LlamaSteps:
             position = (places.at - self.num_visual).flatten()
         cos, sin = self.cos[position], self.sin[position]
         for index, (act, query_key_value, out, gate_up, down) in enumerate(self.layers):
-            heads = query_key_value(unit(hidden, self.eps)).unflatten(1, (-1, self.head_width))
+            heads = query_key_value(self.unit(hidden)).unflatten(1, (-1, self.head_width))
             turned = torch.addcmul(heads * cos, heads.roll(self.head_width // 2, dims=-1), sin)
             self.seen.write(index, places, turned[:, self.num_heads :])
             hidden = hidden + out(self.seen.look(index, turned[:, : self.num_heads], places))
-            gate, up = gate_up(unit(hidden, self.eps)).chunk(2, dim=-1)
+            gate, up = gate_up(self.unit(hidden)).chunk(2, dim=-1)
             hidden = hidden + down(act(gate) * up)
-        return unit(hidden, self.eps) * self.norm
+        return self.unit(hidden) * self.norm
 
     def keep(self, rows: torch.Tensor) -> None:
         """Goes on with these rows of the batch only."""

@@ -21,13 +21,17 @@ def step_dtype(like: torch.Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else like.dtype
 
 
-def unit(hidden: torch.Tensor, eps: float) -> torch.Tensor:
+class Unit:
     """(B, D) divided by its root mean square and by the square root of D, which whoever reads it makes up for."""
-    if hidden.is_cuda:
-        width = hidden.shape[-1]
-        return F.rms_norm(hidden, (width,), hidden.new_full((width,), width**-0.5), eps)
-    squares = torch.linalg.vecdot(hidden, hidden).add_(hidden.shape[-1] * eps)
-    return hidden * squares.rsqrt_().unsqueeze(-1)
+
+    def __init__(self, width: int, eps: float, like: torch.Tensor):
+        self.eps, self.scale = eps, like.new_full((width,), width**-0.5)
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        if hidden.is_cuda:
+            return F.rms_norm(hidden, self.scale.shape, self.scale, self.eps)
+        squares = torch.linalg.vecdot(hidden, hidden).add_(len(self.scale) * self.eps)
+        return hidden * squares.rsqrt_().unsqueeze(-1)
 
 
 @dataclass
@@ -75,16 +79,11 @@ class Places:
          places (B,) of each row's first of n tokens
     """
 
-    def __init__(self, at: int | torch.Tensor, count: int, room: int, dtype: torch.dtype):
-        self.at, self.mask, self.rows = at, None, None
+    def __init__(self, at: int | torch.Tensor, count: int = 1):
+        self.at, self.mask, self.rows, self.end = at, None, None, None
         if isinstance(at, int):
             self.end = at + 1
-            return
-        if at.ndim == 0:
-            self.end = room
-            hidden = torch.arange(room, device=at.device) > at
-            # As numbers, not as yes and no: attention would make them such in every layer.
-            self.mask = torch.zeros(room, dtype=dtype, device=at.device).masked_fill(hidden, -torch.inf)
+        if isinstance(at, int) or at.ndim == 0:
             return
         self.at = at[:, None] + torch.arange(count, device=at.device)
         self.end = int(self.at.max()) + 1
@@ -94,13 +93,11 @@ class Places:
 
 
 class KeyValues:
-    """Keys and values of at most T tokens in each layer: (B, 2 H, T, d), the keys' heads first."""
+    """Keys and values of at most T tokens in each layer: (2, B, H, T, d), the keys first."""
 
-    def __init__(self, num_heads: int, layers: list[torch.Tensor]):
-        self.num_heads, self.layers = num_heads, layers
-
-    def places(self, at: int | torch.Tensor, count: int = 1) -> Places:
-        return Places(at, count, self.layers[0].shape[2], self.layers[0].dtype)
+    def __init__(self, layers: list[torch.Tensor]):
+        self.layers, self.num_heads = layers, layers[0].shape[2]
+        self.masks: torch.Tensor | None = None
 
     @classmethod
     def empty(
@@ -111,35 +108,59 @@ class KeyValues:
         if device.type == "cuda":
             most = -(-most // MASK_ALIGNMENT) * MASK_ALIGNMENT
         # Zeros: what is hidden by a mask is still multiplied, and must not be NaN.
-        shape = (batch, 2 * heads, most, width)
-        return cls(heads, [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)])
+        return cls([torch.zeros(2, batch, heads, most, width, dtype=dtype, device=device) for _ in range(layers)])
 
-    def fill(self, layer: int, keys_and_values: torch.Tensor) -> None:
-        """(B, 2 H, n, d) of the first n tokens."""
-        self.layers[layer].narrow(2, 0, keys_and_values.shape[2]).copy_(keys_and_values)
+    def places(self, at: int | torch.Tensor, count: int = 1) -> Places:
+        """Where the next tokens stand, see Places."""
+        places = Places(at, count)
+        if places.end is None:
+            room, like = self.layers[0].shape[3], self.layers[0]
+            if self.masks is None:
+                # Numbers, not yes and no: attention would make them such in every layer.
+                self.masks = like.new_full((room, room), -torch.inf).triu(1)
+            places.end, places.mask = room, self.masks[at.view(1)]
+        return places
+
+    def fill(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """(B, H, n, d) of the first n tokens."""
+        for index, new in enumerate((keys, values)):
+            self.layers[layer][index].narrow(2, 0, new.shape[2]).copy_(new)
 
     def write(self, layer: int, places: Places, keys_and_values: torch.Tensor) -> None:
-        """(B n, 2 H, d) of the tokens of one pass."""
-        kept = self.layers[layer]
+        """(B n, 2 H, d) of the tokens of one pass, the keys' heads first."""
+        kept, new = self.layers[layer], keys_and_values.unflatten(1, (2, -1))
         if isinstance(places.at, int):
-            kept.select(2, places.at).copy_(keys_and_values)
+            kept.select(3, places.at).copy_(new.transpose(0, 1))
         elif places.rows is None:
-            kept.index_copy_(2, places.at.view(1), keys_and_values.unsqueeze(2).to(kept.dtype))
+            kept.index_copy_(3, places.at.view(1), new.transpose(0, 1).unsqueeze(3).to(kept.dtype))
         else:
-            kept[places.rows, :, places.at] = keys_and_values.unflatten(0, places.at.shape)
+            kept[:, places.rows, :, places.at] = new.unflatten(0, places.at.shape)
 
     def look(self, layer: int, query: torch.Tensor, places: Places | None = None) -> torch.Tensor:
         """What queries (B n, H', d) find in the tokens up to their own, or in all of them: (B n, H' d)."""
-        kept = self.layers[layer] if places is None else self.layers[layer].narrow(2, 0, places.end)
-        keys, values = kept.chunk(2, dim=1)
-        query = query.unflatten(0, (len(kept), -1)).transpose(1, 2)
+        kept = self.layers[layer] if places is None else self.layers[layer].narrow(3, 0, places.end)
+        keys, values = kept[0], kept[1]
+        query = query.unflatten(0, (len(keys), -1)).transpose(1, 2)
         grouped = query.shape[1] != self.num_heads
         mask = None if places is None else places.mask
-        if mask is not None and mask.ndim == 1:
-            mask = mask.expand(len(kept), query.shape[1], 1, -1)
+        if mask is not None and mask.ndim == 2:
+            if query.dtype == keys.dtype == torch.float32 and not grouped:
+                return _attention_to_one(query, keys, values, mask)
+            mask = mask.expand(*query.shape[:2], -1, -1)
         found = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, enable_gqa=grouped)
         return found.transpose(1, 2).flatten(0, 1).flatten(1)
 
     def keep(self, rows: torch.Tensor) -> None:
         """Only these rows of the batch."""
-        self.layers = [layer[rows] for layer in self.layers]
+        self.layers = [layer[:, rows] for layer in self.layers]
+
+
+def _attention_to_one(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor
+) -> torch.Tensor:
+    """Queries (B, H, 1, d), one in each row, under a mask (1, T): (B, H d). For a single query in full precision,
+    CUDA's own attention takes several times as long as these products."""
+    shape, scale = query.shape, query.shape[-1] ** -0.5
+    query, keys, values = (part.flatten(0, 1) for part in (query, keys, values))
+    likely = torch.baddbmm(mask.expand(len(query), 1, -1), query, keys.transpose(1, 2), alpha=scale).softmax(-1)
+    return torch.bmm(likely, values).view(shape[0], -1)

@@ -54,8 +54,7 @@ class TransformerSteps:
         )
         for index, layer in enumerate(decoder.layers):
             linears = layer.encoder_attn.k_proj, layer.encoder_attn.v_proj
-            parts = [linear(visual).unflatten(2, self.heads).transpose(1, 2) for linear in linears]
-            self.picture.fill(index, torch.cat(parts, dim=1))
+            self.picture.fill(index, *(linear(visual).unflatten(2, self.heads).transpose(1, 2) for linear in linears))
 
     def __call__(self, ids: torch.Tensor, position: int | torch.Tensor) -> torch.Tensor:
         """Reads one more token in each row, ids (B,), the `position`-th of the sentence (BOS is 0): (B, D). A tensor
