@@ -1,6 +1,7 @@
 """How fast sentences are written, beside other ways to write the same ones, in one run.
 
 python -m benchmarks.decode --output docs/results/decode_cpu.json                          (2 cores, 20 minutes)
+python -m benchmarks.decode --output docs/results/decode_gpu.json --mixed_precision bf16 --batch_sizes 1 32 128  (a GPU)
 
 The decoder of the R50 recipe (6 layers, 256 wide, 400 visual tokens), random weights, greedy, 100 objects:
 
@@ -275,8 +276,10 @@ def measure(args: argparse.Namespace) -> dict:
         torch.set_num_threads(args.num_threads)
     model, classic = (detector(args, decoder).to(device) for decoder in ("llama", "transformer"))
     model.add_drafter()
+    model.drafter.to(device)
+    half = torch.autocast(device.type, torch.bfloat16, enabled=args.mixed_precision == "bf16")
     found = {"environment": environment(device), "flags": {k: v for k, v in vars(args).items() if k != "output"}}
-    with torch.inference_mode():
+    with torch.inference_mode(), half:
         found["batches"] = {
             str(batch): race(model, batch, args.num_objects, args.rounds, args.samples) for batch in args.batch_sizes
         }
@@ -317,6 +320,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--image_size", type=int, default=640)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--samples", type=int, default=6, help="tokens at which the loop without a cache is timed")
+    parser.add_argument("--mixed_precision", default="no", choices=["no", "bf16"])
     parser.add_argument("--num_threads", type=int, default=0, help="of the CPU (default: torch's own choice)")
     args = parser.parse_args(words)
     if not args.output.parent.is_dir():
