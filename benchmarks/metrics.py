@@ -1,6 +1,7 @@
 """What the metrics of training cost: steps with and without them, by turns in one run.
 
 python -m benchmarks.metrics --output docs/results/metrics_cpu.json
+python -m benchmarks.metrics --output docs/results/metrics_gpu.json --batch_size 32 --mixed_precision bf16
 
 Two recipes: the demo's, whose steps are so short that everything beside the model shows, and an R50 at 640 pixels.
 Ratios are of times of the same round; a round times a few steps of each kind, in turn. On a CPU they are seconds of
@@ -29,7 +30,7 @@ from pix2seq.shapes import draw_dataset
 
 RECIPES = {
     "demo": (["--config", "configs/demo.yaml"], 64, 10),  # flags, pixels of the pictures, steps timed together
-    "r50": (["--size", "r50", "--image_size", 640, "--batch_size", 2], 640, 1),
+    "r50": (["--size", "r50", "--image_size", 640], 640, 1),
 }
 
 
@@ -43,8 +44,10 @@ def seconds_of(step, device: torch.device, count: int) -> float:
     return (time.process_time() - started) / count
 
 
-def measure(recipe: str, rounds: int, folder: Path) -> dict:
+def measure(recipe: str, args: argparse.Namespace, folder: Path) -> dict:
     flags, side, count = RECIPES[recipe]
+    flags = [*flags, *(["--batch_size", args.batch_size] if recipe == "r50" else [])]
+    flags += ["--mixed_precision", args.mixed_precision]
     root = draw_dataset(folder / f"shapes{side}", num_train=64, num_val=1, size=side, max_shapes=4)
     words = [*flags, "--root", root, "--output_dir", folder / recipe, "--num_workers", 0, "--report_to", "none"]
     training = train.start(parse(Arguments, list(map(str, words))), StopRequest())
@@ -54,7 +57,7 @@ def measure(recipe: str, rounds: int, folder: Path) -> dict:
     kinds = {"with": counting, "without": lambda *inputs, **named: nothing}
     seconds = {kind: [] for kind in kinds}
     try:
-        for number in range(rounds + 1):
+        for number in range(args.rounds + 1):
             for kind in sorted(kinds, reverse=number % 2 == 1):
                 train.token_statistics = kinds[kind]
                 seconds[kind].append(seconds_of(lambda: train.train_step(training, [batch]), device, count))
@@ -73,11 +76,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Time training steps with and without their metrics.")
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--rounds", type=int, default=31)
+    parser.add_argument("--batch_size", type=int, default=2, help="of the R50 recipe")
+    parser.add_argument("--mixed_precision", default="no", choices=["no", "fp16", "bf16"])
     parser.add_argument("--recipes", nargs="+", default=[*RECIPES], choices=[*RECIPES])
     args = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     with tempfile.TemporaryDirectory() as folder:
-        found = {recipe: measure(recipe, args.rounds, Path(folder)) for recipe in args.recipes}
+        found = {recipe: measure(recipe, args, Path(folder)) for recipe in args.recipes}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     args.output.write_text(json.dumps({"environment": environment(device), "recipes": found}, indent=1) + "\n")
     for recipe, times in found.items():
