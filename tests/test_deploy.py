@@ -21,7 +21,7 @@ from accelerate.utils import patch_environment
 from accelerate.utils.launch import prepare_multi_gpu_env
 from torch.distributed.fsdp import StateDictType
 
-from tests.test_train import TINY, rows
+from tests.runs import TINY, rows
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "deploy" / "slurm" / "train.sbatch"

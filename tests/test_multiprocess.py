@@ -18,7 +18,7 @@ import train
 from pix2seq import checkpoint
 from pix2seq.command_line import parse
 from pix2seq.config import Arguments, EvaluateArguments
-from tests.test_train import TINY, edited, rows
+from tests.runs import TINY, edited, rows
 
 VIT = "{model_type: vit, hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2, intermediate_size: 32, "
 VIT += "patch_size: 16, image_size: 64}"

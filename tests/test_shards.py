@@ -19,7 +19,7 @@ from pix2seq.errors import UserError
 from pix2seq.sequence import SequenceBuilder
 from pix2seq.tokenizer import Tokenizer
 from pix2seq.transforms import TrainTransform
-from tests.test_train import TINY, arguments, interrupt_at, rows
+from tests.runs import TINY, arguments, interrupt_at, rows
 from train import main as train_main
 
 
