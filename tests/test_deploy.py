@@ -294,6 +294,7 @@ def test_a_slurm_job_that_is_cancelled_saves_and_is_not_requeued(shapes_root, tm
     assert slurm.requeues() == 0
 
 
+@pytest.mark.slow
 def test_a_slurm_job_that_fails_says_so(tmp_path):
     """Also where a run has finished before."""
     slurm = Slurm(tmp_path, 1, False)

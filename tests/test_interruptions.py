@@ -119,6 +119,7 @@ def test_a_run_that_cannot_save_when_told_to_stop_says_so(shapes_root, tmp_path,
     assert json.loads((tmp_path / "out" / "status.json").read_text())["state"] == "failed"
 
 
+@pytest.mark.slow
 def test_accelerate_launch_with_one_process_passes_sigterm_on(shapes_root, tmp_path, record_property):
     """It dies of it without a word to its child; the kernel tells the child."""
     output = tmp_path / "out"

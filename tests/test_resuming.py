@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -55,11 +56,19 @@ def test_a_run_killed_between_checkpoints_repeats_the_lost_steps_exactly(finishe
     assert rows(output) == rows(finished)
 
 
+ACCUMULATING = ("--batch_size", "2", "--gradient_accumulation_steps", "3", "--ema_decay", "0.9", "--eval_every", "6")
+
+
+@pytest.fixture(scope="module")
+def accumulated(shapes_root, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("accumulated") / "out"
+    assert train.main(arguments(shapes_root, output, *ACCUMULATING)) == 0
+    return output
+
+
 @pytest.mark.parametrize("step", [1, 4])
-def test_accumulation_resumes_exactly_too(shapes_root, tmp_path, monkeypatch, step):
+def test_accumulation_resumes_exactly_too(accumulated, shapes_root, tmp_path, monkeypatch, step):
     """Told to stop while the second of three micro-batches is read: the step is finished first."""
-    words = ("--batch_size", "2", "--gradient_accumulation_steps", "3", "--ema_decay", "0.9")
-    assert train.main(arguments(shapes_root, tmp_path / "whole", *words)) == 0
     original, calls = Pix2SeqForObjectDetection.forward, []
 
     def forward(self, *args, **kwargs):
@@ -71,13 +80,13 @@ def test_accumulation_resumes_exactly_too(shapes_root, tmp_path, monkeypatch, st
 
     with monkeypatch.context() as patch:
         patch.setattr(Pix2SeqForObjectDetection, "forward", forward)
-        assert train.main(arguments(shapes_root, tmp_path / "cut", *words)) == 75
+        assert train.main(arguments(shapes_root, tmp_path / "cut", *ACCUMULATING)) == 75
     assert json.loads((tmp_path / "cut" / "status.json").read_text())["step"] == step
-    assert train.main(arguments(shapes_root, tmp_path / "cut", *words, "--resume", "auto")) == 0
-    assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
+    assert train.main(arguments(shapes_root, tmp_path / "cut", *ACCUMULATING, "--resume", "auto")) == 0
+    assert rows(tmp_path / "cut") == rows(accumulated)
     states = [
-        torch.load(tmp_path / name / "checkpoints" / "step_00000006" / "trainer.pt", weights_only=True)
-        for name in ("cut", "whole")
+        torch.load(output / "checkpoints" / "step_00000006" / "trainer.pt", weights_only=True)
+        for output in (tmp_path / "cut", accumulated)
     ]
     flat = [torch.utils._pytree.tree_flatten(state)[0] for state in states]
     assert len(flat[0]) > 100
