@@ -63,25 +63,23 @@ def test_a_healthy_run_learns_and_has_no_faults(healthy, learn):
     assert len(faults) == 4
     assert set(faults.values()) == {0.0}
     by_heart = learn("by_heart", *BY_HEART)
-    assert by_heart["train/bin_error_y1"] < 0.2, "which of its pictures this is, only a look can tell"
-    assert by_heart["train/iou"] > 0.95
+    assert by_heart["train/bin_error_y1"] < 0.8, "which of its pictures this is, only a look can tell"
+    assert by_heart["train/iou"] > 0.9
 
 
-def test_a_model_that_does_not_look_at_its_pictures(healthy, learn, monkeypatch):
-    """It has nothing but the usual places of boxes; of few images by heart, it knows the box once it has its y1."""
+def test_a_model_that_does_not_look_at_its_pictures(learn, monkeypatch):
+    """Which of a few images it has, it never knows; all else it has by heart once it has read a y1."""
     original = Pix2SeqForObjectDetection.forward
 
     def forward(self, pixel_values, *inputs, **named):
         return original(self, torch.zeros_like(pixel_values), *inputs, **named)
 
     monkeypatch.setattr(Pix2SeqForObjectDetection, "forward", forward)
-    by_heart = learn("blind_by_heart", *BY_HEART)
-    assert by_heart["train/bin_error_y1"] > 1
-    assert by_heart["train/bin_error_y2"] < 0.2, "all that training can teach it, it has learnt"
-    assert by_heart["train/iou"] < 0.85
-    sick = learn("blind")
-    assert sick["train/bin_error_y1"] > 1.1 * healthy["train/bin_error_y1"]
-    assert set(sick[name] for name in sick if name.startswith("data/")) == {0.0}
+    sick = learn("blind", *BY_HEART)
+    assert sick["train/bin_error_y1"] > 1.2
+    assert sick["train/iou"] < 0.85
+    assert sick["train/bin_error_y2"] < 0.3, "all that there is to learn without a look, it has learnt"
+    assert {sick[name] for name in sick if name.startswith("data/")} == {0.0}
 
 
 def edit_sentence(monkeypatch, edit) -> None:

@@ -343,9 +343,10 @@ def mlflow_ends(monkeypatch) -> list:
 
 
 def test_a_failed_run_is_finished_as_one(tmp_path, mlflow_ends):
+    """Also where its status cannot be written."""
     codes, wandb, other = [], Fake("wandb"), Fake("trackio")
     wandb.tracker.finish = lambda exit_code: codes.append(exit_code)
-    folder = RunFolder(tmp_path, is_main=True)
+    folder = RunFolder(tmp_path / "full", is_main=True)
     folder.trackers = started(tmp_path, wandb, Fake("mlflow"), other)[0]
     folder.status("running", 1)
     assert not codes
