@@ -85,7 +85,6 @@ def run(training: Training) -> int:
             raise NotSaved(f"{stop.name}: the checkpoint of step {training.step} could not be written") from None
         folder.status("preempted", training.step, stop.name)
         folder.log(f"{stop.name}: saved at step {training.step}; the same command with --resume auto continues")
-        folder.trackers.finish()
         accelerator.end_training()
         return stop.exit_code
     detector = list(training.detectors().values())[-1]  # the average, if there is one
@@ -96,7 +95,6 @@ def run(training: Training) -> int:
         raise NotSaved(f"{folder.path}: the last checkpoint or final/ could not be written")
     folder.status("finished", training.step)
     folder.log(f"finished: {folder.path}; best AP {training.state.best_ap:.4f} in best/, the last in final/")
-    folder.trackers.finish()
     accelerator.end_training()
     return 0
 

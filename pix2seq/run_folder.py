@@ -89,12 +89,17 @@ class RunFolder:
 
     @_survives_a_full_disk
     def status(self, state: str, step: int, reason: str = "") -> None:
-        """state: running, finished, preempted or failed. Replaced in one go, so readers never see half of it."""
+        """state: running, finished, preempted or failed. Replaced in one go, so readers never see half of it. All but
+        the first end the run in the trackers too."""
         if not self.is_main:
             return
         temporary = self.path / ".status.json"
-        temporary.write_text(json.dumps({"state": state, "step": step, "reason": reason, "time": time.time()}))
-        temporary.replace(self.path / "status.json")
+        try:
+            temporary.write_text(json.dumps({"state": state, "step": step, "reason": reason, "time": time.time()}))
+            temporary.replace(self.path / "status.json")
+        finally:
+            if state != "running":
+                self.trackers.finish(failed=state == "failed")
 
     @_survives_a_full_disk
     def log(self, message: str) -> None:

@@ -4,6 +4,7 @@ Accelerate knows."""
 import contextlib
 import json
 import os
+import re
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import numpy as np
 from PIL.Image import Image
 
 FILE = "trackers.json"  # in the run folder: the ids of the run, by tracker
+ILLEGAL = r"[^\w.\- /]|/(?=/|$|\.{1,2}(?:/|$))"  # in MLflow's names, which are paths too
 SUMMARIES = {"eval/*": "max", "train/loss*": "min"}  # what wandb's table of runs shows; the last value of the others
 
 
@@ -44,18 +46,24 @@ class Trackers:
         self._running: list = []  # Accelerate's
         self._resumed: set[str] = set()  # those that have rows of this run from before
         self._last_step, self._last_names = -1, set()
+        self._names: dict[str, str] = {}  # as MLflow takes them, by ours
 
     def __bool__(self) -> bool:
         return bool(self._running)
 
     def start(self, accelerator, project: str, flags: dict, resumed: bool) -> None:
-        """Raises what a tracker that cannot be started raises. `resumed`: this run goes on with that of the folder,
-        and so it does in the trackers."""
+        """Raises what a tracker that cannot be started raises; those started before it wait for finish(). `resumed`:
+        this run goes on with that of the folder, and so it does in the trackers."""
         ids = self._ids() if resumed else {}
-        accelerator.init_trackers(project, init_kwargs=self._init_kwargs(ids))
-        # Taken from Accelerate, whose end_training() passes on what a tracker raises.
-        self._running, accelerator.trackers = accelerator.trackers, []
-        self._resumed = {tracker.name for tracker in self._running} & ids.keys()
+        try:
+            accelerator.init_trackers(project, init_kwargs=self._init_kwargs(ids))
+        finally:
+            # Taken from Accelerate, whose end_training() passes on what a tracker raises. One that was not started has
+            # no `tracker`.
+            self._running = [tracker for tracker in accelerator.trackers if hasattr(tracker, "tracker")]
+            accelerator.trackers = []
+        # The environment may have named another run.
+        self._resumed = {t.name for t in self._running if t.name in ids and ids[t.name] == _run_id(t)}
         for tracker in self._running:
             if tracker.name != "mlflow" or tracker.name not in self._resumed:  # which takes no flag a second time
                 tracker.store_init_configuration(flags)
@@ -99,9 +107,22 @@ class Trackers:
     def metrics(self, step: int, row: dict[str, float]) -> None:
         def send(tracker):
             if not self._is_repeated(tracker, step, row):
-                tracker.log(row, step=step)
+                tracker.log(self._legal(row) if tracker.name == "mlflow" else row, step=step)
 
         self._each(send)
+
+    def _legal(self, row: dict[str, float]) -> dict[str, float]:
+        """With names that MLflow takes, as different as they were."""
+        new = [name for name in row if name not in self._names]
+        for name in new:
+            legal = re.sub(ILLEGAL, "_", name)
+            while legal in self._names.values():
+                legal += "_"
+            self._names[name] = legal
+        changed = [f"{name!r} is {self._names[name]!r}" for name in new if self._names[name] != name]
+        if changed:
+            self._warn(f"--report_to mlflow: names that it does not take are changed: {', '.join(changed)}")
+        return {self._names[name]: value for name, value in row.items()}
 
     def picture(self, name: str, step: int, file: Path, picture: Image, examples: Sequence[Example], class_names):
         """A picture, which `file` holds too. Where boxes can be switched on and off, its `examples` instead."""
@@ -126,8 +147,20 @@ class Trackers:
 
         self._each(send)
 
-    def finish(self) -> None:
-        self._each(lambda tracker: tracker.finish())
+    def finish(self, failed: bool = False) -> None:
+        """`failed`: as a run that failed, in trackers that know such a thing."""
+
+        def finish(tracker):
+            if failed and tracker.name == "wandb":
+                tracker.tracker.finish(exit_code=1)
+            elif failed and tracker.name == "mlflow":
+                import mlflow  # is there, for it is running
+
+                mlflow.end_run("FAILED")
+            else:
+                tracker.finish()
+
+        self._each(finish)
         self._running = []
 
     def _each(self, send: Callable) -> None:

@@ -33,14 +33,17 @@ def draw_boxes(
     draw = ImageDraw.Draw(image)
     font = ImageFont.load_default(font_size)
     width = max(1, round(min(image.size) / 160)) if width is None else width
-    for index, (x1, y1, x2, y2) in enumerate(np.asarray(boxes, dtype=float).reshape(-1, 4)):
+    boxes = np.asarray(boxes, dtype=float).reshape(-1, 4)
+    # Edges far beyond the picture are as invisible just beyond it, and drawn in a moment.
+    near = boxes.clip(-width - 1, np.array(image.size * 2) + width + 1)
+    for index, (x1, y1, x2, y2) in enumerate(near):
         x2, y2 = max(x1, x2 - 1), max(y1, y2 - 1)
         if dashed is not None and dashed[index]:
             _dashed_rectangle(draw, (x1, y1, x2, y2), colors[index])
         else:
             draw.rectangle((x1, y1, x2, y2), outline=colors[index], width=width)
     # Names after all boxes, so that no box crosses a name.
-    for index, (x1, y1, _, y2) in enumerate(np.asarray(boxes, dtype=float).reshape(-1, 4)):
+    for index, (x1, y1, _, y2) in enumerate(boxes):
         if names[index]:
             left, top, right, bottom = draw.textbbox((0, 0), names[index], font=font)
             x = min(max(x1, 0), max(image.width - right - 2, 0))

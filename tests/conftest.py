@@ -16,9 +16,11 @@ import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
 from transformers import LlamaConfig  # noqa: E402
 
+import train  # noqa: E402
 from pix2seq.model import Pix2SeqConfig, Pix2SeqForObjectDetection  # noqa: E402
 from pix2seq.shapes import CATEGORY_IDS, SHAPES, draw_dataset  # noqa: E402
 from pix2seq.tokenizer import TOKENS_PER_OBJECT, Tokenizer  # noqa: E402
+from tests.runs import arguments  # noqa: E402
 
 # The same examples on every run and no clock: a slow machine must not fail a test.
 settings.register_profile("pix2seq", deadline=None, derandomize=True, database=None)
@@ -37,6 +39,14 @@ TINY_BACKBONE = {
 def shapes_root(tmp_path_factory) -> Path:
     """A COCO-layout folder of shapes: 12 train and 5 val pictures of 64 pixels. Read it, do not write to it."""
     return draw_dataset(tmp_path_factory.mktemp("shapes") / "root", num_train=12, num_val=5, size=64, seed=3)
+
+
+@pytest.fixture(scope="session")
+def finished(shapes_root, tmp_path_factory) -> Path:
+    """The folder of a whole small run, as tests/runs.py has it. Read it, do not write to it."""
+    output = tmp_path_factory.mktemp("run") / "out"
+    assert train.main(arguments(shapes_root, output)) == 0
+    return output
 
 
 @pytest.fixture

@@ -207,6 +207,7 @@ def test_half_precision_loading(decoder, tmp_path):
     assert len(model.detect(pictures())) == 2
 
 
+@pytest.mark.slow
 @both
 def test_compiled_models_say_the_same_and_their_weights_load_without(decoder, tmp_path):
     model = build(decoder).eval()

@@ -21,7 +21,7 @@ from accelerate.utils import patch_environment
 from accelerate.utils.launch import prepare_multi_gpu_env
 from torch.distributed.fsdp import StateDictType
 
-from tests.test_train import TINY, rows
+from tests.runs import TINY, rows
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "deploy" / "slurm" / "train.sbatch"
@@ -294,6 +294,7 @@ def test_a_slurm_job_that_is_cancelled_saves_and_is_not_requeued(shapes_root, tm
     assert slurm.requeues() == 0
 
 
+@pytest.mark.slow
 def test_a_slurm_job_that_fails_says_so(tmp_path):
     """Also where a run has finished before."""
     slurm = Slurm(tmp_path, 1, False)

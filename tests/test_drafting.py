@@ -22,8 +22,8 @@ from pix2seq.config import Arguments, EvaluateArguments
 from pix2seq.decoding import DecodingOptions, NonFiniteLogits
 from pix2seq.model import Pix2SeqForObjectDetection, load_detector
 from pix2seq.tokenizer import CLASS_SLOT, TOKENS_PER_OBJECT
+from tests.runs import TINY
 from tests.test_decoding import TOKENIZER, Rows, Scripted, V, assert_equal, bins, certain, cls, decode, random_logits
-from tests.test_train import TINY
 
 NOISE = TOKENIZER.noise_id
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 
 import evaluate
@@ -18,7 +19,8 @@ import train
 from pix2seq import checkpoint
 from pix2seq.command_line import parse
 from pix2seq.config import Arguments, EvaluateArguments
-from tests.test_train import TINY, edited, rows
+from tests import launched
+from tests.runs import TINY, edited, rows
 
 VIT = "{model_type: vit, hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2, intermediate_size: 32, "
 VIT += "patch_size: 16, image_size: 64}"
@@ -83,7 +85,7 @@ def test_two_processes_take_the_steps_one_would(shapes_root, tmp_path):
 PARTS = ["tests/launched.py", *TINY, "--backbone", VIT, "--dropout", "0", "--drop_path", "0"]
 
 
-def test_gradients_do_not_depend_on_how_a_step_is_split(shapes_root, tmp_path, record_property):
+def test_gradients_do_not_depend_on_how_a_step_is_split(shapes_root, tmp_path, monkeypatch, record_property):
     """One process, accumulation, two processes, both: 1e-6 of the gradient's norm, rounding of float32."""
     words = [*PARTS, "--root", str(shapes_root), "--max_steps", "1", "--eval_every", "0", "--no_noise_objects"]
 
@@ -91,11 +93,14 @@ def test_gradients_do_not_depend_on_how_a_step_is_split(shapes_root, tmp_path, r
         file = tmp_path / f"{processes}x{accumulation}"
         split = ["--batch_size", str(4 // processes // accumulation)]
         split += ["--gradient_accumulation_steps", str(accumulation), "--output_dir", f"{file}.out"]
-        command = [*(LAUNCH if processes > 1 else [sys.executable]), *words, *split]
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=300, env=os.environ | {"GRADIENTS": str(file)}
-        )
-        assert done.returncode == 0, done.stderr
+        if processes > 1:
+            done = launch(*words, *split, GRADIENTS=str(file))
+            assert done.returncode == 0, done.stderr
+        else:
+            with monkeypatch.context() as patch:
+                patch.setattr(Accelerator, "clip_grad_norm_", Accelerator.clip_grad_norm_)  # is put back
+                launched.write_gradients(str(file))
+                assert train.main(parse(Arguments, [*words[1:], *split])) == 0
         return torch.load(file)
 
     def norm(tensors) -> float:
@@ -149,13 +154,16 @@ def test_a_sharded_run_is_the_run_it_would_be_whole(shapes_root, tmp_path, recor
     assert metrics == json.loads((tmp_path / "sharded" / "eval" / "step_4" / "metrics.json").read_text())
 
 
-def test_averaging_sharded_weights_is_refused(shapes_root, tmp_path):
+def test_averaging_sharded_weights_is_refused(shapes_root, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("accelerate.state.AcceleratorState._shared_state", {})
+    monkeypatch.setattr(train, "join_processes", train.join_processes)  # is put back
+    launched.shard()
     words = ["--root", str(shapes_root), "--output_dir", str(tmp_path / "out"), "--ema_decay", "0.9"]
-    done = launch(*PARTS, *words, SHARD="1")
-    assert done.returncode != 0
-    assert "--ema_decay" in done.stderr
+    assert train.main(parse(Arguments, [*PARTS[1:], *words])) == 2
+    assert "--ema_decay" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_nodes_that_do_not_share_the_run_folder_are_told(shapes_root, tmp_path):
     """Or one would go on with step 4 while the other begins with step 1, on other data."""
     words = [*PARTS, "--root", str(shapes_root), "--batch_size", "2", "--eval_every", "0", "--sample_every", "0"]
@@ -167,6 +175,7 @@ def test_nodes_that_do_not_share_the_run_folder_are_told(shapes_root, tmp_path):
     assert checkpoint.latest(tmp_path / "out" / "checkpoints").name == "step_00000003"
 
 
+@pytest.mark.slow
 def test_a_crashed_run_goes_on_by_itself_where_the_launcher_may_restart_it(shapes_root, tmp_path):
     output = tmp_path / "out"
     words = [*PARTS, "--root", str(shapes_root), "--log_every", "1", "--ckpt_every", "1", "--output_dir", str(output)]
@@ -189,7 +198,7 @@ def test_a_mistake_is_told_once_by_two_processes(tmp_path):
     assert done.stderr.count("train.py: error:") == 1
 
 
-@pytest.mark.parametrize(("first", "then"), [(1, 2), (2, 1)])
+@pytest.mark.parametrize(("first", "then"), [(1, 2), pytest.param(2, 1, marks=pytest.mark.slow)])
 def test_a_run_goes_on_with_another_number_of_processes(shapes_root, tmp_path, record_property, first, then):
     """Same global batch, so the same samples make up a step; only the order of sums differs."""
     common = [*TINY, "--root", str(shapes_root), "--backbone", VIT, "--dropout", "0", "--drop_path", "0"]
@@ -231,8 +240,8 @@ def test_a_rank_without_a_single_token_of_weight_hangs_nothing(shapes_root, tmp_
     ("when", "target", "number"),
     [
         ("evaluation", "launcher", signal.SIGTERM),
-        ("save", "launcher", signal.SIGTERM),
-        ("training", "one worker", signal.SIGUSR1),
+        pytest.param("save", "launcher", signal.SIGTERM, marks=pytest.mark.slow),
+        pytest.param("training", "one worker", signal.SIGUSR1, marks=pytest.mark.slow),
     ],
 )
 def test_two_processes_told_to_stop_save_together(shapes_root, tmp_path, record_property, when, target, number):

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import train
 from pix2seq import transforms
 from pix2seq.command_line import parse
 from pix2seq.config import Arguments
 from pix2seq.data.coco import Annotations
+from pix2seq.model import Pix2SeqForObjectDetection
 from pix2seq.sequence import SequenceBuilder
 from pix2seq.shapes import draw_dataset
 
@@ -29,17 +31,19 @@ SMALL = [
     *("--num_workers", "0", "--lr", "2e-3", "--warmup_steps", "10", "--max_steps", "100", "--log_every", "50"),
     *("--eval_every", "0", "--sample_every", "0", "--ckpt_every", "0"),
 ]
+BY_HEART = ["--overfit", "16", "--flip", "0", "--scale_min", "1.0", "--object_order", "area", "--lr", "5e-3"]
 
 
 @pytest.fixture(scope="module")
 def learn(tmp_path_factory):
-    """Trains, and returns the metrics of steps 51 to 100."""
+    """Trains, and returns the last row of metrics: of steps 51 to 100."""
     folder = tmp_path_factory.mktemp("planted")
     root = draw_dataset(folder / "shapes", num_train=400, num_val=2, size=32, max_shapes=3, seed=3)
 
-    def run(name: str) -> dict[str, float]:
+    def run(name: str, *words: str) -> dict[str, float]:
         output = folder / name
-        assert train.main(parse(Arguments, [*SMALL, "--root", str(root), "--output_dir", str(output)])) == 0
+        words = [*SMALL, *words, "--root", str(root), "--output_dir", str(output)]
+        assert train.main(parse(Arguments, words)) == 0
         rows = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
         return [row for row in rows if "train/loss" in row][-1]
 
@@ -51,13 +55,31 @@ def healthy(learn) -> dict[str, float]:
     return learn("healthy")
 
 
-def test_a_healthy_run_learns_and_has_no_faults(healthy):
+def test_a_healthy_run_learns_and_has_no_faults(healthy, learn):
     assert healthy["train/iou"] > 0.12
     assert healthy["train/bin_error_y2"] < 4 < 32 / 3  # a third of the ruler is chance
     assert healthy["train/acc_noise"] > 0.9
     faults = {name: value for name, value in healthy.items() if name.startswith("data/")}
     assert len(faults) == 4
     assert set(faults.values()) == {0.0}
+    by_heart = learn("by_heart", *BY_HEART)
+    assert by_heart["train/bin_error_y1"] < 0.8, "which of its pictures this is, only a look can tell"
+    assert by_heart["train/iou"] > 0.9
+
+
+def test_a_model_that_does_not_look_at_its_pictures(learn, monkeypatch):
+    """Which of a few images it has, it never knows; all else it has by heart once it has read a y1."""
+    original = Pix2SeqForObjectDetection.forward
+
+    def forward(self, pixel_values, *inputs, **named):
+        return original(self, torch.zeros_like(pixel_values), *inputs, **named)
+
+    monkeypatch.setattr(Pix2SeqForObjectDetection, "forward", forward)
+    sick = learn("blind", *BY_HEART)
+    assert sick["train/bin_error_y1"] > 1.2
+    assert sick["train/iou"] < 0.85
+    assert sick["train/bin_error_y2"] < 0.3, "all that there is to learn without a look, it has learnt"
+    assert {sick[name] for name in sick if name.startswith("data/")} == {0.0}
 
 
 def edit_sentence(monkeypatch, edit) -> None:
@@ -68,7 +90,7 @@ def edit_sentence(monkeypatch, edit) -> None:
 @pytest.mark.parametrize("by", [1, -1], ids=["late", "early"])
 def test_labels_shifted_by_one_token(healthy, learn, monkeypatch, by):
     edit_sentence(monkeypatch, lambda sentence: sentence | {"labels": np.roll(sentence["labels"], by)})
-    sick = learn(f"shifted{by}")
+    sick = learn(f"shifted{by}", *(() if by > 0 else ("--max_steps", "5")))
     assert sick["data/misplaced_tokens"] > 0.4 > 0 == healthy["data/misplaced_tokens"]
     if by > 0:  # the answer is what has just been read
         assert sick["train/acc_x1"] > 0.95 > 0.3 > healthy["train/acc_x1"]

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import train
 from pix2seq import checkpoint
-from tests.test_train import TINY, arguments, rows
+from tests.runs import TINY, arguments, rows
 
 KILLS = 20
 

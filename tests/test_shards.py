@@ -19,7 +19,7 @@ from pix2seq.errors import UserError
 from pix2seq.sequence import SequenceBuilder
 from pix2seq.tokenizer import Tokenizer
 from pix2seq.transforms import TrainTransform
-from tests.test_train import TINY, arguments, interrupt_at, rows
+from tests.runs import TINY, arguments, interrupt_at, rows
 from train import main as train_main
 
 
@@ -54,16 +54,17 @@ def test_shards_give_the_sequences_of_the_files(files, shards, num_workers):
             assert torch.equal(value, other[key]) if torch.is_tensor(value) else value == other[key]
 
 
-def test_training_on_shards_is_training_on_files_and_resumes_exactly(shapes_root, shards, tmp_path, monkeypatch):
-    assert train_main(arguments(shapes_root, tmp_path / "files")) == 0
+def test_training_on_shards_is_training_on_files_and_resumes_exactly(
+    finished, shapes_root, shards, tmp_path, monkeypatch
+):
     words = ("--train_shards", str(shards), "--num_workers", "2")
     with monkeypatch.context() as patch:
         interrupt_at(patch, 3, signal.SIGTERM)
         assert train_main(arguments(shapes_root, tmp_path / "shards", *words)) == 75
     again = ("--train_shards", str(shards), "--resume", "auto")
     assert train_main(arguments(shapes_root, tmp_path / "shards", *again)) == 0
-    assert rows(tmp_path / "shards") == rows(tmp_path / "files")
-    weights = [(tmp_path / name / "final/model.safetensors").read_bytes() for name in ("files", "shards")]
+    assert rows(tmp_path / "shards") == rows(finished)
+    weights = [(output / "final/model.safetensors").read_bytes() for output in (finished, tmp_path / "shards")]
     assert weights[0] == weights[1]
 
 

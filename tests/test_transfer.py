@@ -11,8 +11,8 @@ from pix2seq.command_line import parse
 from pix2seq.config import Arguments
 from pix2seq.errors import UserError
 from pix2seq.model import Pix2SeqForObjectDetection, adapt, load_detector
+from tests.runs import arguments, edited
 from tests.test_architectures import BACKBONES, build, pictures, sentences
-from tests.test_train import arguments, edited
 
 OLD = ("cat", "dog", "eel", "fox")
 NEW = ("ant", "eel", "bee", "cat", "fox", "gnu")  # three of the four, in another order, and three more

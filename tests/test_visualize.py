@@ -1,5 +1,7 @@
 """Pictures of boxes: edges where they belong, in their colours, and grids of the right size."""
 
+import time
+
 import numpy as np
 from PIL import Image, ImageColor
 
@@ -41,6 +43,15 @@ def test_edges_have_the_boxs_colour():
     assert red[20:44, 39].all()
     assert not red[22:42, 12:38].any()
     assert not np.asarray(image).any()  # drawn on a copy
+
+
+def test_edges_beyond_the_picture_are_not_drawn_and_take_no_time():
+    started = time.perf_counter()
+    drawn = draw_boxes(black(), np.array([[-1e30, 20, 1e30, 1e30], [-9, -9, 99, 99]]), ["", ""], [RED, RED])
+    assert time.perf_counter() - started < 1
+    red = mask(drawn, RED)
+    assert red[20].all()
+    assert red.sum() == 64
 
 
 def test_dashed_boxes_have_gaps():
