@@ -13,6 +13,7 @@ from pix2seq.progress import progress
 from pix2seq.scoring import class_names, numbered
 
 RECALLS = np.linspace(0, 1, 101)
+FEWEST_RESAMPLES = 100  # of fewer, an interval's ends are two or three resamples
 FEWEST_IMAGES = 20  # of fewer, noise is called a difference more often than in one case of twenty
 INTERVAL = (2.5, 97.5)  # percentiles
 
@@ -67,6 +68,19 @@ def _average_precision(weight: np.ndarray, seen: np.ndarray, label: np.ndarray, 
     first = before[before < len(label)]
     new[first] = reached[first]
     return np.bincount(label, highest * new, len(objects)) / len(RECALLS)
+
+
+def common_truth(a: dict, b: dict) -> tuple[dict | None, str]:
+    """One ground truth for both, if they have the same images and objects and no id is two classes; else None and what
+    differs. A detector's has its classes, which may be more than those of the file."""
+    for what, keys in (("images", ("id",)), ("annotations", ("image_id", "category_id", "bbox", "area", "iscrowd"))):
+        one, other = (sorted([entry[key] for key in keys] for entry in truth[what]) for truth in (a, b))
+        if one != other:
+            return None, what
+    categories = {entry["id"]: entry for entry in (*b["categories"], *a["categories"])}
+    if any(categories[entry["id"]]["name"] != entry["name"] for entry in b["categories"]):
+        return None, "classes"
+    return a | {"categories": [categories[key] for key in sorted(categories)]}, ""
 
 
 @dataclass
@@ -145,6 +159,9 @@ def table(rows: list[Row]) -> str:
         if number == 3:
             lines.append("AP by class")
         told = " *" if row.low > 0 or row.high < 0 else ""
+        if np.isnan(row.a):
+            lines.append(f"{row.name:<{width}}   no objects")
+            continue
         values = f"{row.a:>9.3f}{row.b:>9.3f}{row.difference:>+9.3f}"
         lines.append(f"{row.name:<{width}}{values}   {row.low:+.3f} to {row.high:+.3f}{told}")
     return "\n".join(lines)
