@@ -160,7 +160,7 @@ def confusion(numbers: dict) -> Image.Image:
 def errors(numbers: dict) -> Image.Image:
     """What correcting each kind of error would give, and how many there are; of boxes that count, in brackets."""
     rows = numbers["errors"]["kinds"]
-    figure, (gain, count) = _axes(3.0, 2, sharey=True)
+    figure, (gain, count) = _axes(3.2, 2, sharey=True)
     names, places = [row["kind"] for row in rows], np.arange(len(rows))
     gain.barh(places, [row["dAP"] for row in rows], 0.65, color=VERMILLION)
     gain.set_xlim(0, 1.18 * max(*(row["dAP"] for row in rows), 1e-3))
@@ -170,7 +170,7 @@ def errors(numbers: dict) -> Image.Image:
         count.barh(places, sure, 0.35, color=BLUE, label=f"of score {point['score']:.2f} or more")
     count.set_xscale("symlog", linthresh=1)
     count.set_xlim(0, 20 * max(*(row["count"] for row in rows), 1))
-    count.legend(loc="lower right", fontsize=8)
+    _legend_above(figure, count)
     for place, row in zip(places, rows, strict=True):
         gain.text(row["dAP"], place, f" {row['dAP']:.3f}", va="center", fontsize=9)
         of_them = "" if row["count_at_operating_point"] is None else f" ({row['count_at_operating_point']:,})"
