@@ -129,9 +129,8 @@ def write(
         prediction_picture(annotations, predictions, args.num_pictures).save(output / "predictions.png")
         written.append("predictions.png")
     if args.report:
-        title = (
-            "the oracle" if args.oracle else "/".join(Path(args.checkpoint or args.predictions).resolve().parts[-2:])
-        )
+        named = Path(args.checkpoint or args.predictions or "").resolve()
+        title = "the oracle" if args.oracle else "/".join(named.parts[-2:])
         write_report(output, truth, predictions, annotations, "predictions", title, skipped)
         written.append("report.html")
     print(f"written to {output}: {', '.join(written)}")

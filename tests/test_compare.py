@@ -209,11 +209,11 @@ def test_where_there_is_nothing_to_find_there_is_nothing_to_compare(shapes_root,
         (["{fine}", "{fine}/metrics.json"], "a COCO results file is a list"),
         (["{fine}"], "required: b"),
         (["{fine}", "{fine}", "--gtt", "x"], "unrecognized arguments: --gtt"),
-        (["{fine}", "{bad}"], "ground_truth.json: has no list 'images'"),
+        (["{fine}", "{bad}"], "scored_against.json: has no list 'images'"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(folders, tmp_path, capsys, words, says):
-    (tmp_path / "ground_truth.json").write_text("[]")
+    (tmp_path / "scored_against.json").write_text("[]")
     words = [word.format(fine=folders / "fine", bad=tmp_path) for word in words]
     try:
         code = main(["compare", *words])

@@ -461,7 +461,7 @@ def test_an_earlier_report_is_not_taken_for_a_later_one(shapes_root, tmp_path, b
     for name in ("report/mine.png", "notes.txt"):
         (out / name).write_text("mine")
     assert run(*words, "--num_pictures", 0) == 0
-    numbers = {"metrics.json", "predictions.json", "ground_truth.json", "evaluation.json"}
+    numbers = {"metrics.json", "predictions.json", "scored_against.json", "evaluation.json"}
     assert contents(out) == numbers | {"report/mine.png", "notes.txt"}
     (out / "report/mine.png").unlink()
     assert run(*words) == 0
@@ -501,7 +501,7 @@ def test_files_to_be_sent_name_no_folder_of_this_machine(shapes_root, tmp_path, 
     text = (out / "report.html").read_text()
     assert "Evaluation of run/best" in text
     assert "Not read" not in text
-    told = text + (out / "evaluation.json").read_text() + (out / "ground_truth.json").read_text()
+    told = text + (out / "evaluation.json").read_text() + (out / "scored_against.json").read_text()
     assert str(tmp_path) not in told
     assert str(shapes_root) not in told
 

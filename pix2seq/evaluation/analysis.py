@@ -35,10 +35,13 @@ def analyse(truth: dict, predictions: list[dict], name: str = "predictions") -> 
     errors = find_errors(truth, predictions, matches)
     plain = without_crowds(truth, predictions, matches)
     plain_split = plain.tide_errors(pos_thr=0.5, bg_thr=0.1)
+    calibrated = calibration(plain, predictions)
     point = operating_point(matches)
     wrong = [error for error in errors if error.prediction >= 0]
     least = None if point is None else point["score"]
     sure = Counter(e.kind for e in wrong if least is not None and predictions[e.prediction]["score"] >= least)
+    confused = confusion(plain, least, names)
+    del plain  # as large as all predictions
     numbers = {
         "images": len(truth["images"]),
         "objects": int(matches.counted.sum()),
@@ -51,7 +54,7 @@ def analyse(truth: dict, predictions: list[dict], name: str = "predictions") -> 
         "by_quarter": by_quarter(truth, predictions),
         "by_count": by_count(evaluation, matches),
         "operating_point": point,
-        "confusion": confusion(plain, least, names),
+        "confusion": confused,
         "errors": {
             "AP50": _number(plain_split["ap_base"]),
             "kinds": [
@@ -65,7 +68,7 @@ def analyse(truth: dict, predictions: list[dict], name: str = "predictions") -> 
             ],
         },
         "duplicates": duplicates(truth, predictions, errors, evaluation),
-        "calibration": calibration(plain, predictions),
+        "calibration": calibrated,
         "kept": [
             {"kept": count} | _aps(evaluate_fast(truth, best_of_each(predictions, count)))
             for count in progress(KEPT, "keeping fewer")

@@ -1,7 +1,7 @@
 """The folder evaluate.py writes: what it is called, what was scored in it, and how it is read again.
 
 metrics.json, predictions.json   the numbers, and what they are of
-ground_truth.json                what was scored against: a COCO annotation file without what cannot be used
+scored_against.json              what was scored against: a COCO annotation file without what cannot be used
 evaluation.json                  what was skipped
 predictions.png, report.html, report.json, report/   where they were asked for
 """
@@ -20,7 +20,7 @@ from pix2seq.evaluation.figures import FIGURES
 from pix2seq.evaluation.matches import KINDS
 from pix2seq.scoring import SCORED_KEYS, load_ground_truth
 
-TRUTH = "ground_truth.json"
+TRUTH = "scored_against.json"
 SHOWN = 3  # of what was skipped
 
 
@@ -77,13 +77,10 @@ def prepare(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
-    for path in files(folder):
-        if path.is_dir():
-            raise UserError(
-                f"--output_dir {folder}: cannot be written to ({path.name} is a folder there, and is to be a file)"
-            )
-    if (folder / "report").exists() and not (folder / "report").is_dir():
-        raise UserError(f"--output_dir {folder}: cannot be written to (report is a file there, and is to be a folder)")
+    for path, right in [(folder / "report", Path.is_dir), *((path, Path.is_file) for path in files(folder))]:
+        if path.exists() and not right(path):
+            there = "a folder" if path.is_dir() else "a file"
+            raise UserError(f"--output_dir {folder}: cannot be written to ({path.name} is {there} there)")
 
 
 @contextmanager
