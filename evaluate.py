@@ -10,7 +10,6 @@ of two folders is better.
 Under `accelerate launch` the images are shared between the processes and each is counted once.
 """
 
-import json
 import os
 import sys
 from dataclasses import fields, replace
@@ -26,8 +25,8 @@ from pix2seq.data import Categories, EvalDataset, find_split, load_annotations
 from pix2seq.data.faults import tally
 from pix2seq.decoding import DecodingOptions
 from pix2seq.errors import UserError
-from pix2seq.evaluation import oracle_predictions, predict, prediction_picture
-from pix2seq.evaluation.provenance import write_provenance
+from pix2seq.evaluation import oracle_predictions, predict, prediction_picture, warn_of_unreadable
+from pix2seq.evaluation.output_folder import Skipped, prepare, write_numbers, writing
 from pix2seq.evaluation.report import write_report
 from pix2seq.model import load_detector
 from pix2seq.scoring import coco_metrics, load_ground_truth, load_predictions, metrics_table
@@ -52,8 +51,9 @@ def dataset(args: EvaluateArguments, training: dict, categories: Categories | No
     return EvalDataset(annotations, EvalTransform(image_size))
 
 
-def detect(args: EvaluateArguments) -> tuple[dict, list[dict], EvalDataset, bool]:
-    """Ground truth, the detector's predictions, their images, and whether this is the main process."""
+def detect(args: EvaluateArguments, skipped: Skipped) -> tuple[dict, list[dict], EvalDataset, bool]:
+    """Ground truth, the detector's predictions, their images, and whether this is the main process. Adds to `skipped`
+    what was."""
     transformers_logging.disable_progress_bar()
     model, training = load_detector(args.checkpoint, "--checkpoint"), read_flags(args.checkpoint, "--checkpoint")
     accelerator = Accelerator(
@@ -73,58 +73,65 @@ def detect(args: EvaluateArguments) -> tuple[dict, list[dict], EvalDataset, bool
     given = {field.name: getattr(args, field.name) for field in fields(DecodingOptions)}
     options = replace(model.decoding_options, **{name: v for name, v in given.items() if v is not None})
     batch_size = args.eval_batch_size or training.get("eval_batch_size", 32)
-    predictions = predict(model, data, options, batch_size, accelerator, args.num_workers)
-    truth = load_ground_truth(data.annotations.split.json, data.annotations.image_ids, categories)
+    annotations, warn = data.annotations, skipped.unreadable.extend
+    truth = load_ground_truth(annotations.split.json, annotations.image_ids, categories, skipped.faults.extend)
+    predictions = predict(model, data, options, batch_size, accelerator, args.num_workers, warn=warn)
     return truth, predictions, data, accelerator.is_main_process
 
 
 def main(args: EvaluateArguments) -> dict:
     """Returns the metrics, on every process; writes and prints them on the main one."""
     output = Path(args.output_dir) if args.output_dir else None
-    try:
-        if output is not None:
-            output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output_dir {output}: cannot be made ({error.strerror})") from None
-    name, data, is_main = "predictions", None, True
+    if output is not None:
+        prepare(output)
+    name, data, is_main, skipped = "predictions", None, True, Skipped()
     if args.predictions is not None:
         name = f"--predictions {args.predictions}"
-        truth, predictions = load_ground_truth(args.gt, warn=print), load_predictions(args.predictions)
+        truth = load_ground_truth(args.gt, warn=skipped.faults.extend)
+        predictions = load_predictions(args.predictions)
     elif args.oracle:
         data = dataset(args, {}, None, args.image_size)
         tokenizer = Tokenizer(len(data.annotations.categories.ids), args.num_bins)
-        truth, predictions = load_ground_truth(data.annotations.split.json), oracle_predictions(data, tokenizer)
+        truth = load_ground_truth(data.annotations.split.json, warn=skipped.faults.extend)
+        predictions = oracle_predictions(data, tokenizer, skipped.unreadable.extend)
     else:
-        truth, predictions, data, is_main = detect(args)
+        truth, predictions, data, is_main = detect(args, skipped)
 
     metrics = coco_metrics(truth, predictions, name)
     if not is_main:
         return metrics
     print(metrics_table(metrics))
-    if data is not None and data.annotations.faults:
-        print(f"faults in {data.annotations.split.json}: {tally(data.annotations.faults)}")
+    warn_of_unreadable(skipped.unreadable)
+    if faults := skipped.faults if data is None else data.annotations.faults:
+        print(f"faults in {args.gt if data is None else data.annotations.split.json}: {tally(faults)}")
     if output is not None:
-        write(args, output, metrics, truth, predictions, data)
+        with writing(output):
+            write(args, output, metrics, truth, predictions, data, skipped)
     return metrics
 
 
 def write(
-    args: EvaluateArguments, output: Path, metrics: dict, truth: dict, predictions: list, data: EvalDataset | None
+    args: EvaluateArguments,
+    output: Path,
+    metrics: dict,
+    truth: dict,
+    predictions: list,
+    data: EvalDataset | None,
+    skipped: Skipped,
 ) -> None:
-    (output / "metrics.json").write_text(json.dumps(metrics, indent=1))
-    (output / "predictions.json").write_text(json.dumps(predictions))
     annotations = None if data is None else data.annotations
-    if annotations is None:
-        write_provenance(output, args.gt)
-    else:
-        write_provenance(output, annotations.split.json, annotations.image_ids, annotations.categories)
+    if annotations is not None:  # names are enough: pages and files are sent to others
+        skipped.unreadable = [line.removeprefix(f"{annotations.split.images}/") for line in skipped.unreadable]
+    ground_truth = args.gt if annotations is None else annotations.split.json
+    write_numbers(output, metrics, truth, predictions, ground_truth, skipped)
     written = ["metrics.json", "predictions.json"]
     if annotations is not None and args.num_pictures > 0:
         prediction_picture(annotations, predictions, args.num_pictures).save(output / "predictions.png")
         written.append("predictions.png")
     if args.report:
-        title = "the oracle" if args.oracle else args.checkpoint or args.predictions
-        write_report(output, truth, predictions, annotations, "predictions", title)
+        named = Path(args.checkpoint or args.predictions or "").resolve()
+        title = "the oracle" if args.oracle else "/".join(named.parts[-2:])
+        write_report(output, truth, predictions, annotations, "predictions", title, skipped)
         written.append("report.html")
     print(f"written to {output}: {', '.join(written)}")
 

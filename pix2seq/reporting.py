@@ -9,7 +9,7 @@ from pix2seq.colors import paint
 from pix2seq.data import Annotations, EvalDataset
 from pix2seq.data.images import BadImage
 from pix2seq.decoding import DecodingOptions
-from pix2seq.evaluation import predict, prediction_picture, worst_picture
+from pix2seq.evaluation import predict, prediction_picture, warn_of_unreadable, worst_picture
 from pix2seq.preemption import StopRequest
 from pix2seq.run_folder import RunFolder
 from pix2seq.scoring import coco_metrics
@@ -83,7 +83,7 @@ class Reporter:
         return predict(
             *(detector, dataset, self.options, self.batch_size, self.accelerator, self.num_workers),
             stop=lambda: bool(self.stop),
-            warn=self.folder.log,
+            warn=lambda lines: warn_of_unreadable(lines, self.folder.log),
         )
 
 

@@ -15,7 +15,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from pix2seq.data.coco import Categories, read_coco, read_json
-from pix2seq.data.faults import is_finite, is_id, tally, usable_images, usable_objects
+from pix2seq.data.faults import Fault, is_finite, is_id, usable_images, usable_objects
 from pix2seq.errors import UserError
 
 METRICS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
@@ -33,12 +33,12 @@ def load_ground_truth(
     path: str | Path,
     image_ids: np.ndarray | None = None,
     categories: Categories | None = None,
-    warn: Callable[[str], None] | None = None,
+    warn: Callable[[list[Fault]], None] | None = None,
 ) -> dict:
     """A COCO annotation file made fit for pycocotools, which misreads some files without a word.
 
     Annotation ids are numbered from 1 (it ignores matches of id 0), a missing `area` or `iscrowd` is filled in, and
-    entries that cannot be used are left out, the same ones as from training; `warn` is told how many.
+    entries that cannot be used are left out, the same ones as from training; `warn` is told which, if there are any.
     With `image_ids`, only those images and their annotations. With `categories`, these are its classes, more than the
     file names perhaps: a model may find what the file knows nothing of. Raises UserError.
     """
@@ -49,7 +49,7 @@ def load_ground_truth(
         truth["annotations"], (image["id"] for image in truth["images"]), known, Path(path)
     )
     if (faults or wrong) and warn is not None:
-        warn(f"{path}: left out or renumbered: {tally(faults + wrong)}")
+        warn(faults + wrong)
     if image_ids is not None:
         wanted = set(image_ids.tolist())
         truth["images"] = [image for image in truth["images"] if image["id"] in wanted]
@@ -146,6 +146,8 @@ def evaluate_fast(truth: dict, rows: list[dict], areas: dict[str, tuple[float, f
     No id may be negative. With `areas` there are no `stats`, for these are of COCO's.
     """
     truth = {key: [{k: entry[k] for k in kept} for entry in truth[key]] for key, kept in SCORED_KEYS.items()}
+    # It warns, at every call, of names that are empty, and nothing here reads them.
+    truth["categories"] = [{"id": entry["id"], "name": str(entry["id"])} for entry in truth["categories"]]
     with contextlib.redirect_stdout(io.StringIO()):
         ground_truth = hotcoco.COCO(truth)
         found = ground_truth.load_res(rows) if rows else hotcoco.COCO(truth | {"annotations": []})

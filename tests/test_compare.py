@@ -1,6 +1,7 @@
 """`python -m pix2seq.evaluation compare`: AP of resamples is COCO's, and a difference is told only where one is."""
 
 import json
+import re
 import runpy
 import sys
 
@@ -16,6 +17,8 @@ from pix2seq.evaluation.compare import Resampled, compare, verdict
 from pix2seq.evaluation.matches import match
 from pix2seq.scoring import coco_metrics, numbered
 from tests.test_report import many_objects
+
+NOTHING = "there is no object to find in these images, so no AP to compare"
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -104,39 +107,6 @@ def test_the_seed_decides_the_resamples():
     assert one[0] == same[0] != other[0]
 
 
-def test_many_predictions_take_no_time():
-    """200 images of 100 predictions: the resamples, not the matching, are what there are many of."""
-    rng = np.random.default_rng(0)
-    truth = {
-        "images": [{"id": n} for n in range(1, 201)],
-        "annotations": [
-            {
-                "id": n + 1,
-                "image_id": n % 200 + 1,
-                "category_id": n % 5 + 1,
-                "bbox": [0, 0, 10, 10 + n % 9],
-                "area": 100,
-                "iscrowd": 0,
-            }
-            for n in range(1000)
-        ],
-        "categories": [{"id": n, "name": str(n)} for n in range(1, 6)],
-    }
-    predictions = [
-        {
-            "image_id": n % 200 + 1,
-            "category_id": n % 5 + 1,
-            "bbox": [0, 0, 10, 10 + n % 7],
-            "score": float(rng.random()),
-        }
-        for n in range(20_000)
-    ]
-    scorer = Resampled(match(truth, predictions))
-    assert scorer.image.size == 20_000
-    counts = rng.multinomial(200, [1 / 200] * 200)
-    assert np.isfinite(scorer(counts)).all()
-
-
 # -- from the command line -------------------------------------------------------------------------
 
 
@@ -168,21 +138,60 @@ def test_compare_of_files_needs_the_ground_truth(folders, shapes_root, capsys):
     assert main(["compare", *files]) == 2
     assert "pix2seq.evaluation compare: error: --gt: missing" in capsys.readouterr().err
     gt = str(find_split("val", shapes_root).json)
-    assert main(["compare", *files, "--gt", gt, "--resamples", "10"]) == 0
+    assert main(["compare", *files, "--gt", gt, "--resamples", "100"]) == 0
     assert "no difference can be told" in capsys.readouterr().out
-    assert main(["compare", files[0], str(folders / "fine"), "--resamples", "10"]) == 0  # one folder knows it
+    assert main(["compare", files[0], str(folders / "fine"), "--resamples", "100"]) == 0  # one folder knows it
 
 
-def test_folders_of_different_images_are_not_compared(folders, shapes_root, tmp_path, capsys):
+def scored(truth: dict, folder) -> str:
+    """A folder of evaluate.py of no predictions, scored against a file."""
+    folder.mkdir()
+    (folder / "gt.json").write_text(json.dumps(truth))
+    (folder / "p.json").write_text("[]")
+    words = ["--predictions", str(folder / "p.json"), "--gt", str(folder / "gt.json")]
+    evaluate.main(parse(EvaluateArguments, [*words, "--output_dir", str(folder / "out")]))
+    return str(folder / "out")
+
+
+def test_the_same_data_may_come_from_another_file(folders, shapes_root, tmp_path, capsys):
+    """A detector's folder and one of a results file: in another order, and one knows a class more."""
     truth = json.loads(find_split("val", shapes_root).json.read_text())
-    (tmp_path / "gt.json").write_text(json.dumps(truth))
-    (tmp_path / "p.json").write_text("[]")
-    words = ["--predictions", str(tmp_path / "p.json"), "--gt", str(tmp_path / "gt.json")]
-    evaluate.main(parse(EvaluateArguments, [*words, "--output_dir", str(tmp_path / "other")]))
-    assert main(["compare", str(tmp_path / "other"), str(folders / "fine")]) == 2
-    assert "were scored against different images or classes" in capsys.readouterr().err
-    words = ["--gt", str(tmp_path / "gt.json"), "--resamples", "10"]
-    assert main(["compare", str(tmp_path / "other"), str(folders / "fine"), *words]) == 0
+    truth["images"].reverse()
+    truth["annotations"].reverse()
+    truth["categories"].append({"id": 500, "name": "another"})
+    other = scored(truth, tmp_path / "other")
+    (tmp_path / "other" / "gt.json").unlink()  # the folder knows what it was scored against
+    for words in ([other, str(folders / "fine")], [str(folders / "fine"), other]):
+        assert main(["compare", *words, "--resamples", "100"]) == 0
+        out = capsys.readouterr().out
+        assert re.search("another +no objects", out)
+        assert "nan" not in out
+
+
+@pytest.mark.parametrize("what", ["images", "annotations", "classes"])
+def test_folders_of_different_data_are_not_compared(folders, shapes_root, tmp_path, capsys, what):
+    truth = json.loads(find_split("val", shapes_root).json.read_text())
+    if what == "images":
+        truth["images"].append({"id": 77, "file_name": "more.png"})
+    elif what == "annotations":
+        truth["annotations"][0]["bbox"][0] += 1
+    else:
+        truth["categories"][0]["name"] = "oval"
+    other = scored(truth, tmp_path / "other")
+    assert main(["compare", other, str(folders / "fine")]) == 2
+    assert f"were scored against different {what}; name what is common" in capsys.readouterr().err
+    words = ["--gt", str(find_split("val", shapes_root).json), "--resamples", "100"]
+    assert main(["compare", other, str(folders / "fine"), *words]) == 0
+
+
+def test_where_there_is_nothing_to_find_there_is_nothing_to_compare(shapes_root, tmp_path, capsys):
+    truth = json.loads(find_split("val", shapes_root).json.read_text())
+    out = scored(truth | {"annotations": []}, tmp_path / "empty")
+    capsys.readouterr()
+    assert main(["compare", out, out]) == 2
+    said = capsys.readouterr()
+    assert said.err == f"pix2seq.evaluation compare: error: {out} and {out}: {NOTHING}\n"
+    assert said.out == ""
 
 
 @pytest.mark.parametrize(
@@ -190,21 +199,21 @@ def test_folders_of_different_images_are_not_compared(folders, shapes_root, tmp_
     [
         (["{fine}", "/nowhere"], "B /nowhere: cannot be read"),
         (["{fine}", "{fine}", "--gt", "/nowhere.json"], "/nowhere.json: cannot be read"),
-        (["{fine}", "{fine}", "--resamples", "0"], "--resamples 0: must be at least 1"),
+        (["{fine}", "{fine}", "--resamples", "0"], "--resamples 0: must be at least 100"),
         (["{fine}", "{fine}", "--seed", "-1"], "--seed -1: must be at least 0"),
         (["{fine}", "{fine}", "--resamples", "x"], "--resamples: invalid int value"),
         (
-            ["{fine}", "{fine}", "--resamples", "2", "--output", "/nowhere/x.json"],
+            ["{fine}", "{fine}", "--resamples", "100", "--output", "/nowhere/x.json"],
             "--output /nowhere/x.json: cannot be",
         ),
         (["{fine}", "{fine}/metrics.json"], "a COCO results file is a list"),
         (["{fine}"], "required: b"),
         (["{fine}", "{fine}", "--gtt", "x"], "unrecognized arguments: --gtt"),
-        (["{fine}", "{bad}"], "is not what evaluate.py writes"),
+        (["{fine}", "{bad}"], "scored_against.json: has no list 'images'"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(folders, tmp_path, capsys, words, says):
-    (tmp_path / "evaluation.json").write_text("[]")
+    (tmp_path / "scored_against.json").write_text("[]")
     words = [word.format(fine=folders / "fine", bad=tmp_path) for word in words]
     try:
         code = main(["compare", *words])

@@ -13,9 +13,8 @@ from pix2seq.data.images import BadImage
 from pix2seq.decoding import DecodingOptions, write
 from pix2seq.evaluation import worst_picture
 from pix2seq.evaluation.commands import main
-from pix2seq.evaluation.token_picture import LEAST_BINS, _part
-from pix2seq.evaluation.tokens import attention_weights, read_again, read_object
-from pix2seq.evaluation.worst import WRONG, worst
+from pix2seq.evaluation.pictures import WRONG, worst
+from pix2seq.evaluation.tokens import LEAST_BINS, _part, attention_weights, read_again, read_object
 from pix2seq.model import build_detector
 from pix2seq.reporting import Reporter
 from pix2seq.run_folder import MOST_STEPS, RunFolder

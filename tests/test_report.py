@@ -15,12 +15,14 @@ import evaluate
 from pix2seq.command_line import parse
 from pix2seq.config import EvaluateArguments
 from pix2seq.data import find_split, load_annotations
+from pix2seq.evaluation import figures, matches
 from pix2seq.evaluation.analysis import analyse, best_of_each
-from pix2seq.evaluation.errors import KINDS
 from pix2seq.evaluation.examples import TRUTH, WRONG, draw_error
 from pix2seq.evaluation.figures import FIGURES
+from pix2seq.evaluation.matches import KINDS, match
+from pix2seq.evaluation.output_folder import Skipped
 from pix2seq.evaluation.report import write_report
-from pix2seq.scoring import METRICS, coco_metrics, load_ground_truth
+from pix2seq.scoring import METRICS, coco_metrics, load_ground_truth, numbered
 from pix2seq.visualize import CELL
 from tests.test_scoring import CATEGORIES, plain_pycocotools, random_dataset
 
@@ -223,6 +225,41 @@ def test_duplicates_by_hand():
     assert duplicates["without"] == {"AP": pytest.approx(1), "AP50": pytest.approx(1)}
 
 
+def test_where_nothing_is_right_no_threshold_is_named(tmp_path):
+    truth, predictions = one_of_each()
+    predictions = predictions[2:6]
+    numbers = analyse(truth, predictions).numbers
+    assert numbers["operating_point"] is None
+    assert numbers["confusion"]["matrix"][3] == [3, 0, 0, 0]  # all boxes: a cat on a dog is in another row
+    assert {row["count_at_operating_point"] for row in numbers["errors"]["kinds"]} == {None}
+    write_report(tmp_path, truth, predictions, None, "predictions", "wrong", Skipped())
+    text = check_page(tmp_path, 0)
+    assert "No box is right, whatever its score" in text
+    assert "there is no threshold to go by" in text
+    assert "(F1 " not in text
+
+
+def test_matching_takes_a_part_of_the_images_at_a_time(monkeypatch):
+    """The same matches whatever the part, and no more is asked of hotcoco at once."""
+    truth, predictions = numbered(*many_objects(1))
+    whole, asked = match(truth, predictions), []
+    score = matches.evaluate_fast
+    monkeypatch.setattr(matches, "AT_ONCE", 7)
+    monkeypatch.setattr(matches, "evaluate_fast", lambda *args: asked.append(len(args[0]["images"])) or score(*args))
+    parts = match(truth, predictions)
+    for name in ("row", "found", "ignored", "label", "score", "image"):
+        np.testing.assert_array_equal(getattr(parts, name), getattr(whole, name))
+    assert len(parts.row) > 100
+    assert max(asked) == 7
+
+
+def test_classes_without_a_name_make_no_noise(capfd):
+    truth, predictions = one_of_each()
+    truth["categories"] = [entry | {"name": ""} for entry in CATEGORIES]
+    analyse(truth, predictions)
+    assert capfd.readouterr() == ("", "")
+
+
 # -- the page --------------------------------------------------------------------------------------
 
 
@@ -290,14 +327,13 @@ def predictions_of_shapes(shapes_root):
 def test_the_page_shows_pictures_of_errors(shapes_root, tmp_path, predictions_of_shapes):
     truth, predictions = predictions_of_shapes
     annotations = load_annotations(find_split("val", shapes_root))
-    (tmp_path / "report").mkdir()
-    (tmp_path / "report" / "example_both.png").write_bytes(b"of an earlier evaluation")
-    write_report(tmp_path, truth, predictions, annotations, "predictions", "a < b & c")
+    write_report(tmp_path, truth, predictions, annotations, "predictions", "a < b & c", Skipped())
     kinds = {path.stem.removeprefix("example_") for path in (tmp_path / "report").glob("example_*")}
     assert {"localisation", "classification", "background"} <= kinds
     text = check_page(tmp_path, len(kinds))
     assert "Evaluation of a &lt; b &amp; c" in text
     assert "The truth" not in text
+    assert "No box is right" not in text
     for kind in set(KINDS) - kinds:
         assert kind in text.split("Not shown: ")[1]
 
@@ -323,7 +359,7 @@ def test_images_that_cannot_be_read_are_passed_over(shapes_root, tmp_path, predi
         path.write_bytes(b"no picture")
     annotations = load_annotations(find_split("val", root))
     (tmp_path / "out").mkdir()
-    write_report(tmp_path / "out", truth, predictions, annotations, "predictions", "broken")
+    write_report(tmp_path / "out", truth, predictions, annotations, "predictions", "broken", Skipped())
     assert "their images cannot be read" in check_page(tmp_path / "out", 0)
 
 
@@ -331,7 +367,7 @@ def test_images_that_cannot_be_read_are_passed_over(shapes_root, tmp_path, predi
 def test_nothing_found_and_nothing_to_find(tmp_path, empty):
     truth, predictions = one_of_each()
     truth = truth | {"annotations": []} if empty != "predictions" else truth
-    write_report(tmp_path, truth, [], None, "predictions", empty)
+    write_report(tmp_path, truth, [], None, "predictions", empty, Skipped())
     text = check_page(tmp_path, 0)
     assert ("There is nothing to find" in text) == (empty != "predictions")
     assert analyse(truth | {"annotations": []}, predictions).numbers["metrics"]["AP"] is None
@@ -351,11 +387,20 @@ def test_many_classes_and_names_of_all_kinds(tmp_path):
         truth["annotations"].append(entry | {"id": number, "area": box[2] * box[3], "iscrowd": 0})
         said = truth["categories"][int(rng.integers(40))]["id"]
         predictions += [entry | {"score": float(rng.random())}, entry | {"category_id": said, "score": 0.5}]
-    write_report(tmp_path, truth, predictions, None, "predictions", "names")
+    write_report(tmp_path, truth, predictions, None, "predictions", "names", Skipped())
     text = check_page(tmp_path, 0)
     assert "<b>&amp;" not in text
     assert "same (-3)" in text
     assert "same (-2)" in text
+
+
+def test_a_class_may_begin_with_an_underscore(monkeypatch):
+    """matplotlib takes such a label for one to be left out."""
+    truth, predictions = one_of_each()
+    truth["categories"] = [entry | {"name": f"_{entry['name']}"} for entry in CATEGORIES]
+    monkeypatch.setattr(figures, "to_image", lambda figure: figure)
+    chart = figures.precision_recall(analyse(truth, predictions).numbers)
+    assert [text.get_text() for text in chart.axes[1].get_legend().get_texts()] == ["0.000 _dog", "0.337 _cat"]
 
 
 # -- evaluate.py --report --------------------------------------------------------------------------
@@ -403,11 +448,91 @@ def test_report_without_a_folder_is_refused(capsys):
     assert "--report: needs --output_dir" in capsys.readouterr().err
 
 
-def test_a_folder_that_cannot_be_written_is_named(shapes_root, tmp_path, capsys):
-    (tmp_path / "report").write_text("a file of this name")
-    words = ("--oracle", "--root", shapes_root, "--output_dir", tmp_path, "--num_pictures", 0, "--report")
-    assert run(*words) == 2
-    assert f"--output_dir {tmp_path}: cannot be written to" in capsys.readouterr().err
+def contents(folder) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_an_earlier_report_is_not_taken_for_a_later_one(shapes_root, tmp_path, blank_charts):
+    """Its files go with its metrics, and nothing else does."""
+    out = tmp_path / "out"
+    words = ("--oracle", "--root", shapes_root, "--num_bins", 5, "--output_dir", out)
+    assert run(*words, "--report") == 0
+    assert any(name.startswith("report/example_") for name in contents(out))
+    for name in ("report/mine.png", "notes.txt"):
+        (out / name).write_text("mine")
+    assert run(*words, "--num_pictures", 0) == 0
+    numbers = {"metrics.json", "predictions.json", "scored_against.json", "evaluation.json"}
+    assert contents(out) == numbers | {"report/mine.png", "notes.txt"}
+    (out / "report/mine.png").unlink()
+    assert run(*words) == 0
+    assert not (out / "report").exists()
+
+
+def test_what_is_skipped_is_counted_and_named(shapes_root, tmp_path, blank_charts):
+    """By page and evaluation.json, which are sent to others: neither names a folder of this machine."""
+    root, out = tmp_path / "shapes", tmp_path / "out"
+    shutil.copytree(shapes_root, root)
+    split = find_split("val", root)
+    truth = json.loads(split.json.read_text())
+    for image in truth["images"][:4]:
+        (split.images / image["file_name"]).write_bytes(b"")
+    truth["annotations"][0]["category_id"] = 99
+    split.json.write_text(json.dumps(truth))
+    assert run("--oracle", "--root", root, "--output_dir", out, "--report") == 0
+    names = [image["file_name"] for image in truth["images"]]
+    about = json.loads((out / "evaluation.json").read_text())
+    assert about["ground_truth"] == split.json.name
+    reasons = [f"{name}: it is empty (0 bytes)" for name in names[:3]]
+    assert about["unreadable_images"] == {"count": 4, "first": reasons}
+    assert about["annotation_faults"]["kinds"] == {"unknown-category": 1}
+    (fault,) = about["annotation_faults"]["first"]
+    assert fault.startswith(f"annotation {truth['annotations'][0]['id']}: ")
+    text = (out / "report.html").read_text()
+    assert f"Not read: 4 images, whose objects count as not found. {'; '.join(reasons)} (and 1 more)" in text
+    assert "Faults in the annotation file: 1 unknown-category" in text
+    assert str(tmp_path) not in text + (out / "evaluation.json").read_text()
+
+
+def test_files_to_be_sent_name_no_folder_of_this_machine(shapes_root, tmp_path, make_model, blank_charts):
+    model, out = tmp_path / "run" / "best", tmp_path / "out"
+    make_model(decoder_layers=1, max_objects=1).save_pretrained(model)
+    words = ("--root", shapes_root, "--num_workers", 0, "--eval_batch_size", 5, "--output_dir", out, "--report")
+    assert run("--checkpoint", model, *words) == 0
+    text = (out / "report.html").read_text()
+    assert "Evaluation of run/best" in text
+    assert "Not read" not in text
+    told = text + (out / "evaluation.json").read_text() + (out / "scored_against.json").read_text()
+    assert str(tmp_path) not in told
+    assert str(shapes_root) not in told
+
+
+def test_a_folder_that_cannot_be_written_is_named(shapes_root, tmp_path, capsys, monkeypatch):
+    """Before the detector runs where it can be known, and in one line whenever."""
+    monkeypatch.setattr(evaluate, "oracle_predictions", None)  # it is not reached
+
+    def complaint(folder) -> str:
+        assert run("--oracle", "--root", shapes_root, "--output_dir", folder, "--num_pictures", 0, "--report") == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"evaluate.py: error: --output_dir {folder}: cannot be written to (")
+        assert error.count("\n") == 1
+        return error
+
+    (tmp_path / "a" / "metrics.json").mkdir(parents=True)
+    assert "metrics.json is a folder there" in complaint(tmp_path / "a")
+    (tmp_path / "b" / "report" / "kept.png").mkdir(parents=True)
+    assert "kept.png is a folder there" in complaint(tmp_path / "b")
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "report").write_text("a file of this name")
+    assert "report is a file there" in complaint(tmp_path / "c")
+    complaint(tmp_path / "c" / "report")
+    complaint("/proc/self")  # where nobody can write
+
+    def full(*_, **__):
+        (tmp_path / "d" / "report.html").mkdir()
+        return []
+
+    monkeypatch.setattr(evaluate, "oracle_predictions", full)
+    complaint(tmp_path / "d")
 
 
 @pytest.mark.slow
@@ -418,7 +543,13 @@ def test_a_browser_opens_the_page(tmp_path, shapes_root, predictions_of_shapes):
         pytest.skip("no Chromium is installed")
     truth, predictions = predictions_of_shapes
     write_report(
-        tmp_path, truth, predictions, load_annotations(find_split("val", shapes_root)), "predictions", "shapes"
+        tmp_path,
+        truth,
+        predictions,
+        load_annotations(find_split("val", shapes_root)),
+        "predictions",
+        "shapes",
+        Skipped(),
     )
     page = tmp_path / "report.html"
     # A second page says of the first what only a browser knows.

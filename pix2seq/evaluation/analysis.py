@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pix2seq.evaluation.errors import KINDS, Error, find_errors, operating_point, without_crowds
-from pix2seq.evaluation.matches import Matches, match
+from pix2seq.evaluation.matches import KINDS, Error, Matches, find_errors, match, operating_point, without_crowds
+from pix2seq.progress import progress
 from pix2seq.scoring import METRICS, check_predictions, class_names, evaluate_fast, numbered
 
 KEPT = (1, 2, 5, 10, 20, 50, 100)  # objects of an image, best score first
@@ -35,9 +35,13 @@ def analyse(truth: dict, predictions: list[dict], name: str = "predictions") -> 
     errors = find_errors(truth, predictions, matches)
     plain = without_crowds(truth, predictions, matches)
     plain_split = plain.tide_errors(pos_thr=0.5, bg_thr=0.1)
+    calibrated = calibration(plain, predictions)
     point = operating_point(matches)
     wrong = [error for error in errors if error.prediction >= 0]
-    sure = Counter(error.kind for error in wrong if predictions[error.prediction]["score"] >= point["score"])
+    least = None if point is None else point["score"]
+    sure = Counter(e.kind for e in wrong if least is not None and predictions[e.prediction]["score"] >= least)
+    confused = confusion(plain, least, names)
+    del plain  # as large as all predictions
     numbers = {
         "images": len(truth["images"]),
         "objects": int(matches.counted.sum()),
@@ -50,7 +54,7 @@ def analyse(truth: dict, predictions: list[dict], name: str = "predictions") -> 
         "by_quarter": by_quarter(truth, predictions),
         "by_count": by_count(evaluation, matches),
         "operating_point": point,
-        "confusion": confusion(plain, point["score"], names),
+        "confusion": confused,
         "errors": {
             "AP50": _number(plain_split["ap_base"]),
             "kinds": [
@@ -58,14 +62,17 @@ def analyse(truth: dict, predictions: list[dict], name: str = "predictions") -> 
                     "kind": kind,
                     "dAP": float(plain_split["delta_ap"][key]),
                     "count": plain_split["counts"][key],
-                    "count_at_operating_point": None if kind == "missed" else sure[kind],
+                    "count_at_operating_point": None if kind == "missed" or point is None else sure[kind],
                 }
                 for kind, key in KINDS.items()
             ],
         },
         "duplicates": duplicates(truth, predictions, errors, evaluation),
-        "calibration": calibration(plain, predictions),
-        "kept": [{"kept": count} | _aps(evaluate_fast(truth, best_of_each(predictions, count))) for count in KEPT],
+        "calibration": calibrated,
+        "kept": [
+            {"kept": count} | _aps(evaluate_fast(truth, best_of_each(predictions, count)))
+            for count in progress(KEPT, "keeping fewer")
+        ],
     }
     return Analysis(numbers, truth, predictions, errors)
 
@@ -168,10 +175,10 @@ def by_count(evaluation, matches: Matches) -> list[dict]:
     ]
 
 
-def confusion(plain, score: float, names: list[str]) -> dict:
+def confusion(plain, score: float | None, names: list[str]) -> dict:
     """Matrix (C + 1, C + 1): rows are the truth, the last the background; columns what was predicted, the last missed.
 
-    Of predictions of at least `score`, matched at IoU 0.5 whatever their class, best score first.
+    Of predictions of at least `score`, all if it is None, matched at IoU 0.5 whatever their class, best score first.
     """
     found = plain.confusion_matrix(iou_thr=0.5, min_score=score)
     return {"score": score, "IoU": 0.5, "classes": names, "matrix": found["matrix"].astype(int).tolist()}

@@ -106,6 +106,15 @@ THRESHOLD = (
     "detector. Best score first, a box takes the object it overlaps most, from IoU 0.5 on, whatever its "
     "class."
 )
+AT_THRESHOLD = (
+    "With boxes of score {score:.2f} and above, {recall:.0%} of the objects are found, and {precision:.0%} of the "
+    "boxes are right (IoU 0.5)."
+)
+NONE_RIGHT = "No box is right, whatever its score (IoU 0.5)."
+NOTHING_RIGHT = (
+    "Counted are all boxes, whatever their score. None of them is right at IoU 0.5, so there is no threshold to go "
+    "by. Best score first, a box takes the object it overlaps most, from IoU 0.5 on, whatever its class."
+)
 DUPLICATES = (
     "{count:,} of {total:,} predictions lie, at IoU 0.5, on an object that a better-scored one of the same "
     "class has found already. Without them AP would be {without[AP]:.3f} instead of {before[AP]:.3f}, and "

@@ -17,12 +17,12 @@ from torchvision.transforms.v2.functional import to_pil_image
 from transformers.utils import logging as transformers_logging
 
 from pix2seq.data.coco import read_json
+from pix2seq.data.faults import tally
 from pix2seq.data.images import BadImage, Picture
 from pix2seq.errors import UserError
-from pix2seq.evaluation.compare import compare, table, verdict
-from pix2seq.evaluation.provenance import load_truth, read_provenance
-from pix2seq.evaluation.token_picture import token_picture
-from pix2seq.evaluation.tokens import read_object
+from pix2seq.evaluation.compare import FEWEST_RESAMPLES, common_truth, compare, table, verdict
+from pix2seq.evaluation.output_folder import read_truth
+from pix2seq.evaluation.tokens import read_object, token_picture
 from pix2seq.model import load_detector
 from pix2seq.scoring import check_predictions, load_ground_truth
 from pix2seq.transforms import EvalTransform
@@ -46,10 +46,12 @@ def parse_compare(words: list[str]) -> argparse.Namespace:
 
 def _compare(words: list[str]) -> int:
     args = parse_compare(words)
-    for name, value, least in (("resamples", args.resamples, 1), ("seed", args.seed, 0)):
+    for name, value, least in (("resamples", args.resamples, FEWEST_RESAMPLES), ("seed", args.seed, 0)):
         if value < least:
             raise UserError(f"--{name} {value}: must be at least {least}")
     truth = _ground_truth(args)
+    if not any(not entry["iscrowd"] for entry in truth["annotations"]):
+        raise UserError(f"{args.a} and {args.b}: there is no object to find in these images, so no AP to compare")
     results = []
     for letter, path in (("A", args.a), ("B", args.b)):
         file = path / "predictions.json" if path.is_dir() else path
@@ -66,18 +68,15 @@ def _compare(words: list[str]) -> int:
 
 def _ground_truth(args) -> dict:
     """What both were scored against, which must be the same, or --gt. Raises UserError."""
-    known = [read_provenance(path) for path in (args.a, args.b)]
-    if known[0] and known[1] and known[0] != known[1] and args.gt is None:
-        raise UserError(
-            f"{args.a} and {args.b}: were scored against different images or classes "
-            f"({known[0]['ground_truth']}, {known[1]['ground_truth']}); name what is common to them with --gt"
-        )
-    found = known[0] or known[1]
     if args.gt is not None:
-        return load_ground_truth(args.gt, warn=print)
-    if found is None:
+        return load_ground_truth(args.gt, warn=lambda faults: print(f"faults in {args.gt}: {tally(faults)}"))
+    known = [truth for truth in map(read_truth, (args.a, args.b)) if truth is not None]
+    if not known:
         raise UserError("--gt: missing (the COCO annotation file of the images; neither A nor B tells which)")
-    return load_truth(found)
+    truth, what = common_truth(known[0], known[-1])
+    if truth is None:
+        raise UserError(f"{args.a} and {args.b}: were scored against different {what}; name what is common with --gt")
+    return truth
 
 
 def _write(path: Path, rows, sentence: str, args) -> None:

@@ -13,6 +13,7 @@ from pix2seq.progress import progress
 from pix2seq.scoring import class_names, numbered
 
 RECALLS = np.linspace(0, 1, 101)
+FEWEST_RESAMPLES = 100  # of fewer, an interval's ends are two or three resamples
 FEWEST_IMAGES = 20  # of fewer, noise is called a difference more often than in one case of twenty
 INTERVAL = (2.5, 97.5)  # percentiles
 
@@ -24,27 +25,23 @@ class Resampled:
         self.image, self.num_classes = matches.image, matches.num_classes
         self.object_image = matches.object_image[matches.counted]
         self.object_label = matches.object_label[matches.counted]
-        self.ignored = [row if row.any() else None for row in matches.ignored]
-        self.hits = [np.flatnonzero(row) for row in matches.right]
-        labels = np.arange(self.num_classes + 1)
-        self.starts = np.searchsorted(matches.label, labels)  # of each class among the predictions
-        self.hit_starts = [np.searchsorted(matches.label[hits], labels) for hits in self.hits]
+        self.starts = np.searchsorted(matches.label, np.arange(self.num_classes))  # of classes among the predictions
+        self.rows = []  # of each IoU: true positives, their classes; ignored ones, how many of them before each
+        for right, ignored in zip(matches.right, matches.ignored, strict=True):
+            hits, passed = np.flatnonzero(right), np.flatnonzero(ignored)
+            before = [np.searchsorted(passed, places) for places in (hits, self.starts)]
+            self.rows.append((hits, matches.label[hits], passed, *before))
 
     def __call__(self, counts: np.ndarray) -> np.ndarray:
         """Counts (images,) -> AP (10, classes), NaN of a class without objects."""
         weight = counts[self.image]
         objects = np.bincount(self.object_label, counts[self.object_image], self.num_classes)
-        all_seen, ap = _cumulated(weight), np.full((len(IOUS), self.num_classes), np.nan)
-        for row, (hits, starts, ignored) in enumerate(zip(self.hits, self.hit_starts, self.ignored, strict=True)):
-            seen = all_seen if ignored is None else _cumulated(np.where(ignored, 0, weight))
-            found = _cumulated(weight[hits])
-            for label in np.flatnonzero(objects):
-                first, end = starts[label], starts[label + 1]
-                ap[row, label] = _average_precision(
-                    found[first + 1 : end + 1] - found[first],
-                    seen[hits[first:end] + 1] - seen[self.starts[label]],
-                    objects[label],
-                )
+        every, ap = _cumulated(weight), np.full((len(IOUS), self.num_classes), np.nan)
+        for row, (hits, label, passed, before_hit, before_class) in enumerate(self.rows):
+            skipped = _cumulated(weight[passed])
+            seen = every[hits + 1] - skipped[before_hit] - (every[self.starts] - skipped[before_class])[label]
+            precision = _average_precision(weight[hits], seen, label, objects)
+            ap[row, objects > 0] = precision[objects > 0]
         return ap
 
 
@@ -52,15 +49,38 @@ def _cumulated(values: np.ndarray) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(values)])
 
 
-def _average_precision(found: np.ndarray, seen: np.ndarray, objects: float) -> float:
-    """COCO's AP of a class, from how many are found and how many predictions seen up to each true positive.
+def _average_precision(weight: np.ndarray, seen: np.ndarray, label: np.ndarray, objects: np.ndarray) -> np.ndarray:
+    """COCO's AP of each class, given its `objects` (classes,). Of true positives, sorted by class, then score: how
+    often each counts, the predictions of its class seen up to it, its class.
 
     Precision has its maxima there, and recall grows nowhere else: the false positives between them need no look.
     """
+    before = np.searchsorted(label, np.arange(len(objects)))  # of each class
+    total = _cumulated(weight)
+    found = total[1:] - total[before][label]
     precision = np.divide(found, seen, out=np.zeros(len(found)), where=seen > 0)
-    highest = np.maximum.accumulate(precision[::-1])[::-1]
-    reached = np.searchsorted(found / objects, RECALLS)
-    return float(np.append(highest, 0.0)[reached].mean())
+    # The highest precision from here on, in the class: classes are set apart, so that a maximum ends where they do.
+    apart = 2.0 * (len(objects) - label)
+    highest = np.maximum.accumulate((precision + apart)[::-1])[::-1] - apart
+    # How many of COCO's recalls are first reached here. 0 is reached by the first, whether it is drawn or not.
+    reached = np.searchsorted(RECALLS, found / np.maximum(objects, 1)[label], side="right")
+    new = np.diff(reached, prepend=0)
+    first = before[before < len(label)]
+    new[first] = reached[first]
+    return np.bincount(label, highest * new, len(objects)) / len(RECALLS)
+
+
+def common_truth(a: dict, b: dict) -> tuple[dict | None, str]:
+    """One ground truth for both, if they have the same images and objects and no id is two classes; else None and what
+    differs. A detector's has its classes, which may be more than those of the file."""
+    for what, keys in (("images", ("id",)), ("annotations", ("image_id", "category_id", "bbox", "area", "iscrowd"))):
+        one, other = (sorted([entry[key] for key in keys] for entry in truth[what]) for truth in (a, b))
+        if one != other:
+            return None, what
+    categories = {entry["id"]: entry for entry in (*b["categories"], *a["categories"])}
+    if any(categories[entry["id"]]["name"] != entry["name"] for entry in b["categories"]):
+        return None, "classes"
+    return a | {"categories": [categories[key] for key in sorted(categories)]}, ""
 
 
 @dataclass
@@ -139,6 +159,9 @@ def table(rows: list[Row]) -> str:
         if number == 3:
             lines.append("AP by class")
         told = " *" if row.low > 0 or row.high < 0 else ""
+        if np.isnan(row.a):
+            lines.append(f"{row.name:<{width}}   no objects")
+            continue
         values = f"{row.a:>9.3f}{row.b:>9.3f}{row.difference:>+9.3f}"
         lines.append(f"{row.name:<{width}}{values}   {row.low:+.3f} to {row.high:+.3f}{told}")
     return "\n".join(lines)

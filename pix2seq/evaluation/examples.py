@@ -10,7 +10,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 from pix2seq.data import Annotations
 from pix2seq.data.images import BadImage
 from pix2seq.evaluation.analysis import Analysis
-from pix2seq.evaluation.errors import KINDS, Error
+from pix2seq.evaluation.matches import KINDS, Error
 from pix2seq.visualize import CELL, PALETTE, draw_boxes, enlarge, grid
 
 TRUTH, WRONG = PALETTE[1], PALETTE[0]  # sky blue and orange: names in black are legible on both

@@ -89,8 +89,9 @@ def precision_recall(numbers: dict) -> Image.Image:
     colors = (VERMILLION, ORANGE, PALETTE[6], SKY, GREEN, BLUE)
     for number, name in enumerate(ranked):
         values = found["classes"][name]["0.50"]
+        # The number first: a legend leaves out what begins with an underscore, and names may.
         style = ("-", "--", ":")[number % 3]
-        axes[1].plot(found["recall"], values, style, color=colors[number], label=f"{name[:30]} {np.mean(values):.3f}")
+        axes[1].plot(found["recall"], values, style, color=colors[number], label=f"{np.mean(values):.3f} {name[:30]}")
     for axis in axes:
         axis.set(xlabel="recall: share of the objects that is found", xlim=(0, 1.01), ylim=(0, 1.03))
         _legend(axis, "lower left")
@@ -103,7 +104,7 @@ def _legend_above(figure: Figure, axis) -> None:
 
 
 def _legend(axis, place: str) -> None:
-    """Names of classes may hold dollars and underscores, which mean something to a legend."""
+    """Names of classes may hold dollars, which mean something to a legend."""
     if axis.get_legend_handles_labels()[0]:
         for text in axis.legend(loc=place, fontsize=8).get_texts():
             text.set_parse_math(False)
@@ -159,17 +160,17 @@ def confusion(numbers: dict) -> Image.Image:
 def errors(numbers: dict) -> Image.Image:
     """What correcting each kind of error would give, and how many there are; of boxes that count, in brackets."""
     rows = numbers["errors"]["kinds"]
-    figure, (gain, count) = _axes(3.0, 2, sharey=True)
+    figure, (gain, count) = _axes(3.2, 2, sharey=True)
     names, places = [row["kind"] for row in rows], np.arange(len(rows))
     gain.barh(places, [row["dAP"] for row in rows], 0.65, color=VERMILLION)
     gain.set_xlim(0, 1.18 * max(*(row["dAP"] for row in rows), 1e-3))
     count.barh(places, [row["count"] for row in rows], 0.65, color=SKY, label="of any score")
-    score = numbers["operating_point"]["score"]
-    sure = [row["count_at_operating_point"] or 0 for row in rows]
-    count.barh(places, sure, 0.35, color=BLUE, label=f"of score {score:.2f} or more")
+    if (point := numbers["operating_point"]) is not None:
+        sure = [row["count_at_operating_point"] or 0 for row in rows]
+        count.barh(places, sure, 0.35, color=BLUE, label=f"of score {point['score']:.2f} or more")
     count.set_xscale("symlog", linthresh=1)
     count.set_xlim(0, 20 * max(*(row["count"] for row in rows), 1))
-    count.legend(loc="lower right", fontsize=8)
+    _legend_above(figure, count)
     for place, row in zip(places, rows, strict=True):
         gain.text(row["dAP"], place, f" {row['dAP']:.3f}", va="center", fontsize=9)
         of_them = "" if row["count_at_operating_point"] is None else f" ({row['count_at_operating_point']:,})"

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -21,6 +22,7 @@ nav a { background: #fff; border: 1px solid #d6dbe3; border-radius: 14px; paddin
 section { background: #fff; border: 1px solid #e1e5eb; border-radius: 10px; padding: 22px 26px; margin: 0 0 20px; }
 figure { margin: 0; } img { display: block; max-width: 100%; height: auto; margin: 4px auto 8px; }
 figcaption { color: #3b4656; border-left: 3px solid #56B4E9; padding-left: 12px; font-size: 15px; }
+code { font-size: 14px; white-space: nowrap; }
 ul { margin: 0; padding-left: 22px; }
 .scroll { max-height: 520px; overflow: auto; margin: 8px 0; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 14px; width: 100%; }
@@ -42,7 +44,12 @@ class Section:
 
 
 def paragraph(text: str) -> str:
-    return f"<p>{escape(text)}</p>"
+    return f"<p>{_prose(text)}</p>"
+
+
+def _prose(text: str) -> str:
+    """Flags as code, which does not break after their dashes."""
+    return re.sub(r"--\w+", r"<code>\g<0></code>", escape(text))
 
 
 def points(lines: Sequence[str]) -> str:
@@ -83,7 +90,7 @@ def figure(image: Image.Image, caption: str, alternative: str, title: str = "", 
     heading = f"<h3>{escape(title)}</h3>" if title else ""
     return (
         f'<figure>{heading}<img alt="{escape(alternative)}" width="{image.width}" height="{image.height}" '
-        f'src="data:image/{kind};base64,{data}"><figcaption>{escape(caption)}</figcaption></figure>'
+        f'src="data:image/{kind};base64,{data}"><figcaption>{_prose(caption)}</figcaption></figure>'
     )
 
 

@@ -5,18 +5,15 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from PIL import Image
-from torchvision.transforms.v2.functional import to_pil_image
 from tqdm import tqdm
 
-from pix2seq.data import Annotations, EvalDataset, eval_loader
+from pix2seq.data import EvalDataset, eval_loader
 from pix2seq.data.images import BadImage
 from pix2seq.decoding import DecodingOptions, Detections, Interrupted, NonFiniteLogits
 from pix2seq.preemption import Stopped
 from pix2seq.progress import progress
 from pix2seq.tokenizer import Tokenizer
 from pix2seq.transforms import to_original_pixels
-from pix2seq.visualize import CELL, GREY, color_of, draw_boxes, enlarge, side_by_side
 
 
 def predict(
@@ -27,13 +24,13 @@ def predict(
     accelerator,
     num_workers: int = 0,
     stop: Callable[[], bool] = lambda: False,
-    warn: Callable[[str], None] = tqdm.write,
+    warn: Callable[[list[str]], None] | None = None,
 ) -> list[dict]:
     """COCO results of every image of the dataset, gathered from all ranks in the dataset's order.
 
     The model is put in eval mode and back. Every rank calls this, and every rank gets the whole list. `stop` says
     whether this process has been told to stop: if any has, all of them raise Stopped, in the middle of a batch too.
-    Nothing is found on images that cannot be read; the main process tells of them by `warn`.
+    Nothing is found on images that cannot be read; on the main process `warn` is given a line for each.
     """
     rank, world_size = accelerator.process_index, accelerator.num_processes
     batches = iter(eval_loader(dataset, batch_size, rank, world_size, num_workers))
@@ -81,14 +78,15 @@ def predict(
     gathered = accelerator.gather_for_metrics(results, use_gather_object=True)
     by_image = {image_id: rows for image_id, rows, _ in reversed(gathered)}
     if accelerator.is_main_process:
-        warn_of_unreadable([line for *_, line in gathered if line], warn)
+        (warn or warn_of_unreadable)([line for *_, line in gathered if line])
     return [row for image_id in dataset.annotations.image_ids.tolist() for row in by_image[image_id]]
 
 
-def warn_of_unreadable(lines: list[str], warn: Callable[[str], None]) -> None:
+def warn_of_unreadable(lines: list[str], write: Callable[[str], None] = tqdm.write) -> None:
+    """One line of all there are, if there are any."""
     if lines:
         more = f" (and {len(lines) - 3} more)" if len(lines) > 3 else ""
-        warn(f"{len(lines)} images cannot be read; their objects count as not found: {'; '.join(lines[:3])}{more}")
+        write(f"{len(lines)} images cannot be read; their objects count as not found: {'; '.join(lines[:3])}{more}")
 
 
 def coco_results(image_id: int, detections: Detections, category_ids: list[int]) -> list[dict]:
@@ -107,8 +105,11 @@ def coco_results(image_id: int, detections: Detections, category_ids: list[int])
     return rows
 
 
-def oracle_predictions(dataset: EvalDataset, tokenizer: Tokenizer) -> list[dict]:
-    """The ground truth through the tokenizer and back, as COCO results: what a perfect model would score."""
+def oracle_predictions(
+    dataset: EvalDataset, tokenizer: Tokenizer, warn: Callable[[list[str]], None] | None = None
+) -> list[dict]:
+    """The ground truth through the tokenizer and back, as COCO results: what a perfect model would score. `warn`: see
+    `predict`."""
     annotations, transform = dataset.annotations, dataset.transform
     results, unreadable = [], []
     for index in progress(range(len(dataset)), "oracle"):
@@ -124,31 +125,5 @@ def oracle_predictions(dataset: EvalDataset, tokenizer: Tokenizer) -> list[dict]
         boxes = to_original_pixels(boxes, transform.image_size, canvas.size, tuple(picture.shape[-2:]))
         detections = Detections(boxes, labels, np.ones(len(boxes)))
         results += coco_results(image_id, detections, annotations.categories.ids)
-    warn_of_unreadable(unreadable, tqdm.write)
+    (warn or warn_of_unreadable)(unreadable)
     return results
-
-
-def prediction_picture(annotations: Annotations, predictions: list[dict], count: int, min_score: float = 0.3):
-    """The first `count` images with ground truth on the left and predictions of at least `min_score` on the right.
-
-    One that cannot be read is grey.
-    """
-    names = annotations.categories.names
-    label_of_category = {category_id: label for label, category_id in enumerate(annotations.categories.ids)}
-    pairs = []
-    for index in range(min(count, len(annotations))):
-        boxes, labels = annotations.objects(index)
-        try:
-            image = to_pil_image(annotations.picture(index).pixels())
-        except BadImage:
-            image, boxes, labels = Image.new("RGB", (CELL, CELL), GREY), boxes[:0], labels[:0]
-        large, boxes = enlarge(image, boxes, CELL)
-        truth = draw_boxes(large, boxes, [names[label] for label in labels], [color_of(label) for label in labels])
-        shown = [p for p in predictions if p["image_id"] == annotations.image_ids[index] and p["score"] >= min_score]
-        boxes = np.array([p["bbox"] for p in shown]).reshape(-1, 4)
-        boxes[:, 2:] += boxes[:, :2]
-        labels = [label_of_category[p["category_id"]] for p in shown]
-        captions = [f"{names[label]} {p['score']:.2f}" for label, p in zip(labels, shown, strict=True)]
-        large, boxes = enlarge(image, boxes, CELL)
-        pairs.append((truth, draw_boxes(large, boxes, captions, [color_of(label) for label in labels])))
-    return side_by_side(pairs)

@@ -6,44 +6,43 @@ from pathlib import Path
 from PIL import Image
 
 from pix2seq.data import Annotations
-from pix2seq.errors import UserError
 from pix2seq.evaluation import captions
 from pix2seq.evaluation.analysis import Analysis, analyse
-from pix2seq.evaluation.errors import KINDS
 from pix2seq.evaluation.examples import LEAST_SCORE, example_pictures
 from pix2seq.evaluation.figures import FIGURES
+from pix2seq.evaluation.matches import KINDS
+from pix2seq.evaluation.output_folder import Skipped
 from pix2seq.evaluation.page import Section, figure, page, paragraph, points, table
+from pix2seq.progress import progress
 from pix2seq.scoring import METRICS
 
 MOST_PAIRS = 10  # of confused classes
 
 
 def write_report(
-    folder: Path, truth: dict, predictions: list[dict], annotations: Annotations | None, name: str, title: str
+    folder: Path,
+    truth: dict,
+    predictions: list[dict],
+    annotations: Annotations | None,
+    name: str,
+    title: str,
+    skipped: Skipped,
 ) -> None:
     """report.html, report.json and report/*.png in a folder. Without `annotations` there are no example pictures.
 
-    Raises UserError, in which the predictions are called `name`.
+    Raises UserError, in which the predictions are called `name`, and OSError.
     """
-    try:
-        (folder / "report").mkdir(exist_ok=True)  # before the work
-    except OSError as error:
-        raise UserError(f"--output_dir {folder}: cannot be written to ({error.strerror})") from None
     analysis = analyse(truth, predictions, name)
-    charts = {key: draw(analysis.numbers) for key, draw in FIGURES.items()}
+    charts = {key: draw(analysis.numbers) for key, draw in progress(FIGURES.items(), "drawing")}
     examples = example_pictures(analysis, annotations) if annotations is not None else {}
-    text = page(
-        f"Evaluation of {title}", _facts(analysis), _sections(analysis, charts, examples, annotations), captions.FOOTER
-    )
-    try:
-        for stale in (folder / "report").glob("example_*.png"):  # of an evaluation that made other errors
-            stale.unlink()
-        for key, image in (charts | {f"example_{kind}": image for kind, image in examples.items()}).items():
-            image.save(folder / "report" / f"{key}.png")
-        (folder / "report.json").write_text(json.dumps(analysis.numbers, indent=1) + "\n")
-        (folder / "report.html").write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--output_dir {folder}: cannot be written to ({error.strerror})") from None
+    summary = Section("summary", "In short", [points(_summary(analysis.numbers) + skipped.lines())])
+    sections = [summary, *_sections(analysis, charts, examples, annotations)]
+    text = page(f"Evaluation of {title}", _facts(analysis), sections, captions.FOOTER)
+    (folder / "report").mkdir(exist_ok=True)
+    for key, image in (charts | {f"example_{kind}": image for kind, image in examples.items()}).items():
+        image.save(folder / "report" / f"{key}.png")
+    (folder / "report.json").write_text(json.dumps(analysis.numbers, indent=1) + "\n")
+    (folder / "report.html").write_text(text, encoding="utf-8")
 
 
 def _facts(analysis: Analysis) -> str:
@@ -63,9 +62,9 @@ def _sections(
     def chart(key: str) -> str:
         return figure(charts[key], captions.CAPTIONS[key], captions.ALTERNATIVES[key])
 
-    threshold = captions.THRESHOLD.format(**numbers["operating_point"])
+    point = numbers["operating_point"]
+    threshold = captions.NOTHING_RIGHT if point is None else captions.THRESHOLD.format(**point)
     return [
-        Section("summary", "In short", [points(_summary(numbers))]),
         Section("metrics", "The COCO numbers", [_metrics_table(numbers)]),
         Section("classes", "Classes", [chart("classes"), _class_table(numbers)]),
         Section("curves", "Precision and recall", [chart("precision_recall")]),
@@ -141,8 +140,7 @@ def _summary(numbers: dict) -> list[str]:
     ranked = sorted((row for row in numbers["classes"] if row["AP"] is not None), key=lambda row: row["AP"])
     lines = [
         f"AP {metrics['AP']:.3f}, AP50 {metrics['AP50']:.3f}, AP75 {metrics['AP75']:.3f}.",
-        f"With boxes of score {point['score']:.2f} and above, {point['recall']:.0%} of the objects are found, and "
-        f"{point['precision']:.0%} of the boxes are right (IoU 0.5).",
+        captions.NONE_RIGHT if point is None else captions.AT_THRESHOLD.format(**point),
     ]
     if worst["dAP"] > 0:
         lines.append(

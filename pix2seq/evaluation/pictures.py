@@ -1,4 +1,4 @@
-"""The images a detector is most wrong about, drawn with what is wrong in another colour."""
+"""Ground truth beside predictions: the first images, and those a detector is most wrong about."""
 
 from dataclasses import dataclass
 
@@ -9,12 +9,38 @@ from torchvision.transforms.v2.functional import to_pil_image
 from pix2seq.data import Annotations
 from pix2seq.data.images import BadImage
 from pix2seq.scoring import box_ious
-from pix2seq.visualize import CELL, GREY, PALETTE, draw_boxes, enlarge, grid, paragraph
+from pix2seq.visualize import CELL, GREY, PALETTE, color_of, draw_boxes, enlarge, grid, paragraph, side_by_side
 
 RIGHT, WRONG = PALETTE[1], PALETTE[0]  # sky blue and orange: names in black are legible on both
 LEAST_SCORE = 0.3  # of the predictions that count, and are drawn
 FOREGROUND = 0.5  # IoU from which a prediction is on an object
 COLUMNS = 2  # images in a row
+
+
+def prediction_picture(annotations: Annotations, predictions: list[dict], count: int):
+    """The first `count` images with ground truth on the left and predictions of a score of at least 0.3 on the right.
+
+    One that cannot be read is grey.
+    """
+    names = annotations.categories.names
+    label_of_category = {category_id: label for label, category_id in enumerate(annotations.categories.ids)}
+    pairs = []
+    for index in range(min(count, len(annotations))):
+        boxes, labels = annotations.objects(index)
+        try:
+            image = to_pil_image(annotations.picture(index).pixels())
+        except BadImage:
+            image, boxes, labels = Image.new("RGB", (CELL, CELL), GREY), boxes[:0], labels[:0]
+        large, boxes = enlarge(image, boxes, CELL)
+        truth = draw_boxes(large, boxes, [names[label] for label in labels], [color_of(label) for label in labels])
+        shown = [p for p in predictions if p["image_id"] == annotations.image_ids[index] and p["score"] >= LEAST_SCORE]
+        boxes = np.array([p["bbox"] for p in shown]).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        labels = [label_of_category[p["category_id"]] for p in shown]
+        captions = [f"{names[label]} {p['score']:.2f}" for label, p in zip(labels, shown, strict=True)]
+        large, boxes = enlarge(image, boxes, CELL)
+        pairs.append((truth, draw_boxes(large, boxes, captions, [color_of(label) for label in labels])))
+    return side_by_side(pairs)
 
 
 @dataclass(frozen=True)
