@@ -30,7 +30,7 @@ def parse(kind: type, argv: list[str] | None = None, program: str | None = None)
 
     kind.PRESETS, if it has one, names flags whose value stands for other flags: {"size": value -> {flag: value}}.
     The command line wins over the recipe, and either over what its own presets stand for. kind.DEFAULTS is the same,
-    but for that anything wins over it.
+    but for that anything wins over it. kind.WORDS, if it has one, names the list that words without a flag belong to.
     """
     argv = sys.argv[1:] if argv is None else argv
     parser = _Parser(kind, prog=program, allow_abbrev=False)
@@ -52,7 +52,9 @@ def parse(kind: type, argv: list[str] | None = None, program: str | None = None)
     for word in unknown:
         if word.startswith("--"):
             parser.error(f"{word}: no such flag{_nearest(word.split('=')[0], names)}")
-        parser.error(f"{word!r}: does not belong to any flag")
+        if not hasattr(kind, "WORDS"):
+            parser.error(f"{word!r}: does not belong to any flag")
+        getattr(arguments, kind.WORDS).append(word)
     return arguments
 
 
