@@ -39,7 +39,7 @@ def shapes_root(tmp_path_factory) -> Path:
     return draw_dataset(tmp_path_factory.mktemp("shapes") / "root", num_train=12, num_val=5, size=64, seed=3)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_model():
     """Builds tiny detectors with fixed weights, in eval mode: `make_model(decoder_layers=1, noise_objects=False)`.
 
