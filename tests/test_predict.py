@@ -174,9 +174,9 @@ def test_threshold_and_classes_choose(detector, pictures):
     assert len(everything) == 4
     cut = float(everything.scores[1])
     assert len(detector(pictures / "plain.png", threshold=cut)) == 1  # above, as in transformers' pipeline
-    name = everything.names[0]
-    some = detector(pictures / "plain.png", threshold=0, classes=[name])
-    assert some.names == [other for other in everything.names if other == name]
+    for name in SHAPES:
+        some = detector(pictures / "plain.png", threshold=0, classes=[name])
+        assert some.names == [other for other in everything.names if other == name]
     with pytest.raises(UserError, match=r"classes ellipsis: .*did you mean ellipse"):
         detector(pictures / "plain.png", classes=["ellipsis"])
 
@@ -353,6 +353,9 @@ def test_what_is_no_picture_is_refused(detector, tmp_path):
     (tmp_path / "broken.jpg").write_text("no picture")
     with pytest.raises(BadImage, match=r"broken.jpg: not an image"):
         detector(tmp_path / "broken.jpg")
+    (found,) = detector.stream([tmp_path / "broken.jpg"], threshold=0)
+    assert "not an image" in found.unreadable
+    assert len(found) == 0
     for bad in (np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3)), np.zeros((0, 4, 3), np.uint8), 7, None):
         with pytest.raises(ValueError, match="must be"):
             detector(bad)
