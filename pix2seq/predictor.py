@@ -182,7 +182,7 @@ class _Pictures:
 def find_files(words: Sequence[str], output: Path) -> tuple[list[str], list[str]]:
     """What the words name, each once and in their order: files, pictures in folders and below them, what globs match,
     and numbers of webcams. And what else is in these folders, but for the `output`'s. Raises UserError."""
-    found, left_out = {}, []
+    found, left_out = {}, {}
     if not words:
         raise UserError("no pictures: name files, folders, globs, videos or the number of a webcam")
     for word in words:
@@ -193,12 +193,12 @@ def find_files(words: Sequence[str], output: Path) -> tuple[list[str], list[str]
         for path in paths:
             pictures, others = _in_folder(Path(path), output) if os.path.isdir(path) else ([path], [])
             files += pictures
-            left_out += others
+            left_out |= {os.path.realpath(file): file for file in others}
         if not files:
             raise UserError(f"{word}: holds no pictures, which are {' '.join(FORMATS_OF_SUFFIX)}")
         for file in files:
             found.setdefault(os.path.realpath(file), file)
-    return list(found.values()), left_out
+    return list(found.values()), [file for place, file in left_out.items() if place not in found]
 
 
 def _in_folder(folder: Path, output: Path) -> tuple[list[str], list[str]]:

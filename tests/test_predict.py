@@ -220,6 +220,7 @@ def test_what_cannot_be_read_is_told_and_the_rest_is_done(folder, tmp_path, caps
     photo(64, 64).save(data / "cut.jpg")
     (data / "cut.jpg").write_bytes((data / "cut.jpg").read_bytes()[:500])
     (data / "notes.txt").write_text("hello")
+    (data / "table.csv").write_text("hello")
     (data / ".hidden.jpg").write_text("hello")
     photo(40, 40).save(data / "deep" / "good.png")
     (data / "deep" / "same").symlink_to(data)
@@ -233,7 +234,7 @@ def test_what_cannot_be_read_is_told_and_the_rest_is_done(folder, tmp_path, caps
         ("notes.txt", "not"),
     ):
         assert f"cannot be read: {data / name}: {why}" in said
-    assert f"left out, no pictures by their names: 2 files: {data}/.hidden.jpg, {data}/notes.txt" in said
+    assert f"left out, no pictures by their names: 2 files: {data}/.hidden.jpg, {data}/table.csv" in said
     assert "4 of 5 could not be read" in said
     assert [image["name"] for image in read(tmp_path / "out" / "images.json") if "unreadable" not in image] == ["good"]
     assert (tmp_path / "out" / "good.jpg").exists()
