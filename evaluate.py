@@ -12,7 +12,6 @@ Under `accelerate launch` the images are shared between the processes and each i
 
 import os
 import sys
-from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -23,7 +22,6 @@ from pix2seq.command_line import parse, read_flags
 from pix2seq.config import EvaluateArguments
 from pix2seq.data import Categories, EvalDataset, find_split, load_annotations
 from pix2seq.data.faults import tally
-from pix2seq.decoding import DecodingOptions
 from pix2seq.errors import UserError
 from pix2seq.evaluation import oracle_predictions, predict, prediction_picture, warn_of_unreadable
 from pix2seq.evaluation.output_folder import Skipped, prepare, write_numbers, writing
@@ -66,12 +64,10 @@ def detect(args: EvaluateArguments, skipped: Skipped) -> tuple[dict, list[dict],
     config = model.to(accelerator.device).config
     categories = Categories(tuple(config.category_ids), config.class_names)
     data = dataset(args, training, categories, config.image_size)
-    if args.max_objects is not None and args.max_objects > model.most_objects:
-        raise UserError(f"--max_objects {args.max_objects}: this detector can write {model.most_objects}")
-    if args.draft not in (None, "off") and model.drafter is None:
-        raise UserError(f"--draft {args.draft}: this detector has no drafter; train_drafter.py makes one")
-    given = {field.name: getattr(args, field.name) for field in fields(DecodingOptions)}
-    options = replace(model.decoding_options, **{name: v for name, v in given.items() if v is not None})
+    try:
+        options = model.options_with(**args.decoding())
+    except ValueError as error:
+        raise UserError(f"--{error}") from None
     batch_size = args.eval_batch_size or training.get("eval_batch_size", 32)
     annotations, warn = data.annotations, skipped.unreadable.extend
     truth = load_ground_truth(annotations.split.json, annotations.image_ids, categories, skipped.faults.extend)

@@ -8,7 +8,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_OBJECT_DETECTION_MA
 from pix2seq.model import Pix2SeqConfig, Pix2SeqForObjectDetection
 from pix2seq.processing import Pix2SeqImageProcessor
 
-__all__ = ["Pix2SeqConfig", "Pix2SeqForObjectDetection", "Pix2SeqImageProcessor"]
+__all__ = ["Pix2Seq", "Pix2SeqConfig", "Pix2SeqForObjectDetection", "Pix2SeqImageProcessor"]
 
 AutoConfig.register("pix2seq", Pix2SeqConfig, exist_ok=True)
 AutoModelForObjectDetection.register(Pix2SeqConfig, Pix2SeqForObjectDetection, exist_ok=True)
@@ -16,3 +16,12 @@ AutoImageProcessor.register(
     Pix2SeqConfig, image_processor_classes={"torchvision": Pix2SeqImageProcessor}, exist_ok=True
 )
 MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES["pix2seq"] = "Pix2SeqForObjectDetection"  # what pipelines go by
+
+
+def __getattr__(name: str):
+    """Pix2Seq comes with what reads files and draws, which transformers' routes do without."""
+    if name == "Pix2Seq":
+        from pix2seq.predictor import Pix2Seq
+
+        return Pix2Seq
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -30,7 +30,7 @@ def parse(kind: type, argv: list[str] | None = None, program: str | None = None)
 
     kind.PRESETS, if it has one, names flags whose value stands for other flags: {"size": value -> {flag: value}}.
     The command line wins over the recipe, and either over what its own presets stand for. kind.DEFAULTS is the same,
-    but for that anything wins over it.
+    but for that anything wins over it. kind.WORDS, if it has one, names the list that words without a flag belong to.
     """
     argv = sys.argv[1:] if argv is None else argv
     parser = _Parser(kind, prog=program, allow_abbrev=False)
@@ -51,8 +51,10 @@ def parse(kind: type, argv: list[str] | None = None, program: str | None = None)
     names = [name for action in parser._actions for name in action.option_strings]
     for word in unknown:
         if word.startswith("--"):
-            parser.error(f"{word}: no such flag{_nearest(word.split('=')[0], names)}")
-        parser.error(f"{word!r}: does not belong to any flag")
+            parser.error(f"{word}: no such flag{nearest(word.split('=')[0], names)}")
+        if not hasattr(kind, "WORDS"):
+            parser.error(f"{word!r}: does not belong to any flag")
+        getattr(arguments, kind.WORDS).append(word)
     return arguments
 
 
@@ -91,7 +93,7 @@ def _recipe_words(argv: list[str], parser: _Parser) -> list[str]:
     names = {action.dest for action in parser._actions} - {"help", "config"}
     for name in recipe:
         if name not in names:
-            raise ValueError(f"--config {path}: {name!r} is not a flag{_nearest(str(name), names)}")
+            raise ValueError(f"--config {path}: {name!r} is not a flag{nearest(str(name), names)}")
     return _flag_words(recipe)
 
 
@@ -109,7 +111,8 @@ def _word(value) -> str:
     return json.dumps(value, default=str) if isinstance(value, dict | bool) else str(value)
 
 
-def _nearest(word: str, names) -> str:
+def nearest(word: str, names) -> str:
+    """ " (did you mean NAME?)", or nothing if no name is like the word."""
     close = difflib.get_close_matches(word, list(names), n=1, cutoff=0.5)
     return f" (did you mean {close[0]}?)" if close else ""
 

@@ -1,12 +1,12 @@
 """The flags of train.py and evaluate.py, their defaults, and checks across them. command_line.py parses them."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import ClassVar, Literal
 
 from pix2seq.command_line import read_flags
-from pix2seq.decoding import Draft
+from pix2seq.decoding import DecodingOptions, Draft
 from pix2seq.sizes import SIZES
 
 # Flags that may differ from the checkpoint's when a run is resumed. A dataset may have moved. A run may be made
@@ -317,23 +317,9 @@ def shape_flags(detector: str) -> dict:
 
 
 @dataclass
-class EvaluateArguments:
-    checkpoint: str | None = flag(None, "folder of a trained detector: OUT/best, OUT/final or a checkpoint")
-    predictions: str | None = flag(None, "COCO results file to score instead, with --gt")
-    gt: str | None = flag(None, "COCO annotation file to score --predictions against")
-    oracle: bool = flag(
-        False, "pass the ground truth through the tokenizer and back: the AP a perfect model would have"
-    )
-    root: str | None = flag(
-        None, "COCO layout, of which the val split is read (default: what the detector was trained with)"
-    )
-    val_images: str | None = flag(None, "folder of images, for any other layout")
-    val_json: str | None = flag(None, "COCO annotation file of the images")
-    follow_links: bool = flag(False, "open images that are symbolic links to files outside their folder")
-    output_dir: str | None = flag(None, "where metrics.json, predictions.json and predictions.png go, and the report")
-    eval_batch_size: int | None = flag(None, "default: that of training")
-    num_workers: int = flag(2, "data loading processes")
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = flag(None, "default: that of training")
+class DecodingArguments:
+    """How a trained detector writes, for commands that ask it to: DecodingOptions, None where the detector's hold."""
+
     seed: int | None = flag(None, "decides what is sampled (default: that of training)")
     top_p: float | None = flag(None, "nucleus of decoding; 0 is greedy (default: that of training)")
     temperature: float | None = flag(None, "temperature of decoding (default: that of training)")
@@ -355,6 +341,40 @@ class EvaluateArguments:
     sharpness: float | None = flag(
         None, "scores are multiplied by the probability of those bins of all four coordinates, to this power"
     )
+
+    def __post_init__(self):
+        _check(self, "max_objects", self.max_objects is None or self.max_objects >= 1, "at least 1")
+        _check(self, "seed", self.seed is None or 0 <= self.seed < 2**32, "0 to 2^32 - 1")
+        for name in ("stop_after_noise", "draft_bins", "expected_bins", "sharpness"):
+            value = getattr(self, name)
+            _check(self, name, value is None or 0 <= value < math.inf, "at least 0")
+        _check(self, "noise_score", self.noise_score is None or 0 <= self.noise_score <= 1, "0 to 1")
+        _check_decoding(self)
+
+    def decoding(self) -> dict:
+        """The options that were said."""
+        given = {option.name: getattr(self, option.name) for option in fields(DecodingOptions)}
+        return {name: value for name, value in given.items() if value is not None}
+
+
+@dataclass
+class EvaluateArguments(DecodingArguments):
+    checkpoint: str | None = flag(None, "folder of a trained detector: OUT/best, OUT/final or a checkpoint")
+    predictions: str | None = flag(None, "COCO results file to score instead, with --gt")
+    gt: str | None = flag(None, "COCO annotation file to score --predictions against")
+    oracle: bool = flag(
+        False, "pass the ground truth through the tokenizer and back: the AP a perfect model would have"
+    )
+    root: str | None = flag(
+        None, "COCO layout, of which the val split is read (default: what the detector was trained with)"
+    )
+    val_images: str | None = flag(None, "folder of images, for any other layout")
+    val_json: str | None = flag(None, "COCO annotation file of the images")
+    follow_links: bool = flag(False, "open images that are symbolic links to files outside their folder")
+    output_dir: str | None = flag(None, "where metrics.json, predictions.json and predictions.png go, and the report")
+    eval_batch_size: int | None = flag(None, "default: that of training")
+    num_workers: int = flag(2, "data loading processes")
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = flag(None, "default: that of training")
     image_size: int = flag(640, "canvas of --oracle")
     num_bins: int = flag(1000, "bins of --oracle")
     num_pictures: int = flag(8, "images shown in predictions.png")
@@ -376,17 +396,12 @@ class EvaluateArguments:
             raise ValueError("--oracle: --root (or --val_images and --val_json) is missing")
         if self.report and self.output_dir is None:
             raise ValueError("--report: needs --output_dir, the folder report.html goes to")
-        for name in ("eval_batch_size", "max_objects", "image_size"):
+        for name in ("eval_batch_size", "image_size"):
             _check(self, name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1")
         _check(self, "num_bins", self.num_bins >= 2, "at least 2")
-        _check(self, "seed", self.seed is None or 0 <= self.seed < 2**32, "0 to 2^32 - 1")
         for name in ("num_workers", "num_pictures"):
             _check(self, name, getattr(self, name) >= 0, "at least 0")
-        for name in ("stop_after_noise", "draft_bins", "expected_bins", "sharpness"):
-            value = getattr(self, name)
-            _check(self, name, value is None or 0 <= value < math.inf, "at least 0")
-        _check(self, "noise_score", self.noise_score is None or 0 <= self.noise_score <= 1, "0 to 1")
-        _check_decoding(self)
+        super().__post_init__()
 
 
 def _check(arguments, name: str, good: bool, allowed: str) -> None:

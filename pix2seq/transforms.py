@@ -91,7 +91,8 @@ class EvalTransform:
         boxes = torch.zeros(0, 4) if boxes is None else torch.from_numpy(boxes)
         boxes = BoundingBoxes(boxes, format="XYXY", canvas_size=tuple(image.shape[-2:]))
         size = fitted_size(image.shape[-2:], self.image_size)
-        pixels = F.resize(_pixels(image, size), size, antialias=True)
+        # All of the file: who comes with a decoded picture has no other pixels, and its boxes should be the same.
+        pixels = F.resize(_pixels(image), size, antialias=True)
         return _pad(pixels, F.resize(boxes, size), self.image_size)
 
 

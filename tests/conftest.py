@@ -49,7 +49,7 @@ def finished(shapes_root, tmp_path_factory) -> Path:
     return output
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_model():
     """Builds tiny detectors with fixed weights, in eval mode: `make_model(decoder_layers=1, noise_objects=False)`.
 

@@ -369,7 +369,7 @@ def test_a_canvas_that_a_vit_would_not_see_whole_is_refused(name):
 
 def test_a_decoder_with_a_table_of_positions_writes_no_more_than_it_has():
     assert len(build("llama").eval().detect(pictures(1), DecodingOptions(max_objects=9))[0].labels) == 9
-    with pytest.raises(ValueError, match="max_objects is 9: this decoder has positions for 3"):
+    with pytest.raises(ValueError, match="max_objects 9: this detector can write 3"):
         build("transformer").eval().detect(pictures(1), DecodingOptions(max_objects=9))
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from pix2seq.data.images import BadImage, Folder, Picture, Zip, open_store
@@ -125,6 +125,18 @@ def test_a_picture_is_turned_if_that_gives_it_its_annotated_size(form, orientati
         shown = {5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE}
         expected = pil_to_tensor(image.transpose(shown.get(orientation, Image.Transpose.ROTATE_90)))
         assert (picture.pixels().int() - expected.int()).abs().float().mean() < 6
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG"])
+@pytest.mark.parametrize("orientation", range(1, 11))
+def test_a_picture_nobody_annotated_is_shown_as_viewers_do(form, orientation):
+    image, exif = photo(30, 20), Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(image, form, exif=exif)
+    picture = Picture(data, upright=True)
+    expected = pil_to_tensor(ImageOps.exif_transpose(Image.open(io.BytesIO(data))))
+    assert picture.shape == expected.shape
+    assert torch.equal(picture.pixels(), expected)
 
 
 def test_a_square_picture_is_not_turned():

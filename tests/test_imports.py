@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Module -> modules of ours it may import. "pix2seq" is the package itself (its version); a module's own package is
 # spelt out, so that its rooms have an order too.
 ALLOWED = {
-    "__init__": {"model", "processing"},
+    "__init__": {"model", "predictor", "processing"},
     # level 0
     "errors": set(),
     "tokenizer": set(),
@@ -90,6 +90,9 @@ ALLOWED = {
         *("tokenizer", "trackers", "visualize"),
     },
     "evaluation": {"evaluation.pictures", "evaluation.predictions"},
+    "predictor": {
+        *("command_line", "data", "data.images", "decoding", "errors", "model", "transforms", "visualize"),
+    },
     "evaluation.predictions": {
         "data",
         "data.images",
@@ -148,7 +151,7 @@ LEVEL_0 = (
     "sizes",
     "model.backbone",
 )
-ENTRY_POINTS = ("train", "evaluate", "plan")
+ENTRY_POINTS = ("train", "evaluate", "plan", "predict")
 
 
 def module_name(path: Path) -> str:
@@ -202,11 +205,19 @@ def test_nobody_imports_an_entry_point(module):
     assert not outside(module) & set(ENTRY_POINTS)
 
 
+def test_importing_the_package_loads_no_more_than_its_models():
+    body = ast.parse(FILES["__init__"].read_text(encoding="utf-8")).body
+    names = {node.module for node in body if isinstance(node, ast.ImportFrom)}
+    assert {name for name in names if name.startswith("pix2seq")} == {"pix2seq.model", "pix2seq.processing"}
+
+
 @pytest.mark.parametrize("module", [*MODULES, *ENTRY_POINTS])
 def test_outside_packages_stay_in_their_place(module):
     packages = outside(module)
     if module != "trackers":  # and there only while it runs, for what Accelerate's tracker does not know
         assert "wandb" not in packages
+    if module != "predict":  # and there only for videos
+        assert "cv2" not in packages
     if module != "scoring":
         assert not {"pycocotools", "hotcoco"} & packages
     if module not in ENTRY_POINTS:

@@ -21,10 +21,11 @@ from pix2seq.evaluation.commands import parse_compare, parse_tokens
 from pix2seq.metrics import NAMES
 from pix2seq.processing import Pix2SeqImageProcessor
 from plan import PlanArguments
+from predict import PredictArguments
 from train_drafter import DrafterArguments
 
 README = Path("README.md").read_text()
-PAGES_WITH_COMMANDS = ("scaling", "data", "decoding", "report", "what-to-expect")
+PAGES_WITH_COMMANDS = ("scaling", "data", "decoding", "predict", "report", "what-to-expect")
 COMMAND_PAGES = [README, *(Path(f"docs/{name}.md").read_text() for name in PAGES_WITH_COMMANDS)]
 BLOCKS = [block for page in COMMAND_PAGES for block in re.findall(r"```bash\n(.*?)```", page, flags=re.DOTALL)]
 COMMANDS = [line for block in BLOCKS for line in block.replace("\\\n", " ").splitlines() if line.strip()]
@@ -47,6 +48,8 @@ def test_every_command_parses(command):
         parse(PlanArguments, words[words.index("plan.py") + 1 :])
     elif "evaluate.py" in words:
         parse(EvaluateArguments, words[words.index("evaluate.py") + 1 :])
+    elif "predict.py" in words:
+        parse(PredictArguments, words[words.index("predict.py") + 1 :])
     elif words[0] == "sbatch":
         script = next(word for word in words if word.endswith(".sbatch"))
         assert Path(script).exists()
@@ -79,11 +82,14 @@ def test_the_python_runs(tmp_path, monkeypatch, make_model, capsys):
     Image.new("RGB", (60, 40)).save(tmp_path / "image.jpg")
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     for block in blocks:
         exec(block.replace("threshold=0.5", "threshold=0"), {})
     *lines, answers = capsys.readouterr().out.splitlines()
-    assert len(lines) == len(eval(answers)) == 4
+    assert lines[:4] == lines[4:]
+    assert len(lines) == 8
+    assert len(eval(answers)) == 4
+    assert (tmp_path / "boxes.png").exists()
 
 
 def test_the_file_list_is_the_tree():

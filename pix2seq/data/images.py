@@ -52,10 +52,11 @@ class Picture:
 
     annotated   (height, width) as the annotations say, if they do. A picture whose EXIF tag swaps its sides is turned
                 if, and only if, these are the swapped ones: annotation tools differ in what they do with the tag.
+    upright     where there are no annotations: turned and mirrored as the tag says
     shape       (3, height, width) of its pixels
     """
 
-    def __init__(self, data: np.ndarray, annotated: tuple[int, int] | None = None):
+    def __init__(self, data: np.ndarray, annotated: tuple[int, int] | None = None, upright: bool = False):
         if len(data) == 0:
             raise BadImage("unreadable-file", "it is empty (0 bytes)")
         self._data = data
@@ -65,8 +66,9 @@ class Picture:
             raise BadImage(
                 "too-many-pixels", f"{width} x {height} pixels, more than the {MAX_PIXELS / 1e6:.0f} million allowed"
             )
-        self.turned = annotated == (width, height) != (height, width) and self.orientation >= 5
-        self.shape = (3, width, height) if self.turned else (3, height, width)
+        swapped = self.orientation >= 5
+        self.turned = self.orientation > 1 if upright else annotated == (width, height) != (height, width) and swapped
+        self.shape = (3, width, height) if self.turned and swapped else (3, height, width)
 
     def _open(self) -> Image.Image:
         try:
@@ -100,14 +102,15 @@ class Picture:
                     return decode_jpeg(torch.from_numpy(self._data), mode=ImageReadMode.RGB)
                 image = self._open()  # a picture may be decoded more than once, at other sizes
                 image.draft("RGB", (at_least[1], at_least[0]))
-            return pil_to_tensor(_as_rgb(ImageOps.exif_transpose(image) if self.turned else image))
+            return pil_to_tensor(as_rgb(ImageOps.exif_transpose(image) if self.turned else image))
         except BadImage:
             raise
         except Exception as error:  # of damaged files, each decoder makes an error of its own
             raise BadImage("unreadable-file", error) from None
 
 
-def _as_rgb(image: Image.Image) -> Image.Image:
+def as_rgb(image: Image.Image) -> Image.Image:
+    """Raises BadImage."""
     if image.mode.startswith("I;16"):  # Pillow would cut these off at 255
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):

@@ -7,7 +7,7 @@ What the two decoders have in common: `read` a whole sentence, or `start` and th
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -170,6 +170,17 @@ class Pix2SeqForObjectDetection(Pix2SeqPreTrainedModel):
         """How the detector was evaluated while it was trained."""
         return DecodingOptions(**{"max_objects": self.config.max_objects} | self.config.decoding)
 
+    def options_with(self, **given) -> DecodingOptions:
+        """`decoding_options`, but for those given. Raises ValueError for what this detector cannot do."""
+        return self._possible(replace(self.decoding_options, **given))
+
+    def _possible(self, options: DecodingOptions) -> DecodingOptions:
+        if options.max_objects > self.most_objects:
+            raise ValueError(f"max_objects {options.max_objects}: this detector can write {self.most_objects}")
+        if options.draft != "off" and self.drafter is None:
+            raise ValueError(f"draft {options.draft}: this detector has no drafter; train_drafter.py makes one")
+        return options
+
     @property
     def most_objects(self) -> float:
         """How many objects it can write: as many as its learned positions, if it has such."""
@@ -255,13 +266,7 @@ class Pix2SeqForObjectDetection(Pix2SeqPreTrainedModel):
         By default as the detector was evaluated while it was trained. Call it in eval mode. `interrupted`: see
         generate.
         """
-        options = options or self.decoding_options
-        if options.max_objects > self.most_objects:
-            raise ValueError(
-                f"max_objects is {options.max_objects}: this decoder has positions for {self.most_objects}"
-            )
-        if options.draft != "off" and self.drafter is None:
-            raise ValueError(f"draft is {options.draft!r}: this detector has no drafter (see train_drafter.py)")
+        options = self._possible(options or self.decoding_options)
         return generate(self, pixel_values, self.tokenizer, options, interrupted)
 
     def _as_output(self, found: list[Detections]) -> Pix2SeqOutput:

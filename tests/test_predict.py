@@ -1,0 +1,485 @@
+"""predict.py and the Pix2Seq class: any picture there is, the same boxes by every route, and nothing lost."""
+
+import csv
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import pipeline
+
+import evaluate
+import pix2seq.predictor
+import predict
+from pix2seq import Pix2Seq, Pix2SeqImageProcessor
+from pix2seq.command_line import parse
+from pix2seq.config import EvaluateArguments
+from pix2seq.data.images import BadImage
+from pix2seq.errors import UserError
+from pix2seq.scoring import coco_metrics
+from pix2seq.shapes import CATEGORY_IDS, SHAPES
+
+
+@pytest.fixture(scope="module")
+def folder(make_model, tmp_path_factory):
+    folder, model = tmp_path_factory.mktemp("detector"), make_model(seed=5)
+    with torch.no_grad():  # opinions strong enough to differ from slot to slot
+        for parameter in model.parameters():
+            parameter *= 3
+    model.save_pretrained(folder)
+    Pix2SeqImageProcessor.for_detector(model.config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def detector(folder):
+    return Pix2Seq.from_pretrained(folder, device="cpu")
+
+
+def photo(width: int, height: int, seed: int = 0) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height // 8 + 1, width // 8 + 1, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def turned() -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return exif
+
+
+PICTURES = {
+    "large.jpg": lambda path: photo(300, 170).save(path),  # so large that a loader could decode half of it
+    "plain.png": lambda path: photo(70, 50, 1).save(path),
+    "grey.jpg": lambda path: photo(64, 90, 2).convert("L").save(path),
+    "cmyk.jpg": lambda path: photo(80, 60, 3).convert("CMYK").save(path),
+    "turned.jpg": lambda path: photo(90, 40, 4).save(path, exif=turned()),
+    "dot.png": lambda path: Image.new("RGB", (1, 1), "red").save(path),
+    "wide.png": lambda path: photo(20000, 10, 5).save(path),
+}
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    for name, save in PICTURES.items():
+        save(folder / name)
+    return folder
+
+
+def run(folder, *words) -> int:
+    words = ["--checkpoint", str(folder), "--num_workers", "0", "--device", "cpu", *map(str, words)]
+    return predict.run(parse(predict.PredictArguments, words, "predict.py"))
+
+
+def read(path) -> list[dict]:
+    return json.loads(path.read_text())
+
+
+# -- one answer by all routes ----------------------------------------------------------------------
+
+
+def test_every_route_gives_the_same_boxes(folder, detector, pictures, tmp_path):
+    assert run(folder, pictures, "--threshold", "0", "--output_dir", tmp_path / "out", "--no_pictures") == 0
+    rows, images = (read(tmp_path / "out" / f"{name}.json") for name in ("predictions", "images"))
+    assert [image["file_name"] for image in images] == [str(pictures / name) for name in sorted(PICTURES)]
+
+    truth = {
+        "images": [image | {"file_name": image["file_name"].rpartition("/")[2]} for image in images],
+        "categories": [{"id": i, "name": name} for i, name in zip(CATEGORY_IDS, SHAPES, strict=True)],
+        "annotations": [{"id": 1, "image_id": 1, "category_id": 3, "bbox": [1, 1, 9, 9], "area": 81, "iscrowd": 0}],
+    }
+    (tmp_path / "truth.json").write_text(json.dumps(truth))
+    words = ["--val_images", str(pictures), "--val_json", str(tmp_path / "truth.json"), "--num_workers", "0"]
+    words += ["--checkpoint", str(folder), "--output_dir", str(tmp_path / "scored"), "--num_pictures", "0"]
+    metrics = evaluate.main(parse(EvaluateArguments, words))
+    assert coco_metrics(truth, rows)["AP"] == metrics["AP"]  # a COCO results file
+    expected = [row for row in read(tmp_path / "scored" / "predictions.json") if row["score"] > 0]
+
+    classes = dict(zip(CATEGORY_IDS, SHAPES, strict=True))
+    detect = pipeline("object-detection", model=str(folder), device="cpu")
+    for image in images:
+        path = image["file_name"]
+        wanted = [row for row in expected if row["image_id"] == image["id"]]
+        assert wanted
+        mine = [row for row in rows if row["file_name"] == path]
+        assert [(row["image_id"], row["bbox"]) for row in mine] == [(row["image_id"], row["bbox"]) for row in wanted]
+        assert [row["score"] for row in mine] == pytest.approx([row["score"] for row in wanted], abs=1e-5)
+        assert [row["category_id"] for row in mine] == [row["category_id"] for row in wanted]
+        assert [row["category_name"] for row in mine] == [classes[row["category_id"]] for row in mine]
+
+        boxes = np.array([row["bbox"] for row in wanted])
+        boxes[:, 2:] += boxes[:, :2]
+        opened = Image.open(path)
+        upright = opened.transpose(Image.Transpose.ROTATE_270) if opened.getexif() else opened.convert("RGB")
+        for source in (path, opened, np.asarray(upright)):
+            found = detector(source, threshold=0)
+            np.testing.assert_allclose(found.boxes, boxes, atol=1e-9)
+            assert found.names == [row["category_name"] for row in mine]
+            assert found.scores.tolist() == pytest.approx([row["score"] for row in wanted], abs=1e-5)
+            assert found.size == (image["height"], image["width"])
+        answers = detect(path, threshold=0)
+        assert [[*answer["box"].values()] for answer in answers] == boxes.astype(int).tolist()
+        assert [answer["label"] for answer in answers] == found.names
+
+
+# -- what is written -------------------------------------------------------------------------------
+
+
+def test_every_format_says_the_same(folder, detector, pictures, tmp_path):
+    names = ["plain.png", "grey.jpg"]
+    words = [pictures / name for name in names]
+    words += ["--threshold", "0", "--format", "coco", "yolo", "csv", "--output_dir", tmp_path]
+    assert run(folder, *words) == 0
+    rows, number = read(tmp_path / "predictions.json"), 0
+    assert [line["name"] for line in read(tmp_path / "images.json")] == ["plain", "grey"]
+    table = list(csv.DictReader((tmp_path / "predictions.csv").open()))
+    assert len(table) == len(rows) == 8
+    classes = (tmp_path / "classes.txt").read_text().splitlines()
+    assert classes == list(SHAPES)
+    for name in names:
+        found = detector(pictures / name, threshold=0)
+        drawn = Image.open(tmp_path / f"{name[:-4]}.jpg")
+        assert drawn.size == found.draw().size
+        assert np.abs(np.asarray(drawn, float) - np.asarray(found.draw(), float)).mean() < 8
+        lines = (tmp_path / "labels" / f"{name[:-4]}.txt").read_text().splitlines()
+        assert len(lines) == len(found)
+        for line, box, score in zip(lines, found.boxes, found.scores, strict=True):
+            label, x, y, width, height, confidence = map(float, line.split())
+            size = np.array([found.size[1], found.size[0]])
+            corners = np.array([x - width / 2, y - height / 2, x + width / 2, y + height / 2]) * np.tile(size, 2)
+            np.testing.assert_allclose(corners, box, atol=0.01)
+            row, entry = rows[number], table[number]
+            assert entry["file_name"] == row["file_name"] == str(pictures / name)
+            assert entry["class"] == row["category_name"] == classes[int(label)]
+            assert float(entry["score"]) == row["score"] == pytest.approx(score, abs=1e-6)
+            assert confidence == pytest.approx(score, abs=1e-6)
+            np.testing.assert_allclose([float(entry[side]) for side in ("x1", "y1", "x2", "y2")], box, atol=1e-9)
+            number += 1
+    assert number == len(rows)
+
+
+def test_a_picture_with_nothing_in_it_has_empty_files(folder, pictures, tmp_path):
+    words = [pictures / "dot.png", "--threshold", "1", "--format", "coco", "yolo", "csv", "--output_dir", tmp_path]
+    assert run(folder, *words) == 0
+    assert read(tmp_path / "predictions.json") == []
+    assert (tmp_path / "labels" / "dot.txt").read_text() == ""
+    assert Image.open(tmp_path / "dot.jpg").size == (320, 320)
+
+
+def test_threshold_and_classes_choose(detector, pictures):
+    everything = detector(pictures / "plain.png", threshold=0)
+    assert len(everything) == 4
+    cut = float(everything.scores[1])
+    assert len(detector(pictures / "plain.png", threshold=cut)) == 1  # above, as in transformers' pipeline
+    for name in SHAPES:
+        some = detector(pictures / "plain.png", threshold=0, classes=[name])
+        assert some.names == [other for other in everything.names if other == name]
+    with pytest.raises(UserError, match=r"classes ellipsis: .*did you mean ellipse"):
+        detector(pictures / "plain.png", classes=["ellipsis"])
+
+
+def test_names_that_collide_are_numbered(folder, tmp_path):
+    for name in ("a/x.jpg", "b/X.png", "b/x_2.png", "c/x.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        photo(20, 20).save(tmp_path / name)
+    words = [tmp_path / "a", tmp_path / "b", tmp_path / "c" / "*.jpg", tmp_path / "a" / "x.jpg"]
+    assert run(folder, *words, "--format", "yolo", "coco", "--output_dir", tmp_path / "out") == 0
+    names = [image["name"] for image in read(tmp_path / "out" / "images.json")]
+    assert names == ["x", "X_2", "x_2_2", "x_3"]
+    for suffix in ("*.jpg", "labels/*.txt"):
+        assert {path.stem for path in (tmp_path / "out").glob(suffix)} == set(names)
+
+
+def test_nothing_that_is_there_is_lost(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    photo(20, 20).save("x.jpg")
+    photo(30, 30).save("y.png")
+    before = (tmp_path / "x.jpg").read_bytes()
+    for words in ([], ["--overwrite"]):
+        assert run(folder, "x.jpg", "--output_dir", ".", *words) == 2
+        assert "x.jpg would take the place of an input" in capsys.readouterr().err
+    assert (tmp_path / "x.jpg").read_bytes() == before
+    assert run(folder, ".") == 0
+    assert run(folder, ".") == 2  # its own pictures are no input
+    assert "predictions: predictions.json and 3 more is there already" in capsys.readouterr().err
+    assert run(folder, ".", "--overwrite") == 0
+    assert sorted(path.name for path in (tmp_path / "predictions").glob("*.jpg")) == ["x.jpg", "y.jpg"]
+
+
+# -- what cannot be read ---------------------------------------------------------------------------
+
+
+def test_what_cannot_be_read_is_told_and_the_rest_is_done(folder, tmp_path, capsys):
+    data = tmp_path / "data"
+    (data / "deep").mkdir(parents=True)
+    (data / "broken.jpg").write_bytes(b"no picture")
+    (data / "empty.png").touch()
+    photo(64, 64).save(data / "cut.jpg")
+    (data / "cut.jpg").write_bytes((data / "cut.jpg").read_bytes()[:500])
+    (data / "notes.txt").write_text("hello")
+    (data / "table.csv").write_text("hello")
+    (data / ".hidden.jpg").write_text("hello")
+    photo(40, 40).save(data / "deep" / "good.png")
+    (data / "deep" / "same").symlink_to(data)
+    words = [data, data / "notes.txt", "--output_dir", tmp_path / "out", "--format", "coco", "csv"]
+    assert run(folder, *words, "--batch_size", "2", "--num_workers", "1") == 2
+    said = capsys.readouterr().err
+    for name, why in (
+        ("broken.jpg", "not an image"),
+        ("empty.png", "it is empty"),
+        ("cut.jpg", ""),
+        ("notes.txt", "not"),
+    ):
+        assert f"cannot be read: {data / name}: {why}" in said
+    assert f"left out, no pictures by their names: 2 files: {data}/.hidden.jpg, {data}/table.csv" in said
+    assert "4 of 5 could not be read" in said
+    assert [image["name"] for image in read(tmp_path / "out" / "images.json") if "unreadable" not in image] == ["good"]
+    assert (tmp_path / "out" / "good.jpg").exists()
+
+
+def test_mistakes_are_told_in_one_line_before_any_work(folder, pictures, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
+    picture, output = pictures / "dot.png", ["--output_dir", tmp_path / "out"]
+    for words, said in (
+        ([], "no pictures: name files"),
+        ([tmp_path / "empty"], f"{tmp_path}/empty: holds no pictures"),
+        ([pictures / "*.bmp"], "*.bmp: matches nothing"),
+        ([tmp_path / "gone.jpg"], "gone.jpg: no such file or folder"),
+        ([picture, "--checkpoint", tmp_path / "nowhere"], f"--checkpoint {tmp_path}/nowhere: no such folder"),
+        ([picture, "--classes", "cat"], "--classes cat: the detector knows no such class"),
+        ([picture, "--device", "cuda:77"], "--device cuda:77: cannot be used"),
+        ([picture, "--device", "toaster"], "--device toaster: cannot be used"),
+        ([picture, "--dtype", "float16"], "--dtype float16: needs a GPU"),
+        ([picture, "--draft", "exact"], "--draft exact: this detector has no drafter"),
+        ([picture, "--output_dir", tmp_path / "file"], f"--output_dir {tmp_path}/file: cannot be written to"),
+        ([picture, "--output_dir", tmp_path / "file" / "x"], f"{tmp_path}/file/x: cannot be written to"),
+    ):
+        assert run(folder, *output, *words) == 2, words
+        error = capsys.readouterr().err
+        assert error.startswith(f"predict.py: error: {'' if words else said}")
+        assert said in error
+        assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--threshold", "2"], "--threshold 2.0: must be 0 to 1"),
+        (["--format", "voc"], "--format voc: must be coco, yolo, csv"),
+        (["--batch_size", "0"], "--batch_size 0"),
+        (["--top_p", "2"], "--top_p 2.0: must be 0 (greedy) to 1"),
+        (["--treshold", "0.5"], "--treshold: no such flag (did you mean --threshold?)"),
+    ],
+)
+def test_flags_that_are_wrong(folder, words, said, capsys):
+    with pytest.raises(SystemExit) as end:
+        run(folder, "x.jpg", *words)
+    assert end.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_checkpoint_has_to_be_named(capsys):
+    with pytest.raises(SystemExit):
+        parse(predict.PredictArguments, ["x.jpg"], "predict.py")
+    assert capsys.readouterr().err == "predict.py: error: --checkpoint: missing (the folder of a trained detector)\n"
+
+
+def test_a_full_disk_is_told(folder, pictures, tmp_path, monkeypatch, capsys):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    assert run(folder, pictures / "dot.png", "--output_dir", tmp_path) == 2
+    assert capsys.readouterr().err.endswith(
+        f"--output_dir {tmp_path}: cannot be written to (No space left on device)\n"
+    )
+
+
+def test_what_was_found_before_an_interruption_is_kept(folder, pictures, tmp_path, monkeypatch):
+    whole, seen = predict.Found.draw, []
+
+    def interrupted(found):
+        seen.append(found)
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return whole(found)
+
+    monkeypatch.setattr(predict.Found, "draw", interrupted)
+    assert run(folder, pictures, "--output_dir", tmp_path, "--threshold", "0") == 130
+    assert len({row["image_id"] for row in read(tmp_path / "predictions.json")}) == 3
+
+
+# -- in Python -------------------------------------------------------------------------------------
+
+
+def test_a_list_gives_a_list(detector, pictures):
+    paths = [pictures / "plain.png", str(pictures / "turned.jpg")]
+    together = detector(paths, threshold=0, batch_size=1)
+    assert [len(found) for found in together] == [4, 4]
+    assert together[1].size == (90, 40)
+    assert detector([]) == []
+    assert isinstance(detector(paths[:1]), list)
+    drawn = together[1].draw()
+    assert drawn.size == (142, 320)  # enlarged, and upright
+    plain = pix2seq.predictor.enlarge(_upright(Image.open(paths[1])), together[1].boxes, 320)[0]
+    assert (np.asarray(drawn) != np.asarray(plain)).any()
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    return image.transpose(Image.Transpose.ROTATE_270)
+
+
+def test_decoding_and_precision_can_be_chosen(folder, pictures):
+    path, names = pictures / "plain.png", ("max_objects", "seed", "top_p")
+    assert len(Pix2Seq.from_pretrained(folder, "cpu", max_objects=2)(path, threshold=0)) == 2
+    seeds = [Pix2Seq.from_pretrained(folder, "cpu", seed=seed, top_p=1)(path, 0).boxes.tolist() for seed in (1, 2)]
+    assert seeds[0] != seeds[1]
+    half = Pix2Seq.from_pretrained(folder, "cpu", dtype="bfloat16")
+    assert half.model.dtype == torch.float32
+    precise, coarse = Pix2Seq.from_pretrained(folder, "cpu")(path, 0).scores, half(path, 0).scores
+    assert (precise != coarse).any()
+    args = parse(predict.PredictArguments, ["--checkpoint", "x", "--max_objects", "2", "--seed", "3", "--top_p", "0"])
+    assert args.decoding() == dict(zip(names, (2, 3, 0), strict=True))
+    for wrong in ({"max_object": 2}, {"top_p": 3}, {"device": "toaster"}, {"dtype": "int8"}, {"draft": "exact"}):
+        with pytest.raises(UserError, match=next(iter(wrong))):
+            Pix2Seq.from_pretrained(folder, **({"device": "cpu"} | wrong))
+
+
+def test_what_is_no_picture_is_refused(detector, tmp_path):
+    (tmp_path / "broken.jpg").write_text("no picture")
+    with pytest.raises(BadImage, match=r"broken.jpg: not an image"):
+        detector(tmp_path / "broken.jpg")
+    (found,) = detector.stream([tmp_path / "broken.jpg"], threshold=0)
+    assert "not an image" in found.unreadable
+    assert len(found) == 0
+    for bad in (np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3)), np.zeros((0, 4, 3), np.uint8), 7, None):
+        with pytest.raises(ValueError, match="must be"):
+            detector(bad)
+
+
+def test_an_array_three_pixels_high_is_rows_first(detector):
+    pixels = np.asarray(photo(9, 3))
+    found, flipped = detector(pixels, 0), detector(pixels[..., ::-1][..., ::-1], 0)  # a view with other strides
+    assert found.size == flipped.size == (3, 9)
+
+
+def test_16_bits_are_the_same_from_a_file_and_from_memory(detector, tmp_path):
+    levels = np.linspace(0, 65535, 40 * 30).astype(np.uint16).reshape(30, 40)
+    Image.fromarray(levels).save(tmp_path / "deep.png")
+    from_file, opened = (detector(x, 0) for x in (tmp_path / "deep.png", Image.open(tmp_path / "deep.png")))
+    assert from_file.boxes.tolist() == opened.boxes.tolist()
+
+
+def test_logits_that_are_not_finite_name_their_pictures(folder, pictures):
+    detector = Pix2Seq.from_pretrained(folder, "cpu")
+    whole = detector.model.encode
+    detector.model.encode = lambda pixels: whole(pixels).index_fill(0, torch.tensor([1]), torch.nan)
+    with pytest.raises(RuntimeError, match=r"grey.jpg: the detector's logits are NaN"):
+        detector([pictures / "dot.png", pictures / "grey.jpg"])
+
+
+@pytest.mark.slow  # for a second Python that imports everything
+def test_importing_the_package_does_not_load_it():
+    code = "import sys, pix2seq; assert not {'pix2seq.predictor', 'pix2seq.data', 'cv2'} & set(sys.modules); "
+    code += "from pix2seq import Pix2Seq; assert not {'matplotlib', 'cv2'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_package_has_no_other_names():
+    with pytest.raises(AttributeError, match="has no attribute 'Pix2Sequence'"):
+        pix2seq.Pix2Sequence  # noqa: B018
+
+
+# -- videos ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    cv2 = predict.opencv("clip.avi")
+    path = tmp_path_factory.mktemp("clip") / "clip.avi"
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"MJPG"), 5, (96, 64))
+    for seed in range(7):
+        writer.write(np.asarray(photo(96, 64, seed))[..., ::-1].copy())
+    writer.release()
+    return path
+
+
+def frames(path) -> list[np.ndarray]:
+    import cv2
+
+    return list(predict.frames_of(cv2.VideoCapture(str(path))))
+
+
+def test_a_video(folder, detector, clip, tmp_path):
+    assert run(folder, clip, "--output_dir", tmp_path, "--threshold", "0", "--batch_size", "3") == 0
+    lines = [json.loads(line) for line in (tmp_path / "clip.jsonl").read_text().splitlines()]
+    assert [line["frame"] for line in lines] == list(range(7))
+    assert lines[6]["time"] == pytest.approx(1.2)
+    drawn = frames(tmp_path / "clip.mp4")
+    assert len(drawn) == 7
+    for line, frame, shown in zip(lines, frames(clip), drawn, strict=True):
+        assert np.abs(frame.astype(float) - np.asarray(photo(96, 64, line["frame"]), float)).mean() < 12  # RGB
+        found = detector(frame, threshold=0)
+        assert [row["category_name"] for row in line["objects"]] == found.names
+        np.testing.assert_allclose(
+            [row["bbox"][:2] for row in line["objects"]], found.boxes[:, :2].reshape(-1, 2), atol=1e-9
+        )
+        expected = np.asarray(found.draw(), float)[: shown.shape[0], : shown.shape[1]]
+        assert np.abs(expected - shown).mean() < 12
+
+
+def test_videos_that_cannot_be_read_are_told(folder, clip, pictures, tmp_path, capfd):
+    (tmp_path / "broken.mp4").write_bytes(b"no video" * 50)
+    data = clip.read_bytes()
+    (tmp_path / "cut.avi").write_bytes(data[: len(data) // 2])
+    words = [tmp_path / "broken.mp4", tmp_path / "cut.avi", pictures / "dot.png", "--output_dir", tmp_path / "out"]
+    assert run(folder, *words, "--no_pictures") == 2
+    said = capfd.readouterr().err
+    assert f"{tmp_path}/broken.mp4: no frame of a video in it" in said
+    assert f"{tmp_path}/cut.avi: only " in said
+    assert "2 of 3 could not be read" in said
+    assert len(said.splitlines()) == 3
+    assert len(read(tmp_path / "out" / "images.json")) == 1
+    assert not list((tmp_path / "out").glob("*.mp4"))
+
+
+def test_videos_need_a_package_that_is_named(folder, clip, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    assert run(folder, clip, "--output_dir", tmp_path) == 2
+    assert "videos need OpenCV: pip install opencv-python-headless" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_a_webcam(folder, tmp_path, monkeypatch, interrupted):
+    """A stand-in for one, which is pulled out or left with Ctrl-C after four frames."""
+    import cv2
+
+    class Camera:
+        def __init__(self, number):
+            assert number == 0
+            self.frames, self.released = [np.asarray(photo(48, 32, seed)) for seed in range(4)], False
+            cameras.append(self)
+
+        def get(self, what):
+            return 0.0
+
+        def read(self):
+            if not self.frames and interrupted:
+                raise KeyboardInterrupt
+            return (True, self.frames.pop()) if self.frames else (False, None)
+
+        def release(self):
+            self.released = True
+
+    cameras = []
+    monkeypatch.setattr(cv2, "VideoCapture", Camera)
+    assert run(folder, "0", "--output_dir", tmp_path) == 0
+    assert cameras[0].released
+    assert len((tmp_path / "webcam_0.jsonl").read_text().splitlines()) == 4
+    monkeypatch.undo()
+    assert len(frames(tmp_path / "webcam_0.mp4")) == 4
