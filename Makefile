@@ -4,26 +4,28 @@ PYTHON ?= python3
 BIN := .venv/bin
 -include config.env
 IMAGE ?= pix2seq
-DATA ?= data
 CACHE ?= $(HOME)/.cache/huggingface
 port ?= 8888
 processes ?= 1
 file ?= one_node.yaml
+$(if $(filter-out docker,$(in)),$(error in=$(in): must be docker, or left out))
 STAMP := $(shell date +%Y%m%d_%H%M%S)
 
 # Each is expanded before the first line of a recipe runs: what is missing is told before any work.
 program = $(if $(shell command -v $(1) 2> /dev/null),$(1),$(error $(1): not found; $(2)))
 setting = $(if $(strip $($(1))),$(strip $($(1))),$(error $(1): missing; set it in config.env, of which config.env.example is the model))
-folder = $(if $(wildcard $(2)/.),$(abspath $(2)),$(error $(1)=$(2): no such folder))
+folder = $(if $(wildcard $(DATA)/.),$(abspath $(DATA)),$(error DATA=$(DATA): no such folder))
 new_exp = $(if $(shell echo '$(exp)' | grep -xE '[A-Za-z0-9][A-Za-z0-9_-]*'),$(exp),$(error exp=$(exp): must be a word of letters, digits, - and _))
 recipe = $(if $(wildcard experiments/$(exp)/recipe.yaml),experiments/$(exp)/recipe.yaml,$(error exp=$(exp): there is no experiments/$(exp)/recipe.yaml; make new-exp exp=NAME makes one))
+committed = $(if $(shell git status --porcelain 2>&1),$(error job: there are changes that are not committed, which would not be sent: see git status))
 
-DOCKER = $(call program,docker,install Docker Engine, and NVIDIA's container toolkit for GPUs)
-BUILD = $(DOCKER) build --tag $(IMAGE) $(docker_args) deploy/docker
+DOCKER = $(call program,docker,install Docker Engine and for GPUs NVIDIA's container toolkit)
+BUILD = $(DOCKER) build --tag $(IMAGE) $(build_args) deploy/docker
 # As the user who runs make, so that what a run writes is theirs; docker stop leaves the time to save.
 CONTAINER = $(DOCKER) run --rm --init --ipc=host --stop-timeout=300 $(if $(shell command -v nvidia-smi 2> /dev/null),--gpus=all) \
 	--user="$$(id -u):$$(id -g)" --env=USER=pix2seq --env=HOME=/tmp --env=HF_HOME=/cache \
-	--volume="$(CURDIR):/workspace" --volume="$(call folder,DATA,$(DATA)):/data:ro" --volume="$(CACHE):/cache" $(docker_args)
+	--volume="$(CURDIR):/workspace" --volume="$(CACHE):/cache" \
+	$(if $(DATA),--volume="$(folder):/data:ro") $(docker_args)
 TERMINAL = $$(test -t 0 && echo --interactive --tty)
 
 .PHONY: help demo test test-slow test-gpu lint format clean new-exp build-exp local jupyter terminal job
@@ -61,7 +63,7 @@ test:
 	$(CONTAINER) $(IMAGE) python -m pytest $(args)
 else
 test: .venv/dev
-	$(if $(in),$(error in=$(in): must be docker, or left out))$(BIN)/python -m pytest $(args)
+	$(BIN)/python -m pytest $(args)
 endif
 
 ## test-slow: the tests that take minutes: training to a given AP
@@ -102,13 +104,13 @@ new-exp:
 
 ## build-exp: the Docker image: what the code needs, without the code
 #      IMAGE      its name (pix2seq)
-#      docker_args  more words for docker build
-#      make build-exp docker_args=--pull
+#      build_args more words for docker build
+#      make build-exp build_args=--pull
 build-exp:
 	$(BUILD)
 
 ## local: train in the container
-#  Builds the image first. The checkout is /workspace there, DATA is /data (read-only), CACHE holds downloaded weights.
+#  Builds the image first. The checkout is /workspace there, DATA is /data (read-only), CACHE keeps downloaded weights.
 #  Ctrl-C and docker stop save; the same command goes on.
 #      exp        an experiment, whose recipe is taken
 #      args       words for train.py
@@ -148,9 +150,8 @@ terminal:
 job: SNAPSHOT = build/jobs/$(exp)_$(STAMP)
 job: AZ = $(call program,az,install the Azure CLI and its extension: az extension add --name ml)
 job:
-	@$(if $(shell git status --porcelain 2>&1),$(error job: there are changes that are not committed, which would not be sent: see git status))true
 	@mkdir -p $(SNAPSHOT)
-	git archive HEAD | tar -x -C $(SNAPSHOT)
+	$(committed)git archive HEAD | tar -x -C $(SNAPSHOT)
 	$(AZ) ml job create --file $(SNAPSHOT)/deploy/azureml/$(file) \
 		--resource-group $(call setting,RESOURCE_GROUP) --workspace-name $(call setting,WORKSPACE) \
 		--set name=$(notdir $(SNAPSHOT)) compute=azureml:$(call setting,COMPUTE) \
