@@ -499,7 +499,7 @@ def test_a_run_with_torchrun_that_is_stopped_saves(shapes_root, tmp_path):
 @pytest.mark.slow
 def test_the_processes_of_a_job_on_azureml_find_each_other(shapes_root, tmp_path):
     """Its command as it stands, but for a small recipe, precision, and MLflow, which the tests go without."""
-    output = tmp_path / "a run"
+    output = tmp_path / "run"
     recipe = tmp_path / "recipe.yaml"
     flags = words_of_a_run(shapes_root, output, nodes=2)
     recipe.write_text(yaml.safe_dump({name[2:]: value for name, value in zip(flags[::2], flags[1::2], strict=True)}))
