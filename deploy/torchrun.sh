@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Trains with torchrun. Words go to train.py; on several nodes, the same line on each:
+# Trains with torchrun, with the project's environment active. Words go to train.py; on several nodes, the same line on
+# each:
 #
 #   PROCESSES=8 deploy/torchrun.sh --config configs/coco_r50.yaml --root /path/to/coco --mixed_precision bf16
 #   NODES=2 HOST=10.0.0.1:29500 PROCESSES=8 deploy/torchrun.sh --config ...
