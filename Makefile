@@ -1,35 +1,161 @@
-# `make demo` and `make test` work on a fresh machine with Python 3.11 or newer; see README.md.
+# `make help` lists the commands; `make demo` and `make test` work on a fresh machine with Python 3.11 or newer.
+# A command's help stands above it: its line, then how to use it.
 PYTHON ?= python3
 BIN := .venv/bin
+-include config.env
+IMAGE ?= pix2seq
+CACHE ?= $(HOME)/.cache/huggingface
+port ?= 8888
+processes ?= 1
+file ?= one_node.yaml
+$(if $(filter-out docker,$(in)),$(error in=$(in): must be docker, or left out))
+STAMP := $(shell date +%Y%m%d_%H%M%S)
 
-.PHONY: demo test test-slow test-gpu lint format clean
+# Each is expanded before the first line of a recipe runs: what is missing is told before any work.
+program = $(if $(shell command -v $(1) 2> /dev/null),$(1),$(error $(1): not found; $(2)))
+setting = $(if $(strip $($(1))),$(strip $($(1))),$(error $(1): missing; set it in config.env, of which config.env.example is the model))
+folder = $(if $(wildcard $(DATA)/.),$(abspath $(DATA)),$(error DATA=$(DATA): no such folder))
+new_exp = $(if $(shell echo '$(exp)' | grep -xE '[A-Za-z0-9][A-Za-z0-9_-]*'),$(exp),$(error exp=$(exp): must be a word of letters, digits, - and _))
+recipe = $(if $(wildcard experiments/$(exp)/recipe.yaml),experiments/$(exp)/recipe.yaml,$(error exp=$(exp): there is no experiments/$(exp)/recipe.yaml; make new-exp exp=NAME makes one))
+committed = $(if $(shell git status --porcelain 2>&1),$(error job: there are changes that are not committed, which would not be sent: see git status))
 
-demo: .venv/runtime  ## install, draw shapes, train, evaluate, picture
+DOCKER = $(call program,docker,install Docker Engine and for GPUs NVIDIA's container toolkit)
+BUILD = $(DOCKER) build --tag $(IMAGE) $(build_args) deploy/docker
+# As the user who runs make, so that what a run writes is theirs; docker stop leaves the time to save.
+CONTAINER = $(DOCKER) run --rm --init --ipc=host --stop-timeout=300 $(if $(shell command -v nvidia-smi 2> /dev/null),--gpus=all) \
+	--user="$$(id -u):$$(id -g)" --env=USER=pix2seq --env=HOME=/tmp --env=HF_HOME=/cache \
+	--volume="$(CURDIR):/workspace" --volume="$(CACHE):/cache" \
+	$(if $(DATA),--volume="$(folder):/data:ro") $(docker_args)
+TERMINAL = $$(test -t 0 && echo --interactive --tty)
+
+.PHONY: help demo test test-slow test-gpu lint format clean new-exp build-exp local jupyter terminal job
+
+## help: this list, or how to use one of them
+#      make help cmd=local
+help:
+ifdef cmd
+	$(if $(shell grep '^## $(cmd): ' Makefile),,$(error cmd=$(cmd): no such command; make help lists them))@awk \
+		'/^## / { here = index($$0, "## $(cmd): ") == 1 } /^[^#]/ { here = 0 } here { print substr($$0, 4) }' Makefile
+else
+	@awk '/^## / { name = $$2; sub(/^## [^ ]* /, ""); printf "%-11s%s\n", name, $$0 }' Makefile
+endif
+
+## demo: install, draw shapes, train, evaluate, picture
+#  Takes about ten minutes on two cores; interrupted, it goes on where it was.
+#      PYTHON     the interpreter .venv is made with (python3)
+#      make demo PYTHON=python3.12
+demo: .venv/runtime
 	$(BIN)/python -m pix2seq.shapes data/shapes
 	$(BIN)/python train.py --config configs/demo.yaml --root data/shapes --resume auto
 	$(BIN)/python evaluate.py --checkpoint runs/demo/best --root data/shapes --output_dir runs/demo
 	@echo "look at runs/demo/predictions.png (ground truth beside predictions) and runs/demo/samples/"
 	@echo "next: $(BIN)/accelerate launch train.py --root /path/to/coco --project_name my-detector"
 
-test: .venv/dev  ## install, run the fast tests
-	$(BIN)/python -m pytest
+## test: install, run the fast tests
+#      in         docker: in the container instead of .venv
+#      args       words for pytest
+#      make test args="tests/test_tokenizer.py -x"
+#      make test in=docker
+ifeq ($(in),docker)
+test:
+	$(BUILD)
+	@mkdir -p "$(CACHE)"
+	$(CONTAINER) $(IMAGE) python -m pytest $(args)
+else
+test: .venv/dev
+	$(BIN)/python -m pytest $(args)
+endif
 
-test-slow: .venv/dev  ## the tests that take minutes: training to a given AP
+## test-slow: the tests that take minutes: training to a given AP
+#      make test-slow
+test-slow: .venv/dev
 	$(BIN)/python -m pytest -m slow
 
-test-gpu: .venv/dev  ## what only a GPU can show
+## test-gpu: what only a GPU can show
+#      make test-gpu
+test-gpu: .venv/dev
 	$(BIN)/python -m pytest -m gpu
 
+## lint: check the style
+#      make lint
 lint: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+## format: mend the style
+#      make format
 format: .venv/dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+## clean: remove .venv
+#      make clean
 clean:
 	rm -rf .venv
+
+## new-exp: a folder for an experiment: a recipe and notes
+#      exp        its name: folder, run and job are called by it
+#      make new-exp exp=bigger-canvas
+new-exp:
+	$(if $(wildcard experiments/$(new_exp)),$(error exp=$(exp): experiments/$(exp) is there already))@mkdir experiments/$(exp)
+	@for name in recipe.yaml notes.md; do \
+		sed 's/NAME/$(exp)/g' experiments/template/$$name > experiments/$(exp)/$$name; done
+	@echo "write experiments/$(exp)/recipe.yaml and notes.md; then: make local exp=$(exp) args=\"--root /data/coco\""
+
+## build-exp: the Docker image: what the code needs, without the code
+#      IMAGE      its name (pix2seq)
+#      build_args more words for docker build
+#      make build-exp build_args=--pull
+build-exp:
+	$(BUILD)
+
+## local: train in the container
+#  Builds the image first. The checkout is /workspace there, DATA is /data (read-only), CACHE keeps downloaded weights.
+#  Ctrl-C and docker stop save; the same command goes on.
+#      exp        an experiment, whose recipe is taken
+#      args       words for train.py
+#      processes  training processes, one for each GPU (1)
+#      docker_args  more words for docker run
+#      DATA  CACHE  folders, without spaces in their names; also in config.env
+#      make local exp=bigger-canvas processes=8 DATA=/datasets args="--root /data/coco --mixed_precision bf16"
+local:
+	$(BUILD)
+	@mkdir -p "$(CACHE)"
+	$(CONTAINER) --env=PROCESSES=$(processes) $(TERMINAL) $(IMAGE) deploy/torchrun.sh $(if $(exp),--config $(recipe)) $(args)
+
+## jupyter: JupyterLab in the container
+#  Its address, with the token, is printed; only this machine reaches it.
+#      port       (8888)
+#      make jupyter port=9000
+jupyter:
+	$(BUILD)
+	@mkdir -p "$(CACHE)"
+	$(CONTAINER) --publish=127.0.0.1:$(port):$(port) $(TERMINAL) $(IMAGE) \
+		jupyter lab --ip=0.0.0.0 --port=$(port) --no-browser
+
+## terminal: a shell in the container
+#      make terminal
+terminal:
+	$(BUILD)
+	@mkdir -p "$(CACHE)"
+	$(CONTAINER) --interactive --tty $(IMAGE) bash
+
+## job: train an experiment on AzureML
+#  Sends what is committed, and nothing else: a copy in build/jobs/, called as the job is.
+#      exp        the experiment
+#      file       of deploy/azureml/: one_node.yaml (the default) or two_nodes.yaml
+#      args       more of NAME=VALUE for az ml job create --set
+#      WORKSPACE  RESOURCE_GROUP  COMPUTE  AZURE_ROOT   in config.env
+#      make job exp=bigger-canvas file=two_nodes.yaml args="resources.instance_count=4"
+job: SNAPSHOT = build/jobs/$(exp)_$(STAMP)
+job: AZ = $(call program,az,install the Azure CLI and its extension: az extension add --name ml)
+job:
+	@mkdir -p $(SNAPSHOT)
+	$(committed)git archive HEAD | tar -x -C $(SNAPSHOT)
+	$(AZ) ml job create --file $(SNAPSHOT)/deploy/azureml/$(file) \
+		--resource-group $(call setting,RESOURCE_GROUP) --workspace-name $(call setting,WORKSPACE) \
+		--set name=$(notdir $(SNAPSHOT)) compute=azureml:$(call setting,COMPUTE) \
+		inputs.root.path=$(call setting,AZURE_ROOT) inputs.recipe=$(recipe) $(args)
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

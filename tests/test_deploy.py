@@ -1,10 +1,14 @@
-"""deploy/: Accelerate reads its config files as they are meant, and the SLURM script saves, requeues and goes on.
+"""deploy/: launchers and linters read its files as they are meant, and each way to start a run is rehearsed.
 
-There is no SLURM here: srun and scontrol are small programs that do what SLURM's documentation says of theirs.
+There is no SLURM here: srun and scontrol are small programs that do what SLURM's documentation says of theirs. Nor is
+there AzureML: what it sets for the processes of a job is set by hand, and its files were read with azure-ai-ml 1.35.2.
 """
 
 import json
 import os
+import re
+import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,17 +18,24 @@ from pathlib import Path
 
 import psutil
 import pytest
+import yaml
 from accelerate import FullyShardedDataParallelPlugin
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import patch_environment
 from accelerate.utils.launch import prepare_multi_gpu_env
+from packaging.requirements import Requirement
 from torch.distributed.fsdp import StateDictType
 
+from pix2seq.command_line import parse
+from pix2seq.config import Arguments
 from tests.runs import TINY, rows
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "deploy" / "slurm" / "train.sbatch"
+TORCHRUN = ROOT / "deploy" / "torchrun.sh"
+DOCKER = ROOT / "deploy" / "docker"
+AZUREML = ROOT / "deploy" / "azureml"
 CONFIGS = {path.stem: path for path in (ROOT / "deploy" / "accelerate").glob("*.yaml")}
 
 SRUN = """#!{python}
@@ -148,10 +159,115 @@ def test_the_fsdp_config_wraps_the_layers_the_model_names(make_model):
     assert {kind.__name__ for kind in wrapped} == set(model._no_split_modules) != set()
 
 
-def test_the_slurm_script_is_bash():
-    subprocess.run(["bash", "-n", str(SCRIPT)], check=True, timeout=30)
+def lint(program: str, *words: str) -> None:
+    """The machine's own linter if it has one, or that of requirements-dev.txt."""
+    places = [os.environ["PATH"], str(Path(sys.executable).parent)]
+    done = subprocess.run(
+        [shutil.which(program, path=os.pathsep.join(places)), *words], capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout) == (0, ""), done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    "script", [SCRIPT, TORCHRUN, ROOT / "get_coco.sh", ROOT / ".ci" / "run"], ids=lambda p: p.name
+)
+def test_scripts_are_clean(script):
+    subprocess.run(["bash", "-n", str(script)], check=True, timeout=30)
+    lint("shellcheck", str(script))
+
+
+def test_the_slurm_script_asks_for_what_it_needs():
     options = [line.split()[1] for line in SCRIPT.read_text().splitlines() if line.startswith("#SBATCH")]
     assert {"--requeue", "--ntasks-per-node=1", "--signal=B:USR1@300", "--open-mode=append"} <= set(options)
+
+
+def instructions() -> list[tuple[str, str]]:
+    """Of the Dockerfile: (name, what follows)."""
+    lines = [line for line in (DOCKER / "Dockerfile").read_text().splitlines() if not line.startswith("#")]
+    return [tuple(line.split(None, 1)) for line in "\n".join(lines).replace("\\\n", " ").splitlines() if line]
+
+
+def test_the_image_is_pinned_and_has_a_user():
+    lint("hadolint", str(DOCKER / "Dockerfile"))
+    found = instructions()
+    assert re.fullmatch(r"nvidia/cuda:[\d.]+-base-ubuntu[\d.]+@sha256:[0-9a-f]{64}", dict(found)["FROM"])
+    user = dict(found)["USER"]
+    assert [name for name, _ in found].index("USER") > max(i for i, (name, _) in enumerate(found) if name == "RUN")
+    assert all(int(number) > 0 for number in user.split(":"))
+    assert [words.split()[0] for name, words in found if name in ("COPY", "ADD")] == ["requirements.txt"]
+    # So nothing else is sent to the builder, and another file in the folder does not spoil its cache.
+    assert (DOCKER / ".dockerignore").read_text().split() == ["*", "!requirements.txt"]
+
+
+def test_the_image_has_the_packages_at_one_version_each():
+    lines = [line for line in (DOCKER / "requirements.txt").read_text().splitlines() if not line.startswith("#")]
+    assert all(re.fullmatch(r"[a-z0-9-]+==[\w.+!]+", line) for line in lines)
+    pins = dict(line.split("==") for line in lines)
+    assert len(pins) == len(lines)
+    files = (ROOT / "requirements.txt", ROOT / "requirements-dev.txt", DOCKER / "requirements.in")
+    wanted = [line for file in files for line in file.read_text().splitlines() if line and line[0] not in "#-"]
+    assert len(wanted) > 20
+    for requirement in map(Requirement, wanted):
+        assert requirement.specifier.contains(pins[requirement.name.replace("_", "-").lower()]), requirement
+
+
+def test_the_devcontainer_is_the_image():
+    """The keys are some of those of the schema of containers.dev, which knows no others."""
+    folder = ROOT / ".devcontainer"
+    config = json.loads((folder / "devcontainer.json").read_text())
+    keys = {"name", "build", "remoteUser", "init", "runArgs", "hostRequirements", "forwardPorts", "customizations"}
+    assert config.keys() == keys
+    assert (folder / config["build"]["dockerfile"]).resolve() == DOCKER / "Dockerfile"
+    assert (folder / config["build"]["context"]).resolve() == DOCKER
+    assert config["build"].keys() == {"dockerfile", "context"}
+    assert config["hostRequirements"] == {"gpu": "optional"}
+    assert config["remoteUser"] != "root"
+    assert all(isinstance(port, int) for port in config["forwardPorts"])
+    python = config["customizations"]["vscode"]["settings"]["python.defaultInterpreterPath"]
+    assert dict(instructions())["ENV"] == f"PATH={Path(python).parent}:$PATH"
+
+
+def job(name: str) -> dict:
+    return yaml.safe_load((AZUREML / f"{name}.yaml").read_text())
+
+
+def words_of_a_job(name: str, **values: str) -> list[str]:
+    """The job's command, with `values` in the places of inputs and outputs."""
+    command = re.sub(r"\$\{\{(?:inputs|outputs)\.(\w+)\}\}", lambda found: values[found[1]], job(name)["command"])
+    return shlex.split(command)
+
+
+def test_azureml_reads_its_jobs_as_they_are_meant():
+    """Keys and allowed values are those of commandJob.schema.json, which knows no others."""
+    one, two = job("one_node"), job("two_nodes")
+    assert (one["resources"].pop("instance_count"), two["resources"].pop("instance_count")) == (1, 2)
+    assert one == two
+    required = {"$schema", "type", "experiment_name", "code", "environment", "command", "inputs", "outputs"}
+    assert one.keys() == required | {"compute", "distribution", "resources"}
+    assert one["type"] == "command"
+    assert (AZUREML / one["code"]).resolve() == ROOT
+    assert one["distribution"] == {"type": "pytorch", "process_count_per_instance": 8}
+    assert one["resources"].keys() == {"shm_size", "docker_args"}
+    assert re.fullmatch(r"\d+[bkmg]", one["resources"]["shm_size"])
+    assert one["inputs"]["root"].keys() == {"type", "path", "mode"}
+    assert one["inputs"]["root"]["mode"] in ("ro_mount", "download", "direct")
+    assert one["outputs"] == {"run": {"type": "uri_folder", "mode": "rw_mount"}}
+    assert (ROOT / one["inputs"]["recipe"]).exists()
+    used = re.findall(r"\$\{\{(\w+)\.(\w+)\}\}", one["command"])
+    assert sorted(used) == [("inputs", "recipe"), ("inputs", "root"), ("outputs", "run")]
+
+    file = one["environment"].removeprefix("file:")
+    environment = yaml.safe_load((AZUREML / file).read_text())
+    assert environment.keys() == {"$schema", "name", "build"}
+    assert (AZUREML / environment["build"]["path"]).resolve() == DOCKER
+    assert (DOCKER / environment["build"]["dockerfile_path"]).exists()
+
+
+def test_a_job_on_azureml_trains_with_flags_that_exist():
+    program, script, *words = words_of_a_job("one_node", recipe="configs/coco_r50.yaml", root="/data", run="/run")
+    assert (program, script) == ("python", "train.py")
+    args = parse(Arguments, words)
+    assert (args.root, args.output_dir, args.resume, args.report_to) == ("/data", "/run", "auto", ["mlflow"])
 
 
 def port_of(job: int) -> int:
@@ -317,3 +433,81 @@ def test_a_mistake_ends_a_slurm_job_at_once(tmp_path):
         kill_all(job)
     assert "--batch_siez: no such flag (did you mean --batch_size?)" in slurm.log.read_text()
     assert slurm.requeues() == 0
+
+
+def start(words: list[str], **environment: str) -> subprocess.Popen:
+    """In the place of a node or of AzureML, which tell processes by their environment where they are."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return subprocess.Popen(
+        words,
+        cwd=ROOT,
+        env=os.environ | {"PATH": path} | environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(processes: list[subprocess.Popen], allowed: float = 180) -> None:
+    try:
+        for process in processes:
+            _, errors = process.communicate(timeout=allowed)
+            assert process.returncode == 0, errors
+    finally:
+        for process in processes:
+            kill_all(process)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.mark.slow
+def test_two_nodes_with_torchrun_find_each_other_and_go_on(shapes_root, tmp_path):
+    output = tmp_path / "a run"
+    words = [str(TORCHRUN), *words_of_a_run(shapes_root, output, nodes=2)]
+    for steps in (2, 4):
+        host = {"NODES": "2", "HOST": f"localhost:{free_port()}"}
+        finish([start([*words, "--max_steps", str(steps)], **host) for _ in range(2)])
+    log = (output / "train.log").read_text()
+    assert "x 2 processes" in log
+    assert f"resumed from {output / 'checkpoints'}/step_00000002" in log
+    assert [row["step"] for row in rows(output) if "train/loss" in row] == [1, 2, 3, 4]
+    assert status(output)["state"] == "finished"
+
+
+@pytest.mark.slow
+def test_a_run_with_torchrun_that_is_stopped_saves(shapes_root, tmp_path):
+    """As docker stop does it, to the only process that the container's init knows."""
+    output = tmp_path / "a run"
+    run = start([str(TORCHRUN), *words_of_a_run(shapes_root, output, nodes=1), "--max_steps", "100000"])
+    try:
+        deadline = time.monotonic() + 120
+        while not (output / "metrics.jsonl").exists():
+            assert run.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        run.terminate()
+        run.communicate(timeout=90)
+    finally:
+        kill_all(run)
+    assert status(output)["state"] == "preempted"
+    assert (output / "checkpoints" / f"step_{status(output)['step']:08d}" / "MANIFEST.json").exists()
+
+
+@pytest.mark.slow
+def test_the_processes_of_a_job_on_azureml_find_each_other(shapes_root, tmp_path):
+    """Its command as it stands, but for a small recipe, precision, and MLflow, which the tests go without."""
+    output = tmp_path / "run"
+    recipe = tmp_path / "recipe.yaml"
+    flags = words_of_a_run(shapes_root, output, nodes=2)
+    recipe.write_text(yaml.safe_dump({name[2:]: value for name, value in zip(flags[::2], flags[1::2], strict=True)}))
+    words = words_of_a_job("two_nodes", recipe=str(recipe), root=str(shapes_root), run=str(output))
+    words[0] = sys.executable
+    words[words.index("bf16")], words[words.index("mlflow")] = "no", "none"
+    world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+    finish([start([*words, "--max_steps", "2"], **world, RANK=rank, NODE_RANK=rank) for rank in ("0", "1")])
+    assert "x 2 processes" in (output / "train.log").read_text()
+    assert status(output)["state"] == "finished"

@@ -1,5 +1,6 @@
 """The README's commands parse, its files exist, and its numbers come from the records."""
 
+import itertools
 import json
 import re
 import shlex
@@ -25,7 +26,7 @@ from predict import PredictArguments
 from train_drafter import DrafterArguments
 
 README = Path("README.md").read_text()
-PAGES_WITH_COMMANDS = ("scaling", "data", "decoding", "predict", "report", "what-to-expect")
+PAGES_WITH_COMMANDS = ("scaling", "clusters", "extending", "data", "decoding", "predict", "report", "what-to-expect")
 COMMAND_PAGES = [README, *(Path(f"docs/{name}.md").read_text() for name in PAGES_WITH_COMMANDS)]
 BLOCKS = [block for page in COMMAND_PAGES for block in re.findall(r"```bash\n(.*?)```", page, flags=re.DOTALL)]
 COMMANDS = [line for block in BLOCKS for line in block.replace("\\\n", " ").splitlines() if line.strip()]
@@ -38,8 +39,15 @@ def test_there_are_commands():
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_parses(command):
     words = shlex.split(command, comments=True)
+    environment = list(itertools.takewhile(re.compile(r"[A-Z]+=").match, words))
+    words = words[len(environment) :]
     if words[0] == "make":
-        assert re.search(rf"^{words[1]}:", Path("Makefile").read_text(), flags=re.MULTILINE)
+        makefile = Path("Makefile").read_text()
+        assert re.search(rf"^{words[1]}:", makefile, flags=re.MULTILINE)
+        settings = dict(word.split("=", 1) for word in words[2:])
+        assert all(f"$({name})" in makefile for name in settings)
+        if words[1] == "local":
+            parse(Arguments, shlex.split(settings["args"]))
     elif "train.py" in words:
         parse(Arguments, words[words.index("train.py") + 1 :])
     elif "train_drafter.py" in words:
@@ -54,6 +62,14 @@ def test_every_command_parses(command):
         script = next(word for word in words if word.endswith(".sbatch"))
         assert Path(script).exists()
         parse(Arguments, words[words.index(script) + 1 :])
+    elif words[0] == "deploy/torchrun.sh":
+        script = Path(words[0]).read_text()
+        assert all(f"${{{word.split('=')[0]}:-" in script for word in environment)
+        parse(Arguments, words[1:])
+    elif words[0] == "cp":
+        assert Path(words[1]).exists()
+    elif words[:3] == ["python", "-m", "pytest"]:
+        assert all(Path(word).exists() for word in words[3:])
     elif words[0] == "./get_coco.sh":
         assert Path(words[0]).stat().st_mode & 0o111
         assert all(word in Path(words[0]).read_text() for word in words[1:] if word.startswith("--"))
@@ -101,13 +117,26 @@ def test_the_file_list_is_the_tree():
         assert Path(name).exists(), name
 
 
+def test_what_is_extended_has_these_names():
+    page = " ".join(Path("docs/extending.md").read_text().split())
+    named = re.findall(r"`(\w+)` in `([\w/]+\.py)`", page)
+    assert len(named) >= 25
+    for name, file in named:
+        assert re.search(rf"^ *(?:class|def) {name}\b|^{name}\b.* = ", Path(file).read_text(), re.MULTILINE), (
+            name,
+            file,
+        )
+    for file in re.findall(r"`([\w/]+/\w+\.py)`", page):
+        assert Path(file).exists(), file
+
+
 def test_every_kind_of_fault_is_explained():
     rows = re.findall(r"^\| `(\S+)` \| (error|warning) \| (.*) \|$", Path("docs/data.md").read_text(), re.MULTILINE)
     assert {kind: (severity, effect) for kind, severity, effect in rows} == KINDS
 
 
 def test_links_and_pictures_exist():
-    for page in (Path("README.md"), *Path("docs").glob("*.md")):
+    for page in (*Path().glob("*.md"), *Path("docs").glob("*.md")):
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
             assert target.startswith("https://") or (page.parent / target).exists(), (page, target)
 
@@ -134,10 +163,11 @@ def test_results_come_from_records(page):
 
 
 def test_every_promise_names_tests_that_exist():
-    pages = [Path(f"docs/{page}.md").read_text() for page in ("reliability", "what-to-expect")]
+    pages = [Path(f"{page}.md").read_text() for page in ("docs/reliability", "docs/what-to-expect", "SECURITY")]
     named = [re.findall(r"`(test_\w+\.py)(?:::(test_\w+))?`", page) for page in pages]
     assert len(named[0]) >= 12
     assert len(named[1]) >= 4
+    assert len(named[2]) >= 3
     named = sum(named, [])
     for file, test in named:
         assert f"def {test}(" in (Path("tests") / file).read_text() if test else (Path("tests") / file).exists()
