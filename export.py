@@ -230,8 +230,10 @@ class OnnxDetector:
 
         self.config = Pix2SeqConfig.from_pretrained(folder)
         self.tokenizer = Tokenizer(len(self.config.category_ids), self.config.num_bins)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
         self.encoder, self.reader = (
-            onnxruntime.InferenceSession(Path(folder) / f"{name}.onnx", providers=list(providers))
+            onnxruntime.InferenceSession(Path(folder) / f"{name}.onnx", options, list(providers))
             for name in ("encoder", "step")
         )
 
@@ -335,7 +337,7 @@ def described(graph: Path) -> str:
 def main(args: ExportArguments) -> int:
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
     if missing:
-        raise UserError(f"export.py needs {', '.join(missing)}: pip install -e '.[export]'")
+        raise UserError(f"export.py needs {', '.join(missing)}, which is not installed: pip install -e '.[export]'")
     output = Path(args.output_dir)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--output_dir {output}: is there already; name a new folder")
