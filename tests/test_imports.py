@@ -150,7 +150,7 @@ LEVEL_0 = (
     "sizes",
     "model.backbone",
 )
-ENTRY_POINTS = ("train", "evaluate", "plan")
+ENTRY_POINTS = ("train", "evaluate", "plan", "export")
 
 
 def module_name(path: Path) -> str:
