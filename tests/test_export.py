@@ -13,7 +13,8 @@ from PIL import Image
 from transformers import AutoImageProcessor
 
 import export
-from export import FUNCTIONS, ExportArguments, OnnxDetector, parse
+from export import FUNCTIONS, ExportArguments, OnnxDetector
+from pix2seq.command_line import parse
 from pix2seq.model import Pix2SeqForObjectDetection, build_detector, load_detector
 from pix2seq.processing import Pix2SeqImageProcessor
 from pix2seq.shapes import CATEGORY_IDS, SHAPES, draw_picture
