@@ -34,7 +34,7 @@ def spread(model: Pix2SeqForObjectDetection, seed: int = 0) -> Pix2SeqForObjectD
     return model.eval()
 
 
-def new_detector(decoder: str, seed: int = 0) -> Pix2SeqForObjectDetection:
+def new_detector(decoder: str, seed: int = 0, decoder_layers: int = 2) -> Pix2SeqForObjectDetection:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = build_detector(
@@ -44,7 +44,7 @@ def new_detector(decoder: str, seed: int = 0) -> Pix2SeqForObjectDetection:
             decoder=decoder,
             hidden_size=16,
             encoder_layers=int(decoder == "llama"),  # exporting a layer takes seconds
-            decoder_layers=2,
+            decoder_layers=decoder_layers,
             num_heads=2,
             mlp_size=32,
             image_size=64,
@@ -62,7 +62,8 @@ def new_detector(decoder: str, seed: int = 0) -> Pix2SeqForObjectDetection:
 @pytest.fixture(scope="module", params=["llama", "transformer"])
 def pair(request, tmp_path_factory) -> tuple[Pix2SeqForObjectDetection, Path]:
     """A detector, and the folder it was exported to. Llama comes with a drafter, which stays behind."""
-    folder, model = tmp_path_factory.mktemp(request.param), new_detector(request.param)
+    folder, layers = tmp_path_factory.mktemp(request.param), {"llama": 2, "transformer": 1}[request.param]
+    model = new_detector(request.param, decoder_layers=layers)
     if request.param == "llama":
         model.add_drafter()
         model.config.decoding = {"draft": "exact", "draft_bins": 2}
@@ -129,11 +130,12 @@ def test_rows_may_stand_at_different_places(pair):
         np.testing.assert_allclose(found[1], logits[places[1]][1], atol=1e-5)
 
 
-@pytest.mark.parametrize("options", [{"num_key_value_heads": 1}, {"causal_prefix": True}])
-def test_llamas_kinds(make_model, options):
-    """Queries that share keys, and visual tokens that see only those before them."""
-    model = spread(make_model(decoder=options))
-    encode, step = FUNCTIONS["llama"]
+@pytest.mark.parametrize("kind", ["num_key_value_heads", "causal_prefix", "transformer"])
+def test_steps_of_all_kinds(make_model, kind):
+    """Before they are graphs: queries that share keys, visual tokens that see only those before them, and the classic
+    decoder."""
+    model = new_detector(kind) if kind == "transformer" else spread(make_model(decoder={kind: 1}))
+    encode, step = FUNCTIONS[model.config.decoder_config.model_type]
     ids = torch.randint(5, 50, (7, 3), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         steps, picture = model.start(pictures(3), 7), encode(model, pictures(3))
@@ -166,7 +168,8 @@ def test_the_programs_of_the_page(pair, tmp_path, monkeypatch, capsys):
 def test_graphs_of_another_detector_are_not_kept(pair, tmp_path, monkeypatch, capsys):
     model, folder = pair
     kind = "llama" if model.config.noise_objects else "transformer"
-    new_detector(kind, seed=1).save_pretrained(tmp_path / "other")
+    layers = model.config.decoder_config.num_hidden_layers
+    new_detector(kind, seed=1, decoder_layers=layers).save_pretrained(tmp_path / "other")
     monkeypatch.setattr(
         *(export, "write_graphs"),
         lambda detector, to, opset: [shutil.copy(graph, to) for graph in folder.glob("*.onnx")],
