@@ -151,7 +151,7 @@ LEVEL_0 = (
     "sizes",
     "model.backbone",
 )
-ENTRY_POINTS = ("train", "evaluate", "plan", "predict")
+ENTRY_POINTS = ("train", "evaluate", "predict", "export", "train_drafter", "plan")
 
 
 def module_name(path: Path) -> str:

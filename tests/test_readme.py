@@ -12,6 +12,7 @@ from PIL import Image
 from benchmarks import curves
 from benchmarks.reliability import fill
 from benchmarks.writing import markdown
+from export import ExportArguments
 from pix2seq.command_line import parse
 from pix2seq.config import Arguments, EvaluateArguments
 from pix2seq.data.commands import COMMANDS as COMMANDS_OF_DATA
@@ -26,7 +27,9 @@ from predict import PredictArguments
 from train_drafter import DrafterArguments
 
 README = Path("README.md").read_text()
-PAGES_WITH_COMMANDS = ("scaling", "clusters", "extending", "data", "decoding", "predict", "report", "what-to-expect")
+PAGES_WITH_COMMANDS = (
+    *("scaling", "clusters", "extending", "data", "decoding", "predict", "export", "report", "what-to-expect"),
+)
 COMMAND_PAGES = [README, *(Path(f"docs/{name}.md").read_text() for name in PAGES_WITH_COMMANDS)]
 BLOCKS = [block for page in COMMAND_PAGES for block in re.findall(r"```bash\n(.*?)```", page, flags=re.DOTALL)]
 COMMANDS = [line for block in BLOCKS for line in block.replace("\\\n", " ").splitlines() if line.strip()]
@@ -52,6 +55,8 @@ def test_every_command_parses(command):
         parse(Arguments, words[words.index("train.py") + 1 :])
     elif "train_drafter.py" in words:
         parse(DrafterArguments, words[words.index("train_drafter.py") + 1 :])
+    elif "export.py" in words:
+        parse(ExportArguments, words[words.index("export.py") + 1 :])
     elif "plan.py" in words:
         parse(PlanArguments, words[words.index("plan.py") + 1 :])
     elif "evaluate.py" in words:

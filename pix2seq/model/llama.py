@@ -93,7 +93,7 @@ class LlamaDecoder(LlamaForCausalLM):
         return self.model(
             inputs_embeds=torch.cat([visual, said], dim=1),
             position_ids=prefix_positions(num_visual, length, visual.device),
-            num_visual=self._num_seen_whole(visual),
+            num_visual=self.num_seen_whole(visual),
             use_cache=False,
         ).last_hidden_state[:, -length:]
 
@@ -104,13 +104,13 @@ class LlamaDecoder(LlamaForCausalLM):
         self.model(
             inputs_embeds=visual,
             position_ids=prefix_positions(visual.shape[1], 0, visual.device),
-            num_visual=self._num_seen_whole(visual),
+            num_visual=self.num_seen_whole(visual),
             past_key_values=cache,
             use_cache=True,
         )
         return LlamaSteps(self.model, visual, length, block, cache)
 
-    def _num_seen_whole(self, visual: torch.Tensor) -> int:
+    def num_seen_whole(self, visual: torch.Tensor) -> int:
         return 0 if getattr(self.config, "causal_prefix", False) else visual.shape[1]
 
 
