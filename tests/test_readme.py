@@ -191,6 +191,10 @@ def test_figures_of_the_step_come_from_their_record():
             if found[name] is not None:
                 figures = "{median:.2f} ({min:.2f} to {max:.2f})".format(**found[name])
                 assert f"| {figures} | [record](results/{record.name}) |" in page
+    found = json.loads(Path("docs/results/train_step_gpu.json").read_text())
+    ours = found["rows"]["pix2seq"]
+    assert f"trains on {ours['images_per_s']:.0f} images/s, {ours['mfu']:.0%} of its peak".replace("%", " %") in page
+    assert f"waiting for {100 * found['data_wait_share']:.1f} % of the time" in " ".join(page.split())
 
 
 def test_figures_of_the_metrics_come_from_their_records():
@@ -200,6 +204,8 @@ def test_figures_of_the_metrics_come_from_their_records():
         for recipe in json.loads(Path("docs/results/metrics_cpu.json").read_text())["recipes"].values()
     ]
     text = " ".join(page.split())
+    on_gpu = json.loads(Path("docs/results/metrics_gpu.json").read_text())["recipes"]["r50"]["times_as_long"]
+    assert f"on an H200 with 32 images in bf16 {on_gpu['median']:.3f} times" in text
     assert f"takes {ratios[0]} times as long with them, of an R50 at 640 pixels {ratios[1]} times" in text
     runs = json.loads(Path("docs/results/curves.json").read_text())["runs"]
     assert all(run["environment"]["commit"] for run in runs.values())
@@ -249,6 +255,18 @@ def test_figures_of_decoding_come_from_their_records():
         # The record says how many times as fast as these one token at a time is.
         wrong, right = (1 / part["times_as_fast"][name]["median"] for name in ("all wrong", "all right"))
         assert f"| {batch} | {wrong:.2f} | {right:.2f} |" in page
+    found = json.loads(Path("docs/results/decode_gpu.json").read_text())
+    for batch, part in found["batches"].items():
+        rates = " | ".join(
+            f"{found['images_per_s'][batch][name]['median']:.0f}" for name in ("pix2seq", "encoder", "detr")
+        )
+        ratios = " | ".join(
+            "{median:.2f} ({min:.2f} to {max:.2f})".format(**part["times_as_fast"][name])
+            for name in ("generate", "loop")
+        )
+        assert f"| {batch} | {part['tokens_per_s']:.0f} | {rates} | {ratios} |" in page
+    right = sorted(part["times_as_fast"]["all right"]["median"] for part in found["batches"].values())
+    assert f"takes {right[0]:.1f} to {right[-1]:.1f} times as long" in " ".join(page.split())
     for name in ("demo", "demo20", "bccd"):
         assert markdown(json.loads(Path(f"docs/results/writing_{name}.json").read_text())) in page
 
