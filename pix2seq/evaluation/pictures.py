@@ -146,14 +146,15 @@ def _drawn(annotations: Annotations, one: Judged) -> tuple[list[Image.Image], li
         grey = Image.new("RGB", (CELL, CELL), GREY)
         return [grey, grey], [f"{captions[0]} (cannot be read)", captions[1]]
     return [
-        _boxes_on(image, boxes, names, one.found, "missed: "),
-        _boxes_on(image, said, names_said, one.right, "wrong: "),
+        _boxes_on(image, boxes, names, one.found),
+        _boxes_on(image, said, names_said, one.right),
     ], captions
 
 
-def _boxes_on(image: Image.Image, boxes: np.ndarray, names: list[str], good: np.ndarray, fault: str) -> Image.Image:
+def _boxes_on(image: Image.Image, boxes: np.ndarray, names: list[str], good: np.ndarray) -> Image.Image:
     """What is wrong is drawn last, over the rest."""
     large, boxes = enlarge(image, boxes, CELL)
     order = np.argsort(~good, kind="stable")
-    words = [names[row] if good[row] else fault + names[row] for row in order]
-    return draw_boxes(large, boxes[order], words, [RIGHT if good[row] else WRONG for row in order])
+    return draw_boxes(
+        large, boxes[order], [names[row] for row in order], [RIGHT if good[row] else WRONG for row in order]
+    )
