@@ -100,11 +100,15 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
-def convert_data(words: list[str]) -> int:
+def convert_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="pix2seq.data convert", description="YOLO or Pascal VOC -> COCO's layout")
     parser.add_argument("source", type=Path, help="folder with data.yaml, or with Pascal VOC's XML files")
     parser.add_argument("output", type=Path, help="folder for the COCO annotation files, and links to the images")
-    args = parser.parse_args(words)
+    return parser
+
+
+def convert_data(words: list[str]) -> int:
+    args = convert_parser().parse_args(words)
     flags, parts = [], convert(args.source, args.output)
     for part in parts:
         print(f"{part.name}: {part.num_images} images, {part.num_objects} objects -> {part.json}")
