@@ -21,9 +21,10 @@ from train_drafter import DrafterArguments
 OPENING = """\
 # Every flag
 
-What `--help` says, on a page. Booleans are switched by `--flag` and `--no_flag`; a hyphen may stand for each underscore. A
-recipe (`--config FILE.yaml` of `train.py`) is these flags without the dashes, and the command line wins over it. An empty
-default is explained in the last column, or means that there is none. Written by `python -m benchmarks.flags --output docs/flags.md`.
+What `--help` says, on a page. What is off is switched on by `--flag`, what is on off by `--no_flag`; a hyphen may stand for
+each underscore. A recipe (`--config FILE.yaml` of `train.py`) is these flags without the dashes, and the command line
+wins over it. An empty default is explained in the last column, or means that there is none. Written by
+`python -m benchmarks.flags --output docs/flags.md`.
 """
 TRAINING = (("Model", ModelArguments), ("Data", DataArguments), ("Training", TrainArguments))
 WRITING = ("How sentences are written", DecodingArguments)
@@ -79,12 +80,11 @@ def row(action: argparse.Action) -> str:
     elif isinstance(action.default, list):
         default = " ".join(action.default)
     else:
-        default = "" if action.default is None else f"{action.default}"
-    if action.required and action.option_strings:
-        default = "required"
+        default = "" if action.default is None else str(action.default)
+    default = "required" if action.required else f"`{default}`" if default else ""
     choices = f" ({', '.join(f'`{choice}`' for choice in action.choices)})" if action.choices else ""
     text = (action.help + choices).replace("|", "\\|")
-    return f"| `{name}` | {f'`{default}`' if default else ''} | {text} |"
+    return f"| `{name}` | {default} | {text} |"
 
 
 def main() -> None:
