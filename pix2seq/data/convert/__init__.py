@@ -96,15 +96,15 @@ def _write(name: str, pictures: list[SourceImage], categories: Classes, target: 
 
 
 def _link(link: Path, folder: Path) -> bool:
-    """Whether the link leads to the folder now. Nothing but another link is replaced."""
-    if folder in link.parents:  # whoever walks through the pictures would walk in circles
-        return False
+    """Whether the link leads to the folder now. It is put neither into the folder nor beside anything but links."""
     try:
         link.parent.mkdir(exist_ok=True)
+        if folder in link.parents or not all(path.is_symlink() for path in link.parent.iterdir()):
+            return False
         if link.is_symlink():
             link.unlink()
         link.symlink_to(folder, target_is_directory=True)
-    except OSError:  # something is there, or the disk has no links
+    except OSError:  # the disk has no links
         return False
     return True
 
