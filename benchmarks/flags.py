@@ -10,8 +10,14 @@ from pathlib import Path
 from transformers import HfArgumentParser
 
 from export import ExportArguments
-from pix2seq.config import Arguments, DataArguments, DecodingArguments, EvaluateArguments, ModelArguments
-from pix2seq.config import TrainArguments
+from pix2seq.config import (
+    Arguments,
+    DataArguments,
+    DecodingArguments,
+    EvaluateArguments,
+    ModelArguments,
+    TrainArguments,
+)
 from pix2seq.data.commands import ShardArguments, ShowArguments, convert_parser
 from pix2seq.evaluation.commands import compare_parser, tokens_parser
 from plan import PlanArguments
@@ -21,9 +27,9 @@ from train_drafter import DrafterArguments
 OPENING = """\
 # Every flag
 
-What `--help` says, on a page. What is off is switched on by `--flag`, what is on off by `--no_flag`; a hyphen may stand for
-each underscore. A recipe (`--config FILE.yaml` of `train.py`) is these flags without the dashes, and the command line
-wins over it. An empty default is explained in the last column, or means that there is none. Written by
+What `--help` says, on a page. What is off is switched on by `--flag`, what is on off by `--no_flag`; a hyphen may
+stand for each underscore. A recipe (`--config FILE.yaml` of `train.py`) is these flags without the dashes, and the
+command line wins over it. An empty default is explained in the last column, or means that there is none. Written by
 `python -m benchmarks.flags --output docs/flags.md`.
 """
 TRAINING = (("Model", ModelArguments), ("Data", DataArguments), ("Training", TrainArguments))

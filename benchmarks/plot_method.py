@@ -33,7 +33,7 @@ def said() -> Figure:
     tokenizer = Tokenizer(len(SHAPES), BINS)
     build = SequenceBuilder(tokenizer, max_objects=OBJECTS, order="none")
     boxes, labels = np.array([[0.16, 0.62, 0.44, 1.0], [0.3, 0.0, 0.71, 0.29]]), np.array([2, 3])
-    sentence = build(boxes, labels, np.random.default_rng(1))
+    sentence = build(boxes, labels, np.random.default_rng(6))
     length = TOKENS_PER_OBJECT * OBJECTS
     figure = Figure(figsize=(12, 2.4), dpi=100, layout="constrained")
     axis = figure.subplots()

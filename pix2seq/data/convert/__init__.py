@@ -29,8 +29,8 @@ class Converted:
 
 
 def convert(source: str | Path, output: str | Path) -> list[Converted]:
-    """Writes output/annotations/instances_{train,val,...}2017.json for each split of the dataset at `source`, and where
-    that is possible a link output/images/{train,val,...}2017 to its pictures: COCO's layout, without a copy.
+    """Writes output/annotations/instances_{train,val,...}2017.json for each split of the dataset at `source`, and
+    where that is possible a link output/images/{train,val,...}2017 to its pictures: COCO's layout, without a copy.
 
     A folder with a data.yaml is a YOLO dataset. One with Annotations/, JPEGImages/ and, for the splits,
     ImageSets/Main/ is Pascal VOC, and so is one with XML files beside the pictures, in train/, valid/ and test/ or
