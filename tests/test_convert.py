@@ -516,6 +516,20 @@ def test_the_box_of_a_pose_is_its_box_and_not_a_polygon(tmp_path, shape, keypoin
         convert(root, tmp_path / "other")
 
 
+def test_links_to_the_pictures_are_put_where_nothing_else_is(tmp_path):
+    root = yolo(tmp_path / "a")
+    for split in convert(root, tmp_path / "out"):
+        assert split.linked
+        assert (tmp_path / "out" / "images" / f"{split.name}2017").resolve() == split.images
+    assert not any(split.linked for split in convert(root, root))
+    assert sorted(path.name for path in (root / "images").iterdir()) == ["train", "val"]
+    assert [split.linked for split in convert(voc(tmp_path / "b"), tmp_path / "out")] == [True, True]
+    assert (tmp_path / "out" / "images" / "train2017").resolve() == tmp_path / "b" / "JPEGImages"
+    text(tmp_path / "c" / "a.xml", xml(obj()))
+    picture(tmp_path / "c" / "a.png")
+    assert not any(split.linked for split in convert(tmp_path / "c", tmp_path / "c" / "out"))
+
+
 def test_links_that_lead_back_multiply_nothing(tmp_path):
     root = yolo(tmp_path)
     (root / "images/train/loop").symlink_to(root / "images/train")

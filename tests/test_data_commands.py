@@ -3,6 +3,7 @@
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,11 +24,19 @@ def voc(tmp_path):
     return tmp_path / "my data"
 
 
-def test_what_convert_prints_is_what_the_other_commands_take(voc, tmp_path, capsys):
-    """Also where a folder has a space in its name."""
+def no_links(*args, **kwargs):
+    raise OSError("no links on this disk")
+
+
+@pytest.mark.parametrize(("links", "flag"), [(True, "--root"), (False, "--train_images")])
+def test_what_convert_prints_is_what_the_other_commands_take(voc, tmp_path, capsys, monkeypatch, links, flag):
+    """Also where a folder has a space in its name, and a second time."""
+    if not links:
+        monkeypatch.setattr(Path, "symlink_to", no_links)
+    assert main(["convert", str(voc), str(tmp_path / "out")]) == 0
     assert main(["convert", str(voc), str(tmp_path / "out")]) == 0
     line = capsys.readouterr().out.splitlines()[-1]
-    assert line.startswith("train.py reads them with --train_images ")
+    assert line.startswith(f"train.py reads them with {flag} ")
     words = shlex.split(line.removeprefix("train.py reads them with "))
     assert main(["check", *words, "--output_dir", str(tmp_path / "run")]) == 0
     assert "train: 1 images (0 without objects), 1 objects of 1 classes" in capsys.readouterr().out

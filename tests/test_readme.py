@@ -1,5 +1,6 @@
-"""The README's commands parse, its files exist, and its numbers come from the records."""
+"""The commands of the documents parse, their links lead somewhere, and their numbers come from the records."""
 
+import ast
 import itertools
 import json
 import re
@@ -9,17 +10,17 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from benchmarks import curves
+from benchmarks import curves, flags
 from benchmarks.reliability import fill
 from benchmarks.writing import markdown
 from export import ExportArguments
 from pix2seq.command_line import parse
 from pix2seq.config import Arguments, EvaluateArguments
 from pix2seq.data.commands import COMMANDS as COMMANDS_OF_DATA
-from pix2seq.data.commands import ShardArguments, ShowArguments
+from pix2seq.data.commands import ShardArguments, ShowArguments, convert_parser
 from pix2seq.data.faults import KINDS
 from pix2seq.evaluation.commands import COMMANDS as COMMANDS_OF_EVALUATION
-from pix2seq.evaluation.commands import parse_compare, parse_tokens
+from pix2seq.evaluation.commands import compare_parser, tokens_parser
 from pix2seq.metrics import NAMES
 from pix2seq.processing import Pix2SeqImageProcessor
 from plan import PlanArguments
@@ -27,12 +28,9 @@ from predict import PredictArguments
 from train_drafter import DrafterArguments
 
 README = Path("README.md").read_text()
-PAGES_WITH_COMMANDS = (
-    *("scaling", "clusters", "extending", "data", "decoding", "predict", "export", "report", "what-to-expect"),
-)
-COMMAND_PAGES = [README, *(Path(f"docs/{name}.md").read_text() for name in PAGES_WITH_COMMANDS)]
-BLOCKS = [block for page in COMMAND_PAGES for block in re.findall(r"```bash\n(.*?)```", page, flags=re.DOTALL)]
-COMMANDS = [line for block in BLOCKS for line in block.replace("\\\n", " ").splitlines() if line.strip()]
+DOCUMENTS = {str(path): path.read_text() for path in sorted((*Path().glob("*.md"), *Path("docs").glob("*.md")))}
+BLOCKS = [block for page in DOCUMENTS.values() for block in re.findall(r"```bash\n(.*?)```", page, flags=re.DOTALL)]
+COMMANDS = {line: None for block in BLOCKS for line in block.replace("\\\n", " ").splitlines() if line.strip()}
 
 
 def test_there_are_commands():
@@ -84,10 +82,10 @@ def test_every_command_parses(command):
         if words[3] in kinds:
             parse(kinds[words[3]], words[4:])
         else:
-            assert len(words) == 6
+            convert_parser().parse_args(words[4:])
     elif words[:3] == ["python", "-m", "pix2seq.evaluation"]:
         assert words[3] in COMMANDS_OF_EVALUATION
-        assert {"compare": parse_compare, "tokens": parse_tokens}[words[3]](words[4:])
+        {"compare": compare_parser, "tokens": tokens_parser}[words[3]]().parse_args(words[4:])
     elif words[:2] == ["python", "-m"]:
         script = Path(words[2].replace(".", "/") + ".py").read_text()
         assert all(f'"{word}"' in script for word in words if word.startswith("--"))
@@ -102,7 +100,7 @@ def test_the_python_runs(tmp_path, monkeypatch, make_model, capsys):
     Pix2SeqImageProcessor.for_detector(model.config).save_pretrained(tmp_path / "runs" / "demo" / "best")
     Image.new("RGB", (60, 40)).save(tmp_path / "image.jpg")
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", README + DOCUMENTS["docs/predict.md"], flags=re.DOTALL)
     assert len(blocks) == 3
     for block in blocks:
         exec(block.replace("threshold=0.5", "threshold=0"), {})
@@ -140,10 +138,51 @@ def test_every_kind_of_fault_is_explained():
     assert {kind: (severity, effect) for kind, severity, effect in rows} == KINDS
 
 
-def test_links_and_pictures_exist():
-    for page in (*Path().glob("*.md"), *Path("docs").glob("*.md")):
-        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
-            assert target.startswith("https://") or (page.parent / target).exists(), (page, target)
+def anchors(page: str) -> set[str]:
+    """Those that GitHub gives to the headings of a page."""
+    page = re.sub(r"^```.*?^```", "", page, flags=re.DOTALL | re.MULTILINE)
+    titles = re.findall(r"^#+ (.*)$", page, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.strip().lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("name", [*DOCUMENTS, "experiments/template/notes.md"])
+def test_links_lead_somewhere(name):
+    page = Path(name)
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if re.match(r"https?://|mailto:", target):
+            continue
+        file, _, anchor = target.partition("#")
+        found = page.parent / file if file else page
+        assert found.exists(), target
+        assert not anchor or anchor in anchors(found.read_text()), target
+
+
+def test_the_readme_leads_to_every_page():
+    linked = {target.partition("#")[0] for target in re.findall(r"\]\((docs/[^)]+)\)", README)}
+    assert {name for name in DOCUMENTS if name.startswith("docs/")} <= linked
+
+
+def test_the_page_of_flags_is_what_the_command_writes():
+    assert Path("docs/flags.md").read_text() == flags.page(), "python -m benchmarks.flags --output docs/flags.md"
+
+
+def told(node: ast.AST) -> str | None:
+    """A text of the source, with "..." for what is filled in."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return node.value
+    if isinstance(node, ast.JoinedStr):
+        return "".join(part.value if isinstance(part, ast.Constant) else "..." for part in node.values)
+    return None
+
+
+def test_the_messages_that_are_explained_are_printed():
+    """A first cell that is nothing but code is a message, each part between two "..." of one text in the source."""
+    rows = re.findall(r"^\| `([^`]+)` \|", DOCUMENTS["docs/troubleshooting.md"], re.MULTILINE)
+    assert len(rows) >= 25
+    files = [*Path("pix2seq").rglob("*.py"), *Path().glob("*.py")]
+    texts = {text for file in files for node in ast.walk(ast.parse(file.read_text())) if (text := told(node))}
+    for message in rows:
+        assert any(message.strip(". ") in text for text in texts), message
 
 
 EXPECT = "docs/what-to-expect.md"

@@ -2,7 +2,7 @@
 
     check --root DIR              what is in it, and everything that is wrong with it
     show --root DIR               what the model will see, decoded back from its tokens
-    convert DIR OUT               YOLO or Pascal VOC -> COCO annotation files; the images stay where they are
+    convert DIR OUT               YOLO or Pascal VOC -> COCO's layout; the images stay where they are
     shard --root DIR --output OUT the training images packed into WebDataset shards
 
 check, show and shard take the flags of train.py, recipes included. --help after a command lists its own.
@@ -100,16 +100,22 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
-def convert_data(words: list[str]) -> int:
-    parser = _Parser(prog="pix2seq.data convert", description="YOLO or Pascal VOC -> COCO annotation files")
+def convert_parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="pix2seq.data convert", description="YOLO or Pascal VOC -> COCO's layout")
     parser.add_argument("source", type=Path, help="folder with data.yaml, or with Pascal VOC's XML files")
-    parser.add_argument("output", type=Path, help="folder for the COCO annotation files")
-    args = parser.parse_args(words)
-    flags = []
-    for part in convert(args.source, args.output):
+    parser.add_argument("output", type=Path, help="folder for the COCO annotation files, and links to the images")
+    return parser
+
+
+def convert_data(words: list[str]) -> int:
+    args = convert_parser().parse_args(words)
+    flags, parts = [], convert(args.source, args.output)
+    for part in parts:
         print(f"{part.name}: {part.num_images} images, {part.num_objects} objects -> {part.json}")
         if part.name in ("train", "val"):
             flags += [f"--{part.name}_images", str(part.images), f"--{part.name}_json", str(part.json)]
+    if {"train", "val"} <= {part.name for part in parts if part.linked}:
+        flags = ["--root", str(args.output)]
     if flags:
         print(f"train.py reads them with {shlex.join(flags)}")
     return 0

@@ -33,7 +33,7 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
-def parse_compare(words: list[str]) -> argparse.Namespace:
+def compare_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="pix2seq.evaluation compare", description="Which of two detectors is better?")
     parser.add_argument("a", type=Path, help="output folder of evaluate.py, or a COCO results file")
     parser.add_argument("b", type=Path, help="another, of the same images")
@@ -41,11 +41,11 @@ def parse_compare(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--resamples", type=int, default=1000, help="resamples of the images (default: 1000)")
     parser.add_argument("--seed", type=int, default=0, help="decides which images are drawn (default: 0)")
     parser.add_argument("--output", type=Path, help="JSON file to write the numbers to")
-    return parser.parse_args(words)
+    return parser
 
 
 def _compare(words: list[str]) -> int:
-    args = parse_compare(words)
+    args = compare_parser().parse_args(words)
     for name, value, least in (("resamples", args.resamples, FEWEST_RESAMPLES), ("seed", args.seed, 0)):
         if value < least:
             raise UserError(f"--{name} {value}: must be at least {least}")
@@ -95,17 +95,17 @@ def _write(path: Path, rows, sentence: str, args) -> None:
     print(f"written to {path}")
 
 
-def parse_tokens(words: list[str]) -> argparse.Namespace:
+def tokens_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="pix2seq.evaluation tokens", description="How was an object written, token by token?")
     parser.add_argument("--checkpoint", required=True, help="OUT/best, OUT/final, a checkpoint folder, or a hub name")
     parser.add_argument("--image", type=Path, required=True, help="file of a picture")
     parser.add_argument("--object", type=int, help="which of the objects written, from 1 (default: of highest score)")
     parser.add_argument("--output", type=Path, required=True, help="PNG file to draw to")
-    return parser.parse_args(words)
+    return parser
 
 
 def _tokens(words: list[str]) -> int:
-    args = parse_tokens(words)
+    args = tokens_parser().parse_args(words)
     try:
         pixels = Picture(np.frombuffer(bytearray(args.image.read_bytes()), np.uint8)).pixels()
     except OSError as error:

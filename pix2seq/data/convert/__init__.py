@@ -17,17 +17,20 @@ MARKER = "converted by pix2seq"
 
 @dataclass(frozen=True)
 class Converted:
-    """A split that was written: its name (train, val, ...), where its pictures lie, and its annotation file."""
+    """A split that was written: its name (train, val, ...), where its pictures lie, its annotation file, and whether
+    both are found under one root."""
 
     name: str
     images: Path
     json: Path
     num_images: int
     num_objects: int
+    linked: bool
 
 
 def convert(source: str | Path, output: str | Path) -> list[Converted]:
-    """Writes output/annotations/instances_{train,val,...}2017.json for each split of the dataset at `source`.
+    """Writes output/annotations/instances_{train,val,...}2017.json for each split of the dataset at `source`, and
+    where that is possible a link output/images/{train,val,...}2017 to its pictures: COCO's layout, without a copy.
 
     A folder with a data.yaml is a YOLO dataset. One with Annotations/, JPEGImages/ and, for the splits,
     ImageSets/Main/ is Pascal VOC, and so is one with XML files beside the pictures, in train/, valid/ and test/ or
@@ -88,7 +91,22 @@ def _write(name: str, pictures: list[SourceImage], categories: Classes, target: 
         os.replace(unfinished, target)
     except OSError as error:
         raise UserError(f"{target}: cannot be written ({error.strerror})") from None
-    return Converted(name, folder, target, len(images), len(annotations))
+    linked = _link(target.parents[1] / "images" / f"{name}2017", folder)
+    return Converted(name, folder, target, len(images), len(annotations), linked)
+
+
+def _link(link: Path, folder: Path) -> bool:
+    """Whether the link leads to the folder now. It is put neither into the folder nor beside anything but links."""
+    try:
+        link.parent.mkdir(exist_ok=True)
+        if folder in link.parents or not all(path.is_symlink() for path in link.parent.iterdir()):
+            return False
+        if link.is_symlink():
+            link.unlink()
+        link.symlink_to(folder, target_is_directory=True)
+    except OSError:  # the disk has no links
+        return False
+    return True
 
 
 def _is_ours(path: Path) -> bool:
