@@ -20,7 +20,7 @@ PANELS = {
     "class tokens": ("train/acc_real", "train/acc_noise", "train/noise_predicted", "train/noise_true"),
     "objects": ("train/iou", "train/object_acc", "train/sequence_acc", "eval/AP"),
 }
-STEPS = (0, 100, 1000)  # of the table; the row that ends there, the first one for 0
+STEPS = (0, 100, 500, 1000)  # of the table; the row that ends there, the first one for 0
 
 
 def curves(run: Path) -> dict:
@@ -35,12 +35,14 @@ def curves(run: Path) -> dict:
 
 
 def table(found: dict) -> str:
-    """Metrics of a run at STEPS, as Markdown."""
-    lines = [f"| metric | {' | '.join(f'step {step}' for step in STEPS)} | end |", "|---" * (len(STEPS) + 2) + "|"]
+    """Metrics of a run at STEPS, as far as it came, as Markdown."""
+    last = max(steps[-1] for steps, _ in found.values())
+    places = [step for step in STEPS if step < last]
+    lines = [f"| metric | {' | '.join(f'step {step}' for step in places)} | end |", "|---" * (len(places) + 2) + "|"]
     for name, (steps, values) in found.items():
-        at = [values[min(range(len(steps)), key=lambda row, step=step: abs(steps[row] - step))] for step in STEPS]
+        at = [values[min(range(len(steps)), key=lambda row, step=step: abs(steps[row] - step))] for step in places]
         if name == "eval/AP":  # is not known at each of them
-            at = [value if step in steps else None for step, value in zip(STEPS, at, strict=True)]
+            at = [value if step in steps else None for step, value in zip(places, at, strict=True)]
         cells = ["" if value is None else f"{value:.3g}" for value in (*at, values[-1])]
         lines.append(f"| `{name}` | {' | '.join(cells)} |")
     return "\n".join(lines)
