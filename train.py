@@ -61,8 +61,8 @@ def main(args: Arguments) -> int:
     try:
         return run(training)
     except (UserError, NonFiniteLoss, NotSaved) as error:
-        training.folder.status("failed", training.step, str(error))
         print(f"train.py: error: {error}" + (f" (process {rank})" if rank else ""), file=sys.stderr)
+        training.folder.status("failed", training.step, str(error))
         if not isinstance(error, UserError):
             return 1
         # All processes are here, or there is only one; others would have gone on and could not be asked.
@@ -83,8 +83,8 @@ def run(training: Training) -> int:
     except Stopped:
         if not save(training):
             raise NotSaved(f"{stop.name}: the checkpoint of step {training.step} could not be written") from None
-        folder.status("preempted", training.step, stop.name)
         folder.log(f"{stop.name}: saved at step {training.step}; the same command with --resume auto continues")
+        folder.status("preempted", training.step, stop.name)
         accelerator.end_training()
         return stop.exit_code
     detector = list(training.detectors().values())[-1]  # the average, if there is one
@@ -93,8 +93,8 @@ def run(training: Training) -> int:
     accelerator.wait_for_everyone()
     if not saved:
         raise NotSaved(f"{folder.path}: the last checkpoint or final/ could not be written")
-    folder.status("finished", training.step)
     folder.log(f"finished: {folder.path}; best AP {training.state.best_ap:.4f} in best/, the last in final/")
+    folder.status("finished", training.step)
     accelerator.end_training()
     return 0
 

@@ -11,10 +11,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers.generation.logits_process import TopPLogitsWarper
 
 from benchmarks.decode import PrefixedLlama, by_generate
-from pix2seq.decoding import DecodingOptions, Grammar, NonFiniteLogits, generate, generation, sample_top_p
+from pix2seq.decoding import DecodingOptions, Grammar, Interrupted, NonFiniteLogits, generate, generation, sample_top_p
 from pix2seq.tokenizer import CLASS_SLOT, NOISE_LABEL, TOKENS_PER_OBJECT, Tokenizer
 from tests.test_architectures import build
 
@@ -35,6 +37,8 @@ class Scripted:
 
     def step(self, ids: torch.Tensor, position: int, steps: "Rows", rows: slice = slice(None)) -> torch.Tensor:
         self.fed.append(ids.tolist())
+        if isinstance(position, torch.Tensor):  # an index without dimensions would be read by Python
+            return self.logits[steps.rows].index_select(1, position.view(1))[:, 0, rows]
         return self.logits[steps.rows, position][:, rows]
 
 
@@ -387,12 +391,45 @@ def test_the_model_itself_can_be_decoded(make_model, noise_objects):
         assert alone.scores == pytest.approx(together[row].scores, abs=1e-5)
 
 
+class Recording(TorchDispatchMode):
+    """What a CUDA graph does, on a CPU: the same operations on the same memory, whatever Python's names have come to
+    mean since."""
+
+    def __init__(self, work):
+        super().__init__()
+        self.operations, self.work = [], work
+        # A graph is recorded without being run; this one is run, and then its first replay is nothing.
+        with self:
+            work()
+        self.is_ahead = True
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        self.operations.append((operation, args, kwargs or {}, result))
+        return result
+
+    def replay(self) -> None:
+        if self.is_ahead:
+            self.is_ahead = False
+            return
+        for operation, args, kwargs, result in self.operations:
+            again = operation(*args, **kwargs)
+            for new, old in zip(tree_leaves(again), tree_leaves(result), strict=True):
+                if isinstance(new, torch.Tensor) and new.data_ptr() != old.data_ptr():
+                    old.copy_(new)
+
+
 @pytest.fixture
 def recordings(monkeypatch) -> list:
     """From here on, sentences are written as a GPU is asked to: an object at a time, its steps recorded."""
     recordings = []
     monkeypatch.setattr(generation, "token_by_token", generation.object_by_object)
-    monkeypatch.setattr(generation, "recorded", lambda work, device: recordings.append(device) or work)
+
+    def recorded(work, device):
+        recordings.append(Recording(work))
+        return recordings[-1].replay
+
+    monkeypatch.setattr(generation, "recorded", recorded)
     return recordings
 
 
@@ -430,8 +467,41 @@ def test_a_sentence_that_has_ended_says_no_more_while_others_go_on(request, nois
     found = decode(Scripted(logits, noise_objects), range(40), max_objects=8, **words)
     for ours, theirs in zip(found, expected, strict=True):
         assert_equal(ours, theirs)
+        assert ours.passes == theirs.passes
     assert len({len(one.scores) for one in expected}) > 3
     assert len(recordings) > 1  # the batch has become smaller on its way
+
+
+def test_an_object_at_a_time_can_be_interrupted(recordings):
+    asked = []
+    with pytest.raises(Interrupted):
+        generate(
+            Scripted(random_logits(2, 8)),
+            pixels(range(2)),
+            TOKENIZER,
+            DecodingOptions(max_objects=8),
+            lambda: asked.append(1) or len(asked) > 3,
+        )
+
+
+def test_what_is_thought_after_a_sentence_has_ended_does_not_count(recordings):
+    logits = random_logits(5, 4)
+    logits[:, 0, TOKENIZER.eos_id] -= 50.0
+    logits[0, 5, TOKENIZER.eos_id] += 50.0
+    logits[0, 10:] = float("nan")
+    found = decode(Scripted(logits, noise_objects=False), range(5), max_objects=4, top_p=0)
+    assert len(found[0].scores) == 1
+
+
+@pytest.mark.parametrize("options", [{"top_p": 0}, {"top_p": 0.4}])
+@pytest.mark.parametrize("name", ["token_by_token", "object_by_object"])
+def test_nan_where_a_sentence_may_end_is_no_end(monkeypatch, name, options):
+    monkeypatch.setattr(generation, "token_by_token", getattr(generation, name))
+    logits = random_logits(3, 4)
+    logits[1, 5:] = float("nan")
+    logits[:, ::5, TOKENIZER.eos_id] -= 50.0
+    with pytest.raises(NonFiniteLogits, match=r"pictures \[1\]"):
+        decode(Scripted(logits, noise_objects=False), range(3), max_objects=4, **options)
 
 
 @pytest.mark.parametrize("noise_objects", [True, False])

@@ -34,6 +34,16 @@ def spread(model):
     return model
 
 
+def ending(decoder: str, noise_objects: bool):
+    """A model whose sentences end early, some sooner than others, and how it is to write them."""
+    model = spread(build(decoder, noise_objects=noise_objects, max_objects=6).eval())
+    if decoder == "transformer" and not noise_objects:
+        with torch.no_grad():
+            model.decoder.lm_head.bias[model.tokenizer.eos_id] = 3.0
+    score = 0.1 if decoder == "llama" else 0.02
+    return model, DecodingOptions(6, top_p=0.9, stop_after_noise=1 if noise_objects else 0, noise_score=score)
+
+
 def some_pictures() -> torch.Tensor:
     return torch.randint(0, 256, (40, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
 
@@ -62,16 +72,14 @@ def test_a_compiled_run_trains_and_is_evaluated(shapes_root, tmp_path):
 @pytest.mark.parametrize("noise_objects", [True, False])
 @pytest.mark.parametrize("decoder", ["llama", "transformer"])
 def test_recorded_steps_write_what_single_ones_write(monkeypatch, decoder, noise_objects, dtype):
-    model = spread(build(decoder, noise_objects=noise_objects, max_objects=6).eval()).cuda()
-    if not noise_objects:
-        with torch.no_grad():
-            model.get_input_embeddings().weight[model.tokenizer.eos_id] *= 2
-    options = DecodingOptions(6, top_p=0, stop_after_noise=2 if noise_objects else 0)
+    model, options = ending(decoder, noise_objects)
+    model = model.cuda()
     with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
         found = model.detect(some_pictures().cuda(), options)
         monkeypatch.setattr(generation, "object_by_object", generation.token_by_token)
         expected = model.detect(some_pictures().cuda(), options)
     assert sum(np.array_equal(a.boxes, b.boxes) for a, b in zip(expected, found, strict=True)) >= 36
+    assert len({len(one.boxes) for one in found}) > 3  # so that the batch becomes smaller on its way
 
 
 def test_recordings_do_not_pile_up(make_model):

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-from pix2seq.decoding.grammar import Grammar, around, sample_top_p
+from pix2seq.decoding.grammar import Grammar, around, sample_top_p, unscored
 from pix2seq.decoding.options import DecodingOptions, Interrupted
 from pix2seq.decoding.sentences import Sentences
 from pix2seq.tokenizer import CLASS_SLOT, TOKENS_PER_OBJECT
@@ -120,6 +120,8 @@ def _verify(
         _write(writing.masses, places, masses.view_as(said), coordinates)
     judged = has_class & (at < decided)
     objects = (counts[:, None] // TOKENS_PER_OBJECT).clamp(max=options.max_objects - 1)
+    if grammar.allow_eos:
+        _write(writing.scores, objects, unscored(logits[:, :1]), (drafted == 0)[:, None])
     _write(writing.scores, objects, score[:, None], judged[:, None])
     _write(writing.labels, objects, label[:, None], judged[:, None])
     writing.noise = torch.where(judged, noise, writing.noise)

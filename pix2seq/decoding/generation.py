@@ -4,15 +4,18 @@ The loop knows nothing of boxes, the grammar nothing of the model. A row's answe
 the rows it shares a batch with.
 """
 
+import threading
 from collections.abc import Callable
 
 import torch
 
 from pix2seq.decoding.drafting import with_drafts
-from pix2seq.decoding.grammar import Grammar, around, sample_top_p
+from pix2seq.decoding.grammar import Grammar, around, sample_top_p, unscored
 from pix2seq.decoding.options import DecodingOptions, Detections, Interrupted
 from pix2seq.decoding.sentences import Sentences
 from pix2seq.tokenizer import CLASS_SLOT, TOKENS_PER_OBJECT, Tokenizer
+
+ONE_AT_A_TIME = threading.Lock()  # recordings in a process: CUDA does not know whose is whose
 
 
 def generate(
@@ -137,9 +140,10 @@ def recorded(work: Callable[[], None], device: torch.device) -> Callable[[], Non
     """What does the same work again: as a CUDA graph, where there is one to be had."""
     if device.type != "cuda":
         return work
-    graph = torch.cuda.CUDAGraph()
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
     # What a loader's thread asks of the device meanwhile is no part of it.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    recording = torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local")
+    with ONE_AT_A_TIME, torch.cuda.device(device), recording:
         work()
     return graph.replay
 
@@ -155,16 +159,23 @@ def _say(
     options: DecodingOptions,
     ended: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Reads the `token` (B,) at a position and writes the one after it, (B,): EOS in rows that have `ended`."""
+    """Reads the `token` (B,) at a position and writes the one after it, (B,); nothing in rows that have `ended`."""
 
     def at(place: int | torch.Tensor) -> slice | torch.Tensor:
         return slice(place, place + 1) if isinstance(place, int) else place.view(1)
 
+    def write(values: torch.Tensor, place: int | torch.Tensor, new: torch.Tensor) -> None:
+        if ended is not None:
+            new = torch.where(ended, values[:, at(place)][:, 0], new)
+        values[:, at(place)] = new[:, None].to(values.dtype)
+
     logits = model.step(token, position, steps, grammar.rows[slot])
+    if slot == 0 and grammar.allow_eos:
+        write(writing.scores, position // TOKENS_PER_OBJECT, unscored(logits))
     if slot == CLASS_SLOT:
-        score, label = grammar.best_class(logits)
-        number = at(position // TOKENS_PER_OBJECT)
-        writing.scores[:, number], writing.labels[:, number] = score[:, None], label[:, None]
+        number, (score, label) = position // TOKENS_PER_OBJECT, grammar.best_class(logits)
+        write(writing.scores, number, score)
+        write(writing.labels, number, label)
         writing.noise.copy_(torch.where(score < options.noise_score, writing.noise + 1, 0))
     corner = writing.tokens[:, at(position - 2)][:, 0] if slot in (2, 3) else None
     allowed = grammar(logits, slot, corner)
@@ -172,12 +183,10 @@ def _say(
     said = sample_top_p(allowed, options.top_p, options.temperature, uniform)
     if options.looks_around and slot != CLASS_SLOT:
         offsets, masses = around(allowed, said, options.expected_bins)
-        writing.offsets[:, at(position)] = offsets[:, None].double()
-        writing.masses[:, at(position)] = masses[:, None].double()
+        write(writing.offsets, position, offsets)
+        write(writing.masses, position, masses)
     said = said + grammar.rows[slot].start
-    if ended is not None:
-        said = torch.where(ended, grammar.tokenizer.eos_id, said)
-    writing.tokens[:, at(position)] = said[:, None]
+    write(writing.tokens, position, said)
     return said
 
 

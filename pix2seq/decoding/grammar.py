@@ -53,6 +53,12 @@ class Grammar:
         return logits.softmax(-1)[:, classes].max(-1)
 
 
+def unscored(logits: torch.Tensor) -> torch.Tensor:
+    """What stands for the score (B,) of an object of which only the beginning is known, logits (B, V): 0, or NaN if
+    they are not finite. It may end the sentence, and then nothing else would tell."""
+    return 0 * logits.sum(-1)
+
+
 def sample_top_p(logits: torch.Tensor, top_p: float, temperature: float, uniform: torch.Tensor) -> torch.Tensor:
     """One token per row of logits (B, V), by the authors' rule: of the tokens in order of probability, keep those
     whose cumulative probability, their own included, is at most `top_p`, and the first in any case.

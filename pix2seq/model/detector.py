@@ -285,8 +285,9 @@ class Pix2SeqForObjectDetection(Pix2SeqPreTrainedModel):
         """Reads the pictures (B, 3, S, S), and makes room for a sentence of `length` tokens: what `step` continues."""
         return self.decoder.start(self.encode(pixel_values), length)
 
-    def step(self, ids: torch.Tensor, position: int, steps, rows: slice = slice(None)) -> torch.Tensor:
-        """Reads one more token per row, ids (B,), the `position`-th of the sentence (BOS is 0).
+    def step(self, ids: torch.Tensor, position: int | torch.Tensor, steps, rows: slice = slice(None)) -> torch.Tensor:
+        """Reads one more token per row, ids (B,), the `position`-th of the sentence (BOS is 0), which may be a tensor
+        without dimensions: then the device alone knows it.
 
         Returns what may follow: logits (B, V), float32; with `rows`, only those of these tokens.
         """
