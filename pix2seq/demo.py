@@ -42,7 +42,7 @@ from pix2seq.visualize import GREY, color_of
 PROGRAM = "python -m pix2seq.demo"
 SHOWN = 640  # pixels of the longer side of a picture on the page
 LEAST_SIDE = 8
-EXAMPLES, EXAMPLE_SIDE, EXAMPLE_SHAPES = 8, 320, 4
+EXAMPLES, EXAMPLE_SIDE, EXAMPLE_SHAPES = 5, 320, 4
 KEPT = 600  # seconds that files of visitors are kept
 
 
@@ -179,26 +179,30 @@ def _saved(image: Image.Image, folder: Path, number: int) -> str:
 # -- what the page shows ---------------------------------------------------------------------------
 
 HEAD = (
-    "<h1>pix2seq</h1><p>A picture goes in, and a decoder writes what is in it as a sentence: five tokens an object, "
-    "<b>y1 x1 y2 x2 class</b>. What is grey is noise: the model says that nothing more is there.</p>"
+    "<h1>pix2seq</h1><p>A picture goes in, and a decoder writes what is in it as a sentence, five tokens an object: "
+    "<b>y1 x1 y2 x2 class</b>. Numbers are bins of a ruler: 0 is the top or left edge of the canvas, {last} the "
+    "bottom or right. Grey is noise, by which the model says that nothing more is there.</p>"
 )
 HIDE = "value => { document.documentElement.style.setProperty('--threshold', value); return []; }"
 FONT, FONT_MONO = ("system-ui", "sans-serif"), ("ui-monospace", "Menlo", "Consolas", "monospace")
 STYLE = """
 .gradio-container { max-width: 1240px !important; margin: auto; }
+.html-container { padding: 0 !important; }
 .head h1 { font-size: 30px; font-weight: 700; margin: 6px 0 2px; }
-.head p { color: var(--body-text-color-subdued); margin: 0; font-size: 15px; }
+.head p { color: var(--body-text-color-subdued); margin: 0 0 8px; font-size: 15px; }
 .picture { position: relative; width: 100%; border-radius: 8px; overflow: hidden; background: #EEE; }
 .picture img { display: block; width: 100%; }
 .picture .box { position: absolute; border: 3px solid var(--color); box-sizing: border-box; transition: opacity .15s;
   box-shadow: 0 0 0 1px #0005, inset 0 0 0 1px #0005; opacity: calc((var(--score) - var(--threshold)) * 1e6); }
 .picture .box.noise { border-style: dashed; border-width: 2px; }
 .picture .box b { position: absolute; left: -3px; bottom: 100%; background: var(--color); color: #000;
-  font: 600 13px/20px system-ui, sans-serif; padding: 0 6px; white-space: nowrap; border-radius: 3px 3px 0 0; }
+  font: 600 13px/20px system-ui, sans-serif; padding: 0 6px; white-space: nowrap; border-radius: 3px 3px 0 0;
+  z-index: 1; }
 .picture .box.high b { bottom: auto; top: 0; border-radius: 0 0 3px 0; }
 .picture .box.right b { left: auto; right: -3px; }
-.sentence { max-height: 640px; overflow-y: auto; }
-.sentence table { width: 100%; border-collapse: separate; border-spacing: 4px; table-layout: fixed; margin: 0; }
+.sentence { max-height: 480px; overflow-y: auto; }
+.sentence table { width: 100%; margin: 0; border: 0; border-collapse: separate; border-spacing: 4px;
+  table-layout: fixed; }
 .sentence th { color: var(--body-text-color-subdued); font-weight: 500; font-size: 13px; text-align: left;
   padding: 0 8px; border: 0; position: sticky; top: 0; background: var(--body-background-fill); }
 .sentence th:nth-child(5) { width: 30%; }
@@ -211,9 +215,8 @@ STYLE = """
 .sentence tr.noise td, .sentence tr.unfinished td { background: #EDEDED; color: #888; font-weight: 400; }
 .sentence tr.unfinished td { background: #E3E7EE; color: #111; }
 .sentence tr.noise td.score { background: none; }
-.status { color: var(--body-text-color-subdued); font-size: 14px; margin: 0 0 8px 4px; }
+.status { color: var(--body-text-color-subdued); font-size: 14px; margin: 0 0 6px 12px; }
 .fault { border-left: 4px solid #D55E00; background: #D55E0018; padding: 12px 16px; border-radius: 4px; }
-.examples .grid-wrap { max-height: none !important; }
 """
 
 
@@ -283,37 +286,42 @@ def build_page(detector: Pix2Seq, args: DemoArguments, examples: list[str]):
     def show_example(index: int) -> Iterator[tuple[str, str]]:
         yield from frames(detector, examples[index], args)
 
-    def detect(picture: gradio.FileData, threshold: float = args.threshold) -> list[dict]:
+    def detect(picture: str, threshold: float) -> list[dict]:
         """Objects of a picture, best first: class, score, and box as x1, y1, x2, y2 in its pixels."""
         try:
-            open_upload(picture.path, args.max_side)
-            found = detector(picture.path, threshold)
+            open_upload(picture, args.max_side)
+            found = detector(picture, threshold)
         except (ValueError, RuntimeError) as error:
             raise gradio.Error(str(error), print_exception=False) from None
         rows = zip(found.names, found.scores.tolist(), found.boxes.tolist(), strict=True)
         return [dict(zip(("class", "score", "box"), row, strict=True)) for row in rows]
 
     with gradio.Blocks(title="pix2seq", analytics_enabled=False, delete_cache=(KEPT, KEPT)) as page:
-        gradio.HTML(HEAD, elem_classes="head")
+        gradio.HTML(HEAD.format(last=detector.model.config.num_bins - 1), elem_classes="head")
         with gradio.Row():
             with gradio.Column(scale=6):
                 picture = gradio.HTML(elem_id="picture")
-                threshold = gradio.Slider(0, 1, args.threshold, step=0.01, label="Boxes of a score above")
             with gradio.Column(scale=5):
+                upload = gradio.UploadButton("Open a picture", file_types=["image"], variant="primary", size="md")
+                samples = gradio.Dataset(
+                    label="or one of these",
+                    components=[gradio.Image(render=False)],
+                    samples=[[path] for path in examples],
+                    type="index",
+                )
+                threshold = gradio.Slider(0, 1, args.threshold, step=0.01, label="Boxes of a score above")
                 sentence = gradio.HTML(elem_id="sentence")
-        with gradio.Row():
-            upload = gradio.UploadButton("Open a picture of yours", variant="primary", scale=1, elem_id="upload")
-            image = gradio.Image(render=False)
-            samples = gradio.Dataset(
-                label="Or one of these", components=[image], samples=[[path] for path in examples], type="index"
-            )
         how = {"outputs": [picture, sentence], "show_progress": "hidden", "concurrency_id": "detector"}
         how |= {"concurrency_limit": 1, "trigger_mode": "always_last", "api_visibility": "private"}
         page.load(lambda: (yield from show_example(0)), **how)
         upload.upload(show, upload, **how)
         samples.click(show_example, samples, **how)
         threshold.change(None, threshold, js=HIDE, api_visibility="private")
-        gradio.api(detect, api_name="detect", concurrency_id="detector", concurrency_limit=1)
+        # Not gradio.api, which lets its callers name any file of the server's.
+        gradio.on(
+            *([], detect, [upload, threshold], gradio.JSON(visible=False)),
+            **{"api_name": "detect", "concurrency_id": "detector", "concurrency_limit": 1},
+        )
     return page.queue(max_size=args.max_queue)
 
 
