@@ -355,7 +355,7 @@ def serve(args: DemoArguments) -> None:
             page.launch(
                 server_name=args.host,
                 server_port=args.port,
-                max_file_size=args.max_mb * 1_000_000,
+                max_file_size=args.max_mb * 2**20,
                 theme=gradio.themes.Base(primary_hue="blue", neutral_hue="slate", font=FONT, font_mono=FONT_MONO),
                 css=f":root {{ --threshold: {args.threshold}; }}{STYLE}",
                 footer_links=["api"],
