@@ -153,7 +153,7 @@ BAD = [
     ("bomb.png", png_that_claims(60000, 60000), "pixels"),
     ("renamed.jpg", zipped(), "not an image"),
     ("empty.jpg", b"", "it is empty (0 bytes)"),
-    ("cut.jpg", saved(photo(), "JPEG")[:400], "This picture cannot be used"),
+    ("cut.jpg", saved(photo(), "JPEG")[:400], "Truncated File Read"),
     ("dot.png", saved(Image.new("RGB", (1, 1))), "1 x 1 pixels: each side must have 8 to 8192"),
     ("wide.png", saved(Image.new("RGB", (20000, 10))), "20000 x 10 pixels: each side must have 8 to 8192"),
 ]
