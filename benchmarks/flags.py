@@ -19,6 +19,7 @@ from pix2seq.config import (
     TrainArguments,
 )
 from pix2seq.data.commands import ShardArguments, ShowArguments, convert_parser
+from pix2seq.demo import DemoArguments
 from pix2seq.evaluation.commands import compare_parser, tokens_parser
 from plan import PlanArguments
 from predict import PredictArguments
@@ -40,6 +41,7 @@ COMMANDS = {
     "train.py": (Arguments, TRAINING),
     "evaluate.py": (EvaluateArguments, (("What is evaluated", EvaluateArguments), WRITING)),
     "predict.py": (PredictArguments, (("Pictures in, boxes out", PredictArguments), WRITING)),
+    "python -m pix2seq.demo": (DemoArguments, (("A page in the browser", DemoArguments), WRITING)),
     "train_drafter.py": (DrafterArguments, (("", DrafterArguments),)),
     "export.py": (ExportArguments, (("", ExportArguments),)),
     "plan.py": (PlanArguments, ((OF_TRAINING, PlanArguments),)),

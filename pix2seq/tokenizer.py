@@ -4,6 +4,7 @@ Deterministic, and knows numbers only: no images, no randomness, no model. Boxes
 normalised by the canvas, so 0 is the left or top edge of the square the model sees and 1 its right or bottom edge.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -92,3 +93,9 @@ class Tokenizer:
         well_formed = is_bin.all(axis=1) & (classes >= self.noise_id) & (classes < self.first_bin_id)
         boxes = self.dequantize(bins[well_formed])[:, [1, 0, 3, 2]]
         return boxes, classes[well_formed] - self.first_class_id
+
+    def word(self, token: int, names: Sequence[str]) -> str:
+        """A bin's number, or the name of a class, of `names` (C,), or NOISE."""
+        if token >= self.first_bin_id:
+            return str(token - self.first_bin_id)
+        return "NOISE" if token == self.noise_id else names[token - self.first_class_id]

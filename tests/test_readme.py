@@ -19,6 +19,7 @@ from pix2seq.config import Arguments, EvaluateArguments
 from pix2seq.data.commands import COMMANDS as COMMANDS_OF_DATA
 from pix2seq.data.commands import ShardArguments, ShowArguments, convert_parser
 from pix2seq.data.faults import KINDS
+from pix2seq.demo import DemoArguments
 from pix2seq.evaluation.commands import COMMANDS as COMMANDS_OF_EVALUATION
 from pix2seq.evaluation.commands import compare_parser, tokens_parser
 from pix2seq.metrics import NAMES
@@ -86,6 +87,8 @@ def test_every_command_parses(command):
     elif words[:3] == ["python", "-m", "pix2seq.evaluation"]:
         assert words[3] in COMMANDS_OF_EVALUATION
         {"compare": compare_parser, "tokens": tokens_parser}[words[3]]().parse_args(words[4:])
+    elif words[:3] == ["python", "-m", "pix2seq.demo"]:
+        parse(DemoArguments, words[3:])
     elif words[:2] == ["python", "-m"]:
         script = Path(words[2].replace(".", "/") + ".py").read_text()
         assert all(f'"{word}"' in script for word in words if word.startswith("--"))
@@ -187,6 +190,7 @@ def test_the_messages_that_are_explained_are_printed():
 
 EXPECT = "docs/what-to-expect.md"
 PAGES = ["README.md", "docs/experiments.md"]
+WITH_RECORDS = ("data", "decoding", "demo", "reliability", "scaling")
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -310,10 +314,28 @@ def test_figures_of_decoding_come_from_their_records():
         assert markdown(json.loads(Path(f"docs/results/writing_{name}.json").read_text())) in page
 
 
+def test_figures_of_the_load_come_from_their_record():
+    page = " ".join(Path("docs/demo.md").read_text().split())
+    found = json.loads(Path("docs/results/demo_load.json").read_text())
+    for part in (found["alone"], found["together"]):
+        latency = part["latency_s"]
+        row = [part["clients"], part["pictures"], len(part["errors"]), f"{latency['median']:.2f} s"]
+        row += [f"{latency['95 %']:.2f} s", f"{part['pictures_per_s']:.1f}"]
+        assert f"| {' | '.join(map(str, row))} |" in page
+    memory = [f"{found['memory_mb'][when]:.0f} MB" for when in ("before", "after", "after as many again")]
+    assert "held {} before, {} after, and {} after as many again".format(*memory) in page
+    assert f"load average {found['load_average_before']:.1f}" in page
+
+
+def test_the_python_of_the_demo_page_parses():
+    (block,) = re.findall(r"```python\n(.*?)```", Path("docs/demo.md").read_text(), flags=re.DOTALL)
+    compile(block, "docs/demo.md", "exec")
+
+
 def test_every_record_is_shown():
     shown = {
         (Path(page).parent / link).resolve()
-        for page in (*PAGES, *(f"docs/{name}.md" for name in ("data", "decoding", "reliability", "scaling")), EXPECT)
+        for page in (*PAGES, *(f"docs/{name}.md" for name in WITH_RECORDS), EXPECT)
         for link in re.findall(r"\]\((\S+\.json)\)", Path(page).read_text())
     }
     assert {path.resolve() for path in Path("docs/results").rglob("*.json")} - shown == {

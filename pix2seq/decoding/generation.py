@@ -46,9 +46,14 @@ def write(
     tokenizer: Tokenizer,
     options: DecodingOptions,
     interrupted: Callable[[], bool] = lambda: False,
+    writing: Sentences | None = None,
 ) -> Sentences:
-    """As `generate`, but what was written as such."""
-    writing = Sentences.new(pixel_values, tokenizer, options)
+    """As `generate`, but what was written as such.
+
+    writing   new ones, for who wants to look on: whenever `interrupted` is asked, they hold all that is written so
+              far. On a CPU that is before each token. Of one picture only: where there are more, rows move as they end
+    """
+    writing = writing or Sentences.new(pixel_values, tokenizer, options)
     grammar = Grammar(tokenizer, allow_eos=not model.config.noise_objects, device=pixel_values.device)
     write_all = object_by_object if pixel_values.is_cuda else token_by_token
     if options.draft != "off":
@@ -71,7 +76,7 @@ def token_by_token(
     done = []
     for position in range(length):
         slot = position % TOKENS_PER_OBJECT
-        if slot == 0 and interrupted():
+        if interrupted():
             raise Interrupted
         token = _say(model, steps, token, position, slot, writing, grammar, options)
         writing.passes += 1

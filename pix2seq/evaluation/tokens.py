@@ -137,12 +137,6 @@ def token_picture(
     return to_image(figure)
 
 
-def _word(token: int, tokenizer: Tokenizer, class_names: Sequence[str]) -> str:
-    if token >= tokenizer.first_bin_id:
-        return str(token - tokenizer.first_bin_id)
-    return "NOISE" if token == tokenizer.noise_id else class_names[token - tokenizer.first_class_id]
-
-
 def _short(name: str, length: int = 24) -> str:
     return name if len(name) <= length else f"{name[: length - 1]}…"
 
@@ -152,7 +146,7 @@ def _introduction(axis, written: WrittenObject, tokenizer: Tokenizer, class_name
     axis.text(0, 1, f"Object {written.number} of the {written.count} that were written", fontsize=13, va="top")
     for place, (slot, token) in enumerate(zip(SLOTS, written.tokens, strict=True)):
         axis.text(0.15 * place, 0.78, slot, fontsize=9, va="top", color="#777777")
-        word = _word(token, tokenizer, class_names)
+        word = tokenizer.word(token, class_names)
         axis.text(0.15 * place, 0.68, word, fontsize=13, va="top", weight="bold", parse_math=False)
     axis.text(
         *(0, 0.45),
@@ -202,11 +196,11 @@ def _class_bars(axis, written: WrittenObject, tokenizer: Tokenizer, class_names:
     axis.barh(range(len(shown)), probabilities[shown], 0.8, color=[SAID if i == said else OTHER for i in shown])
     for place, token in enumerate(shown):
         axis.text(probabilities[token] + 0.01, place, f"{probabilities[token]:.2f}", va="center", fontsize=8)
-    names = [_short(_word(token, tokenizer, class_names)) for token in shown]
+    names = [_short(tokenizer.word(token, class_names)) for token in shown]
     axis.set_yticks(range(len(shown)), names, fontsize=9, parse_math=False)
     axis.invert_yaxis()
     axis.set_xlim(0, 1.1)
-    word = _word(said, tokenizer, class_names)
+    word = tokenizer.word(said, class_names)
     title = f"class: {word}, probability {probabilities[said]:.2f}"
     axis.set_title(title, fontsize=10, loc="left", parse_math=False)
     _plain(axis)
