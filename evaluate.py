@@ -51,7 +51,7 @@ def dataset(args: EvaluateArguments, training: dict, categories: Categories | No
 
 def detect(args: EvaluateArguments, skipped: Skipped) -> tuple[dict, list[dict], EvalDataset, bool]:
     """Ground truth, the detector's predictions, their images, and whether this is the main process. Adds to `skipped`
-    what was."""
+    the images that cannot be read."""
     transformers_logging.disable_progress_bar()
     model, training = load_detector(args.checkpoint, "--checkpoint"), read_flags(args.checkpoint, "--checkpoint")
     accelerator = Accelerator(
@@ -69,15 +69,15 @@ def detect(args: EvaluateArguments, skipped: Skipped) -> tuple[dict, list[dict],
     except ValueError as error:
         raise UserError(f"--{error}") from None
     batch_size = args.eval_batch_size or training.get("eval_batch_size", 32)
-    annotations, warn = data.annotations, skipped.unreadable.extend
-    truth = load_ground_truth(annotations.split.json, annotations.image_ids, categories, skipped.faults.extend)
+    truth = load_ground_truth(data.annotations.split.json, data.annotations.image_ids, categories)
+    warn = skipped.unreadable.extend
     predictions = predict(model, data, options, batch_size, accelerator, args.num_workers, warn=warn)
     return truth, predictions, data, accelerator.is_main_process
 
 
 def main(args: EvaluateArguments) -> dict:
     """Returns the metrics, on every process; writes and prints them on the main one."""
-    output = Path(args.output_dir) if args.output_dir else None
+    output = Path(args.output_dir) if args.output_dir is not None else None
     if output is not None:
         prepare(output)
     name, data, is_main, skipped = "predictions", None, True, Skipped()
@@ -88,7 +88,7 @@ def main(args: EvaluateArguments) -> dict:
     elif args.oracle:
         data = dataset(args, {}, None, args.image_size)
         tokenizer = Tokenizer(len(data.annotations.categories.ids), args.num_bins)
-        truth = load_ground_truth(data.annotations.split.json, warn=skipped.faults.extend)
+        truth = load_ground_truth(data.annotations.split.json)
         predictions = oracle_predictions(data, tokenizer, skipped.unreadable.extend)
     else:
         truth, predictions, data, is_main = detect(args, skipped)
@@ -98,11 +98,14 @@ def main(args: EvaluateArguments) -> dict:
         return metrics
     print(metrics_table(metrics))
     warn_of_unreadable(skipped.unreadable)
-    if faults := skipped.faults if data is None else data.annotations.faults:
-        print(f"faults in {args.gt if data is None else data.annotations.split.json}: {tally(faults)}")
+    ground_truth = args.gt if data is None else str(data.annotations.split.json)
+    if data is not None:  # what is wrong with its images has been told
+        skipped.faults = [fault for fault in data.annotations.faults if fault.file == ground_truth]
+    if skipped.faults:
+        print(f"faults in {ground_truth}: {tally(skipped.faults)}")
     if output is not None:
         with writing(output):
-            write(args, output, metrics, truth, predictions, data, skipped)
+            write(args, output, metrics, truth, predictions, data, ground_truth, skipped)
     return metrics
 
 
@@ -113,12 +116,12 @@ def write(
     truth: dict,
     predictions: list,
     data: EvalDataset | None,
+    ground_truth: str,
     skipped: Skipped,
 ) -> None:
     annotations = None if data is None else data.annotations
     if annotations is not None:  # names are enough: pages and files are sent to others
         skipped.unreadable = [line.removeprefix(f"{annotations.split.images}/") for line in skipped.unreadable]
-    ground_truth = args.gt if annotations is None else annotations.split.json
     write_numbers(output, metrics, truth, predictions, ground_truth, skipped)
     written = ["metrics.json", "predictions.json"]
     if annotations is not None and args.num_pictures > 0:

@@ -48,6 +48,8 @@ def parse(kind: type, argv: list[str] | None = None, program: str | None = None)
     for name, value in vars(arguments).items():
         if isinstance(value, float) and not math.isfinite(value):
             parser.error(f"--{name} {value}: must be a finite number")
+        if value == "":
+            parser.error(f"--{name}: is empty; leave it out, or name something")
     names = [name for action in parser._actions for name in action.option_strings]
     for word in unknown:
         if word.startswith("--"):

@@ -15,7 +15,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from pix2seq.data.coco import Categories, read_coco, read_json
-from pix2seq.data.faults import Fault, is_finite, is_id, usable_images, usable_objects
+from pix2seq.data.faults import Fault, is_finite, is_id, shown, usable_images, usable_objects
 from pix2seq.errors import UserError
 
 METRICS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
@@ -207,6 +207,7 @@ def metrics_table(metrics: dict[str, float]) -> str:
         for start in (0, 6)
     ]
     per_class = {key.removeprefix("per_class/"): v for key, v in metrics.items() if key.startswith("per_class/")}
-    width = max(map(len, per_class))
-    lines.append("\n".join(["AP by class", *(f"  {name:<{width}} {v:>7.3f}" for name, v in per_class.items())]))
+    width = max(len(shown(name)) for name in per_class)
+    rows = (f"  {shown(name):<{width}} {v:>7.3f}" for name, v in per_class.items())
+    lines.append("\n".join(["AP by class", *rows]))
     return "\n".join(lines)

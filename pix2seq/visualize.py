@@ -89,10 +89,12 @@ def grid(
     return sheet
 
 
-def side_by_side(pairs: Sequence[tuple[Image.Image, Image.Image]], columns: int = 2, cell: int = CELL) -> Image.Image:
-    """Pairs of (ground truth, predictions), `columns` pairs in a row."""
+def side_by_side(
+    pairs: Sequence[tuple[Image.Image, Image.Image]], columns: int = 2, cell: int = CELL, title: str = "predictions"
+) -> Image.Image:
+    """Pairs of (ground truth, predictions), `columns` pairs in a row. `title` stands over the predictions."""
     rows = [[image for pair in pairs[i : i + columns] for image in pair] for i in range(0, len(pairs), columns)]
-    titles = ["ground truth", "predictions"] * min(columns, len(pairs))
+    titles = ["ground truth", title] * min(columns, len(pairs))
     return grid(rows, titles, cell)
 
 

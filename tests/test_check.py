@@ -263,7 +263,7 @@ def test_too_many_unreadable_images_end_the_run_with_their_list(tmp_path, capsys
     assert train_main(arguments(tmp_path / "root", tmp_path / "run")) == 2
     error = capsys.readouterr().err
     assert "more than --max_unreadable allows" in error
-    assert "gone.png: not in" in error
+    assert "gone.png: no such file" in error
     assert len(error.strip().splitlines()) == 1
     assert not (tmp_path / "run").exists()
 

@@ -13,9 +13,9 @@ from pix2seq.command_line import parse
 from pix2seq.config import EvaluateArguments
 from pix2seq.data import find_split
 from pix2seq.evaluation.commands import main
-from pix2seq.evaluation.compare import Resampled, compare, verdict
+from pix2seq.evaluation.compare import Resampled, Row, compare, table, verdict
 from pix2seq.evaluation.matches import match
-from pix2seq.scoring import coco_metrics, numbered
+from pix2seq.scoring import METRICS, coco_metrics, metrics_table, numbered
 from tests.test_report import many_objects
 
 NOTHING = "there is no object to find in these images, so no AP to compare"
@@ -105,6 +105,15 @@ def test_the_seed_decides_the_resamples():
     truth, predictions = many_objects(0)
     one, same, other = (compare(truth, predictions, worse(predictions, 0.1), 20, seed) for seed in (0, 0, 1))
     assert one[0] == same[0] != other[0]
+
+
+def test_a_class_is_one_line_whatever_its_name():
+    names = ("AP", "AP50", "AP75", "a\nb", "größe")
+    lines = table([Row(name, 0, 0, 0, 0) for name in names]).splitlines()
+    assert [line.split()[0] for line in lines[-2:]] == ["a\\nb", "größe"]
+    assert len({len(line) for line in lines[-2:]}) == 1
+    metrics = dict.fromkeys(METRICS, 0.0) | {f"per_class/{name}": 0.0 for name in names[3:]}
+    assert [line.split()[0] for line in metrics_table(metrics).splitlines()[-2:]] == ["a\\nb", "größe"]
 
 
 # -- from the command line -------------------------------------------------------------------------
@@ -203,9 +212,10 @@ def test_where_there_is_nothing_to_find_there_is_nothing_to_compare(shapes_root,
         (["{fine}", "{fine}", "--seed", "-1"], "--seed -1: must be at least 0"),
         (["{fine}", "{fine}", "--resamples", "x"], "--resamples: invalid int value"),
         (
-            ["{fine}", "{fine}", "--resamples", "100", "--output", "/nowhere/x.json"],
+            ["{fine}", "/nowhere", "--resamples", "100", "--output", "/nowhere/x.json"],  # told before any reading
             "--output /nowhere/x.json: cannot be",
         ),
+        (["{fine}", "{bad}/b.json", "--output", "{bad}/b.json"], "b.json: would take the place of an input"),
         (["{fine}", "{fine}/metrics.json"], "a COCO results file is a list"),
         (["{fine}"], "required: b"),
         (["{fine}", "{fine}", "--gtt", "x"], "unrecognized arguments: --gtt"),
@@ -213,7 +223,8 @@ def test_where_there_is_nothing_to_find_there_is_nothing_to_compare(shapes_root,
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(folders, tmp_path, capsys, words, says):
-    (tmp_path / "scored_against.json").write_text("[]")
+    for name in ("scored_against.json", "b.json"):
+        (tmp_path / name).write_text("[]")
     words = [word.format(fine=folders / "fine", bad=tmp_path) for word in words]
     try:
         code = main(["compare", *words])

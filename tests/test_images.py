@@ -288,6 +288,7 @@ def test_pictures_are_read_from_a_zip_archive(tmp_path, method, prefix):
     store = open_store(tmp_path / "train2017.zip")
     places, faults = store.locate(["3.jpg", "../0.jpg", "1.jpg", "none.jpg"])
     assert {index: bad.kind for index, bad in faults.items()} == {1: "missing-file", 3: "missing-file"}
+    assert str(faults[3]) == "not in train2017.zip"
     for copy in (store, pickle.loads(pickle.dumps(store))):  # as a worker that is not forked gets it
         assert copy.read(places[0]).tobytes() == files["3.jpg"]
         assert copy.read(places[2]).tobytes() == files["1.jpg"]
@@ -301,7 +302,9 @@ def test_damage_in_a_zip_archive_is_told(tmp_path):
     places, _ = Zip(path).locate(["1.jpg"])
     for offset in range(36, 100, 9):
         path.write_bytes(whole[:offset] + bytes([whole[offset] ^ 255]) + whole[offset + 1 :])
-        assert refusal(Zip(path).read, places[0]).kind == "unreadable-file"
+        bad = refusal(Zip(path).read, places[0])
+        assert bad.kind == "unreadable-file"
+        assert str(tmp_path) not in str(bad)
     path.write_bytes(whole[:60])
     with pytest.raises(UserError, match="cannot be read as a zip archive"):
         open_store(path)
@@ -369,6 +372,7 @@ def test_a_folder_that_cannot_be_listed_says_why(folder, monkeypatch):
     monkeypatch.setattr(os, "scandir", lambda path: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
     _, faults = Folder(folder).locate(["a.jpg"])
     assert "Permission denied" in str(faults[0])
+    assert str(folder) not in str(faults[0])
 
 
 def test_many_names_in_another_form_of_unicode_are_found_quickly(tmp_path):
@@ -414,4 +418,4 @@ def test_an_archive_that_vanishes_is_told(tmp_path):
     store = Zip(tmp_path / "a.zip")
     places, _ = store.locate(["1.jpg"])
     (tmp_path / "a.zip").unlink()
-    assert "No such file" in str(refusal(store.read, places[0]))
+    assert str(refusal(store.read, places[0])) == "a.zip: No such file or directory"

@@ -116,7 +116,7 @@ ALLOWED = {
         "evaluation.output_folder",
     },
     "evaluation.output_folder": {"data.faults", "errors", "scoring", "evaluation.figures", "evaluation.matches"},
-    "evaluation.compare": {"progress", "scoring", "evaluation.matches"},
+    "evaluation.compare": {"data.faults", "progress", "scoring", "evaluation.matches"},
     # what can be read from a detector
     "evaluation.tokens": {"charts", "decoding", "errors", "tokenizer", "visualize"},
     "evaluation.commands": {

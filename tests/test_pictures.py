@@ -11,7 +11,7 @@ from PIL import Image, ImageColor
 from pix2seq.data import Annotations, EvalDataset, find_split, load_annotations
 from pix2seq.data.images import BadImage
 from pix2seq.decoding import DecodingOptions, write
-from pix2seq.evaluation import worst_picture
+from pix2seq.evaluation import pictures, prediction_picture, worst_picture
 from pix2seq.evaluation.commands import main
 from pix2seq.evaluation.pictures import WRONG, worst
 from pix2seq.evaluation.tokens import LEAST_BINS, _part, attention_weights, read_again, read_object
@@ -121,6 +121,27 @@ def test_an_image_that_cannot_be_read_is_grey(annotations, monkeypatch):
 
     monkeypatch.setattr(Annotations, "picture", picture)
     assert worst_picture(annotations, [], 1).width == 2 * (CELL + MARGIN) + MARGIN
+
+
+def test_where_nothing_is_sure_the_pictures_say_so(annotations, monkeypatch):
+    grids, names, grid, draw = [], [], pictures.grid, pictures.draw_boxes
+    monkeypatch.setattr(pictures, "grid", lambda *args: grids.append(args) or grid(*args))
+    monkeypatch.setattr(pictures, "draw_boxes", lambda *args, **kwargs: names.append(args[2]) or draw(*args, **kwargs))
+    unsure = [row | {"score": 0.2} for row in perfect(annotations)]
+    worst_picture(annotations, unsure, 1)
+    _, titles, _, ((_, words),) = grids.pop()
+    assert titles[1] == "predictions from score 0.3 (orange: wrong)"
+    assert words == "nothing scored 0.3 or more"
+    crowded = replace(annotations, crowd=np.arange(len(annotations.boxes)) == 0)
+    crowded.trainable = annotations.trainable & ~crowded.crowd
+    worst_picture(crowded, perfect(annotations)[:1], len(annotations))
+    assert "none wrong" in {row[1] for row in grids.pop()[3]}  # something was sure, of a crowd
+    names.clear()
+    prediction_picture(annotations, unsure, 1)
+    assert names[-1] == ["nothing scored 0.3 or more"]
+    monkeypatch.setitem(annotations.bad_images, 0, BadImage("unreadable-file", "it is empty"))
+    prediction_picture(annotations, [], 1)
+    assert names[-1] == ["cannot be read"]
 
 
 # -- one image over the steps -----------------------------------------------------------------------------------------
@@ -312,16 +333,21 @@ def test_tokens_draws_a_picture(checkpoint, tmp_path, capsys, words):
         ({"object": "0"}, "--object 0: must be 1 to 3"),
         ({"object": "best"}, "--object: invalid int value"),
         ({"checkpoint": "nowhere"}, "--checkpoint nowhere: no such folder"),
-        ({"output": "nowhere/tokens.png"}, "cannot be written (No such file"),
+        ({"output": "nowhere/tokens.png", "checkpoint": "nowhere"}, "cannot be written (No such file"),
+        ({"output": "image.png"}, "--output image.png: would take the place of an input"),
+        ({"output": "tokens.jpg"}, "--output tokens.jpg: must end in .png"),
+        ({"output": ""}, "cannot be written (Is a directory"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(checkpoint, monkeypatch, capsys, words, says):
     monkeypatch.chdir(checkpoint)
     words = {"checkpoint": ".", "image": "image.png", "output": "tokens.png"} | words
+    words = [word for name, value in words.items() if value is not None for word in (f"--{name}", value)]
     try:
-        code = main(["tokens", *(w for name, value in words.items() if value for w in (f"--{name}", value))])
+        code = main(["tokens", *words])
     except SystemExit as end:
         code = end.code
     assert code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert says in line
+    assert not (checkpoint / "tokens.png").exists()

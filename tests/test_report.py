@@ -15,10 +15,10 @@ import evaluate
 from pix2seq.command_line import parse
 from pix2seq.config import EvaluateArguments
 from pix2seq.data import find_split, load_annotations
-from pix2seq.evaluation import figures, matches
+from pix2seq.evaluation import figures, matches, page
 from pix2seq.evaluation.analysis import analyse, best_of_each
 from pix2seq.evaluation.examples import TRUTH, WRONG, draw_error
-from pix2seq.evaluation.figures import FIGURES
+from pix2seq.evaluation.figures import FIGURES, threshold
 from pix2seq.evaluation.matches import KINDS, match
 from pix2seq.evaluation.output_folder import Skipped
 from pix2seq.evaluation.report import write_report
@@ -239,6 +239,21 @@ def test_where_nothing_is_right_no_threshold_is_named(tmp_path):
     assert "(F1 " not in text
 
 
+def test_a_threshold_is_rounded_down(tmp_path, monkeypatch, blank_charts):
+    """Up, it would leave out the boxes that were counted."""
+    assert [threshold(score) for score in (0.64526, 0.64999, 0.29, 0.9, 1.0, 0.001)] == [
+        *("0.64", "0.64", "0.29", "0.90", "1.00", "0.00")
+    ]
+    truth, predictions = one_of_each()
+    write_report(tmp_path, truth, [predictions[0] | {"score": 0.64578}], None, "predictions", "one", Skipped())
+    text = (tmp_path / "report.html").read_text()
+    assert "With boxes of score 0.64 and above" in text
+    assert "a score of at least 0.645," in text
+    monkeypatch.setattr(figures, "to_image", lambda figure: figure)
+    chart = figures.errors(json.loads((tmp_path / "report.json").read_text()))
+    assert [text.get_text() for text in chart.legends[0].get_texts()][1] == "of score 0.64 or more"
+
+
 def test_matching_takes_a_part_of_the_images_at_a_time(monkeypatch):
     """The same matches whatever the part, and no more is asked of hotcoco at once."""
     truth, predictions = numbered(*many_objects(1))
@@ -364,15 +379,21 @@ def test_images_that_cannot_be_read_are_passed_over(shapes_root, tmp_path, predi
 
 
 @pytest.mark.parametrize("empty", ["predictions", "both"])
-def test_nothing_found_and_nothing_to_find(tmp_path, empty):
+def test_nothing_found_and_nothing_to_find(tmp_path, monkeypatch, empty):
     truth, predictions = one_of_each()
     truth = truth | {"annotations": []} if empty != "predictions" else truth
     write_report(tmp_path, truth, [], None, "predictions", empty, Skipped())
     text = check_page(tmp_path, 0)
     assert ("There is nothing to find" in text) == (empty != "predictions")
-    assert analyse(truth | {"annotations": []}, predictions).numbers["metrics"]["AP"] is None
     numbers = json.loads((tmp_path / "report.json").read_text())
-    assert numbers["metrics"]["AP"] == (0 if empty == "predictions" else None)
+    nothing = 0 if empty == "predictions" else None
+    assert numbers["metrics"]["AP"] == numbers["errors"]["AP50"] == numbers["kept"][0]["AP"] == nothing
+    assert {row["dAP"] is None for row in numbers["errors"]["kinds"]} == {nothing is None}
+    numbers = analyse(truth | {"annotations": []}, predictions).numbers
+    assert numbers["metrics"]["AP"] is numbers["errors"]["AP50"] is numbers["calibration"]["ECE"] is None
+    monkeypatch.setattr(figures, "to_image", lambda figure: figure)
+    assert "AP50 is none" in figures.errors(numbers).axes[0].get_title()
+    assert not figures.kept(numbers).axes[0].texts
 
 
 def test_many_classes_and_names_of_all_kinds(tmp_path):
@@ -392,6 +413,7 @@ def test_many_classes_and_names_of_all_kinds(tmp_path):
     assert "<b>&amp;" not in text
     assert "same (-3)" in text
     assert "same (-2)" in text
+    assert re.findall(r"([^{}\n]*){[^}]*overflow-wrap: anywhere", page.STYLE) == [".facts ", " td.text "]  # no numbers
 
 
 def test_a_class_may_begin_with_an_underscore(monkeypatch):
@@ -446,6 +468,10 @@ def test_report_without_a_folder_is_refused(capsys):
         parse(EvaluateArguments, ["--oracle", "--root", "x", "--report"])
     assert stopped.value.code == 2
     assert "--report: needs --output_dir" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stopped:
+        parse(EvaluateArguments, ["--oracle", "--root", "x", "--report", "--output_dir", ""])
+    assert stopped.value.code == 2
+    assert "--output_dir: is empty" in capsys.readouterr().err
 
 
 def contents(folder) -> set[str]:
@@ -468,28 +494,33 @@ def test_an_earlier_report_is_not_taken_for_a_later_one(shapes_root, tmp_path, b
     assert not (out / "report").exists()
 
 
-def test_what_is_skipped_is_counted_and_named(shapes_root, tmp_path, blank_charts):
-    """By page and evaluation.json, which are sent to others: neither names a folder of this machine."""
+def test_what_is_skipped_is_counted_and_named(shapes_root, tmp_path, capsys, blank_charts):
+    """By the terminal, and by page and evaluation.json, which are sent to others: neither names a folder of this
+    machine."""
     root, out = tmp_path / "shapes", tmp_path / "out"
     shutil.copytree(shapes_root, root)
     split = find_split("val", root)
     truth = json.loads(split.json.read_text())
     for image in truth["images"][:4]:
         (split.images / image["file_name"]).write_bytes(b"")
+    (split.images / truth["images"][0]["file_name"]).unlink()
     truth["annotations"][0]["category_id"] = 99
+    truth["annotations"][1]["bbox"][2] = 0
     split.json.write_text(json.dumps(truth))
     assert run("--oracle", "--root", root, "--output_dir", out, "--report") == 0
     names = [image["file_name"] for image in truth["images"]]
     about = json.loads((out / "evaluation.json").read_text())
     assert about["ground_truth"] == split.json.name
-    reasons = [f"{name}: it is empty (0 bytes)" for name in names[:3]]
+    reasons = [f"{names[0]}: no such file in the folder of images"]
+    reasons += [f"{name}: it is empty (0 bytes)" for name in names[1:3]]
     assert about["unreadable_images"] == {"count": 4, "first": reasons}
-    assert about["annotation_faults"]["kinds"] == {"unknown-category": 1}
-    (fault,) = about["annotation_faults"]["first"]
+    assert about["annotation_faults"]["kinds"] == {"unknown-category": 1, "zero-size": 1}
+    assert f"faults in {split.json}: 1 unknown-category, 1 zero-size\n" in capsys.readouterr().out
+    fault, _ = about["annotation_faults"]["first"]
     assert fault.startswith(f"annotation {truth['annotations'][0]['id']}: ")
     text = (out / "report.html").read_text()
     assert f"Not read: 4 images, whose objects count as not found. {'; '.join(reasons)} (and 1 more)" in text
-    assert "Faults in the annotation file: 1 unknown-category" in text
+    assert "Faults in the annotation file: 1 unknown-category, 1 zero-size" in text
     assert str(tmp_path) not in text + (out / "evaluation.json").read_text()
 
 

@@ -37,7 +37,8 @@ SHARDS_INDEX = "shards.json"
 
 
 class BadImage(ValueError):
-    """A picture that cannot be used. `kind`: see faults.KINDS. The message says why, in one line, and not which."""
+    """A picture that cannot be used. `kind`: see faults.KINDS. The message says why, in one line, and not which: it
+    names no folder of the machine, for reports are sent to others."""
 
     def __init__(self, kind: str, why: str):
         super().__init__(kind, why)
@@ -143,7 +144,7 @@ class Folder:
             found, by_form, problem = listings[folder]
             if file not in found:
                 other = by_form.get(unicodedata.normalize("NFC", file))
-                kind, why = "missing-file", problem or f"not in {self.path}"
+                kind, why = "missing-file", problem or "no such file in the folder of images"
                 if other is not None:
                     kind, why = "other-unicode-form", "the letters with marks on them are coded otherwise on disk"
                 faults[index], file = BadImage(kind, why), other or ""
@@ -175,7 +176,7 @@ class Folder:
         except FileNotFoundError:
             pass
         except OSError as error:
-            return {}, {}, f"{self.path / folder}: {error.strerror}"
+            return {}, {}, f"its folder cannot be read ({error.strerror})"
         by_form = {unicodedata.normalize("NFC", name): name for name in found if not name.isascii()}
         return found, by_form, None
 
@@ -204,7 +205,7 @@ class _Packed:
         row_of = {name: row for row, name in enumerate(self._names)}
         row_of |= {name.removeprefix(top): row for row, name in enumerate(self._names)}
         rows = [row_of.get(name, -1) for name in names]
-        missing = {i: BadImage("missing-file", f"not in {self.path}") for i, row in enumerate(rows) if row < 0}
+        missing = {i: BadImage("missing-file", f"not in {self.path.name}") for i, row in enumerate(rows) if row < 0}
         places = np.append(self._rows, np.full((1, self._rows.shape[1]), -1), axis=0)[rows]
         return places, missing
 
@@ -216,9 +217,10 @@ class _Packed:
             # Workers share the file's position if they are forked, so nobody moves it.
             count = os.preadv(self._descriptors[file], [data], offset)
         except (OSError, MemoryError) as error:
-            raise BadImage("unreadable-file", f"{self._files[file]}: {error}") from None
+            why = error.strerror if isinstance(error, OSError) else error  # the whole names a folder of the machine
+            raise BadImage("unreadable-file", f"{self._files[file].name}: {why}") from None
         if count != size:
-            raise BadImage("unreadable-file", f"{self._files[file]} ends before it does")
+            raise BadImage("unreadable-file", f"{self._files[file].name} ends before it does")
         return data
 
 
@@ -246,7 +248,7 @@ class Zip(_Packed):
             except zlib.error as error:
                 raise BadImage("unreadable-file", error) from None
         if zlib.crc32(data) != checksum:
-            raise BadImage("unreadable-file", f"damaged: not what was put into {self.path}")
+            raise BadImage("unreadable-file", f"damaged: not what was put into {self.path.name}")
         return data
 
 

@@ -35,7 +35,8 @@ def analyse(truth: dict, predictions: list[dict], name: str = "predictions") -> 
     errors = find_errors(truth, predictions, matches)
     plain = without_crowds(truth, predictions, matches)
     plain_split = plain.tide_errors(pos_thr=0.5, bg_thr=0.1)
-    calibrated = calibration(plain, predictions)
+    something = bool(matches.counted.any())  # to find: else these numbers are not defined, and hotcoco says 0
+    calibrated = calibration(plain, predictions if something else [])
     point = operating_point(matches)
     wrong = [error for error in errors if error.prediction >= 0]
     least = None if point is None else point["score"]
@@ -56,11 +57,11 @@ def analyse(truth: dict, predictions: list[dict], name: str = "predictions") -> 
         "operating_point": point,
         "confusion": confused,
         "errors": {
-            "AP50": _number(plain_split["ap_base"]),
+            "AP50": float(plain_split["ap_base"]) if something else None,
             "kinds": [
                 {
                     "kind": kind,
-                    "dAP": float(plain_split["delta_ap"][key]),
+                    "dAP": float(plain_split["delta_ap"][key]) if something else None,
                     "count": plain_split["counts"][key],
                     "count_at_operating_point": None if kind == "missed" or point is None else sure[kind],
                 }

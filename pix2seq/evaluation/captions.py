@@ -101,13 +101,13 @@ FOOTER = (
     "every number, report/ every figure."
 )
 THRESHOLD = (
-    "Counted are boxes with a score of at least {score:.3f}, where precision ({precision:.3f}) and recall "
+    "Counted are boxes with a score of at least {score}, where precision ({precision:.3f}) and recall "
     "({recall:.3f}) are in the best balance (F1 {F1:.3f}): a threshold to start with when you use the "
     "detector. Best score first, a box takes the object it overlaps most, from IoU 0.5 on, whatever its "
     "class."
 )
 AT_THRESHOLD = (
-    "With boxes of score {score:.2f} and above, {recall:.0%} of the objects are found, and {precision:.0%} of the "
+    "With boxes of score {score} and above, {recall:.0%} of the objects are found, and {precision:.0%} of the "
     "boxes are right (IoU 0.5)."
 )
 NONE_RIGHT = "No box is right, whatever its score (IoU 0.5)."

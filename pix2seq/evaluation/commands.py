@@ -49,6 +49,8 @@ def _compare(words: list[str]) -> int:
     for name, value, least in (("resamples", args.resamples, FEWEST_RESAMPLES), ("seed", args.seed, 0)):
         if value < least:
             raise UserError(f"--{name} {value}: must be at least {least}")
+    if args.output is not None:
+        _check_output(args.output, args.a, args.b, args.gt)
     truth = _ground_truth(args)
     if not any(not entry["iscrowd"] for entry in truth["annotations"]):
         raise UserError(f"{args.a} and {args.b}: there is no object to find in these images, so no AP to compare")
@@ -64,6 +66,20 @@ def _compare(words: list[str]) -> int:
     if args.output is not None:
         _write(args.output, rows, sentence, args)
     return 0
+
+
+def _check_output(path: Path, *inputs: Path | None) -> None:
+    """Sees that a file can be written, and is none of the inputs, before the work. Raises UserError."""
+    try:
+        if path.exists() and any(other is not None and other.exists() and path.samefile(other) for other in inputs):
+            raise UserError(f"--output {path}: would take the place of an input; name another file")
+        target = path.resolve()  # of a link that leads to nothing yet, the link stays
+        new = not target.exists()
+        target.open("ab").close()
+        if new:
+            target.unlink()
+    except OSError as error:
+        raise UserError(f"--output {path}: cannot be written ({error.strerror})") from None
 
 
 def _ground_truth(args) -> dict:
@@ -112,6 +128,9 @@ def _tokens(words: list[str]) -> int:
         raise UserError(f"--image {args.image}: cannot be read ({error.strerror})") from None
     except BadImage as error:
         raise UserError(f"--image {args.image}: cannot be read ({error})") from None
+    if args.output.suffix.lower() not in ("", ".png"):
+        raise UserError(f"--output {args.output}: must end in .png, as which it is written")
+    _check_output(args.output, args.image)
     transformers_logging.disable_progress_bar()
     model = load_detector(args.checkpoint, "--checkpoint").eval()
     canvas = EvalTransform(model.config.image_size)(pixels)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pix2seq.data.faults import shown
 from pix2seq.evaluation.matches import IOUS, Matches, match
 from pix2seq.progress import progress
 from pix2seq.scoring import class_names, numbered
@@ -153,15 +154,16 @@ def verdict(row: Row, num_images: int) -> str:
 
 def table(rows: list[Row]) -> str:
     """For a terminal; a star where the interval leaves out 0."""
-    width = max(len(row.name) for row in rows)
+    names = [shown(row.name) for row in rows]
+    width = max(map(len, names))
     lines = [f"{'':<{width}}{'A':>9}{'B':>9}{'B - A':>9}   95 % interval"]
-    for number, row in enumerate(rows):
+    for number, (name, row) in enumerate(zip(names, rows, strict=True)):
         if number == 3:
             lines.append("AP by class")
         told = " *" if row.low > 0 or row.high < 0 else ""
         if np.isnan(row.a):
-            lines.append(f"{row.name:<{width}}   no objects")
+            lines.append(f"{name:<{width}}   no objects")
             continue
         values = f"{row.a:>9.3f}{row.b:>9.3f}{row.difference:>+9.3f}"
-        lines.append(f"{row.name:<{width}}{values}   {row.low:+.3f} to {row.high:+.3f}{told}")
+        lines.append(f"{name:<{width}}{values}   {row.low:+.3f} to {row.high:+.3f}{told}")
     return "\n".join(lines)

@@ -28,6 +28,12 @@ def _value(value: float | None) -> float:
     return 0.0 if value is None else value
 
 
+def threshold(score: float, digits: int = 2) -> str:
+    """Rounded down: from the number that is shown on, all boxes that were counted count."""
+    near = round(score, digits)
+    return f"{near if near <= score else near - 10**-digits:.{digits}f}"
+
+
 def _said(value: float | None) -> str:
     return "none" if value is None else f"{value:.3f}"
 
@@ -162,17 +168,18 @@ def errors(numbers: dict) -> Image.Image:
     rows = numbers["errors"]["kinds"]
     figure, (gain, count) = _axes(3.2, 2, sharey=True)
     names, places = [row["kind"] for row in rows], np.arange(len(rows))
-    gain.barh(places, [row["dAP"] for row in rows], 0.65, color=VERMILLION)
-    gain.set_xlim(0, 1.18 * max(*(row["dAP"] for row in rows), 1e-3))
+    gains = [_value(row["dAP"]) for row in rows]
+    gain.barh(places, gains, 0.65, color=VERMILLION)
+    gain.set_xlim(0, 1.18 * max(*gains, 1e-3))
     count.barh(places, [row["count"] for row in rows], 0.65, color=SKY, label="of any score")
     if (point := numbers["operating_point"]) is not None:
         sure = [row["count_at_operating_point"] or 0 for row in rows]
-        count.barh(places, sure, 0.35, color=BLUE, label=f"of score {point['score']:.2f} or more")
+        count.barh(places, sure, 0.35, color=BLUE, label=f"of score {threshold(point['score'])} or more")
     count.set_xscale("symlog", linthresh=1)
     count.set_xlim(0, 20 * max(*(row["count"] for row in rows), 1))
     _legend_above(figure, count)
     for place, row in zip(places, rows, strict=True):
-        gain.text(row["dAP"], place, f" {row['dAP']:.3f}", va="center", fontsize=9)
+        gain.text(gains[place], place, f" {_said(row['dAP'])}", va="center", fontsize=9)
         of_them = "" if row["count_at_operating_point"] is None else f" ({row['count_at_operating_point']:,})"
         count.text(max(row["count"], 0.05), place, f" {row['count']:,}{of_them}", va="center", fontsize=9)
     gain.set_yticks(places, names, fontsize=9)
@@ -202,10 +209,10 @@ def calibration(numbers: dict) -> Image.Image:
 
 
 def kept(numbers: dict) -> Image.Image:
-    rows = numbers["kept"]
+    rows = [row for row in numbers["kept"] if row["AP"] is not None]
     figure, (axis,) = _axes(3.0)
     for key, color, style in (("AP50", ORANGE, "s--"), ("AP", BLUE, "o-")):
-        values = [_value(row[key]) for row in rows]
+        values = [row[key] for row in rows]
         axis.plot(range(len(rows)), values, style, color=color, label=key)
         below = -14 if key == "AP" else 6
         for place, value in enumerate(values):

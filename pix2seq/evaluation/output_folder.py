@@ -26,8 +26,8 @@ SHOWN = 3  # of what was skipped
 
 @dataclass
 class Skipped:
-    """What does not count as it stands in the files: a line for each image that cannot be read, "name: reason", and
-    faults in entries of the annotation file."""
+    """What is wrong with the files: a line for each image that cannot be read, "name: reason", and faults in entries
+    of the annotation file."""
 
     unreadable: list[str] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
@@ -46,7 +46,7 @@ class Skipped:
         return lines
 
     def as_json(self) -> dict:
-        faults = [f"{fault.entry}: {fault.value}" for fault in self.faults[:SHOWN]]
+        faults = [f"{fault.entry}: {fault.value}".removeprefix(": ") for fault in self.faults[:SHOWN]]
         kinds = dict(Counter(fault.kind for fault in self.faults).most_common())
         return {
             "unreadable_images": {"count": len(self.unreadable), "first": self.unreadable[:SHOWN]},

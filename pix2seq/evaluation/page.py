@@ -27,8 +27,8 @@ ul { margin: 0; padding-left: 22px; }
 .scroll { max-height: 520px; overflow: auto; margin: 8px 0; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 14px; width: 100%; }
 th { color: #566173; font-weight: 600; white-space: nowrap; position: sticky; top: 0; background: #fff; }
-th, td { padding: 5px 10px; border-bottom: 1px solid #e8ebf0; text-align: right; overflow-wrap: anywhere; }
-th.text, td.text { text-align: left; } td:first-child { min-width: 7em; }
+th, td { padding: 5px 10px; border-bottom: 1px solid #e8ebf0; text-align: right; }
+th.text, td.text { text-align: left; } td.text { overflow-wrap: anywhere; } td:first-child { min-width: 7em; }
 footer { color: #566173; font-size: 14px; }
 @media print { body { background: #fff; } section { break-inside: avoid; } .scroll { max-height: none; } }
 """

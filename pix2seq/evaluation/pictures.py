@@ -15,21 +15,23 @@ RIGHT, WRONG = PALETTE[1], PALETTE[0]  # sky blue and orange: names in black are
 LEAST_SCORE = 0.3  # of the predictions that count, and are drawn
 FOREGROUND = 0.5  # IoU from which a prediction is on an object
 COLUMNS = 2  # images in a row
+TITLE, NOTHING = f"predictions from score {LEAST_SCORE}", f"nothing scored {LEAST_SCORE} or more"
 
 
 def prediction_picture(annotations: Annotations, predictions: list[dict], count: int):
     """The first `count` images with ground truth on the left and predictions of a score of at least 0.3 on the right.
 
-    One that cannot be read is grey.
+    One that cannot be read is grey, and where there are no predictions the picture says why.
     """
     names = annotations.categories.names
     label_of_category = {category_id: label for label, category_id in enumerate(annotations.categories.ids)}
     pairs = []
     for index in range(min(count, len(annotations))):
-        boxes, labels = annotations.objects(index)
+        (boxes, labels), why_empty = annotations.objects(index), NOTHING
         try:
             image = to_pil_image(annotations.picture(index).pixels())
         except BadImage:
+            why_empty = "cannot be read"
             image, boxes, labels = Image.new("RGB", (CELL, CELL), GREY), boxes[:0], labels[:0]
         large, boxes = enlarge(image, boxes, CELL)
         truth = draw_boxes(large, boxes, [names[label] for label in labels], [color_of(label) for label in labels])
@@ -39,8 +41,11 @@ def prediction_picture(annotations: Annotations, predictions: list[dict], count:
         labels = [label_of_category[p["category_id"]] for p in shown]
         captions = [f"{names[label]} {p['score']:.2f}" for label, p in zip(labels, shown, strict=True)]
         large, boxes = enlarge(image, boxes, CELL)
-        pairs.append((truth, draw_boxes(large, boxes, captions, [color_of(label) for label in labels])))
-    return side_by_side(pairs)
+        said = draw_boxes(large, boxes, captions, [color_of(label) for label in labels])
+        if not shown:
+            said = draw_boxes(said, np.zeros((1, 4)), [why_empty], ["white"], width=0)
+        pairs.append((truth, said))
+    return side_by_side(pairs, title=TITLE)
 
 
 @dataclass(frozen=True)
@@ -49,12 +54,14 @@ class Judged:
 
     found (N,) bool   whether a prediction of the object's class is on it, at an IoU of at least 0.5
     right (M,) bool   whether the prediction is on an object of its class. Two on one object are both right
+    silent            whether nothing scored enough to count, on a crowd either
     """
 
     index: int
     said: list[dict]
     found: np.ndarray
     right: np.ndarray
+    silent: bool
 
     @property
     def agreement(self) -> float:
@@ -93,11 +100,11 @@ def _judge(annotations: Annotations, index: int, said: list[dict]) -> Judged:
     crowd = annotations.crowd[of_image]
     crowds, labels_of_crowds = annotations.boxes[of_image][crowd], annotations.labels[of_image][crowd]
     on_crowd = _is_on(annotations, said, crowds, labels_of_crowds, crowd=True).any(axis=1)
-    on = _is_on(annotations, said, boxes, labels)
+    on, silent = _is_on(annotations, said, boxes, labels), not said
     counts = on.any(axis=1) | ~on_crowd
     on = on[counts]
     said = [row for row, count in zip(said, counts, strict=True) if count]
-    return Judged(index, said, found=on.any(axis=0), right=on.any(axis=1))
+    return Judged(index, said, found=on.any(axis=0), right=on.any(axis=1), silent=silent)
 
 
 def _is_on(annotations: Annotations, said: list[dict], boxes: np.ndarray, labels: np.ndarray, crowd: bool = False):
@@ -121,7 +128,7 @@ def worst_picture(annotations: Annotations, predictions: list[dict], count: int)
     rows = [drawn[start : start + COLUMNS] for start in range(0, len(drawn), COLUMNS)]
     return grid(
         [[image for pictures, _ in row for image in pictures] for row in rows],
-        ["ground truth (orange: missed)", "predictions (orange: wrong)"] * min(COLUMNS, len(drawn)),
+        ["ground truth (orange: missed)", f"{TITLE} (orange: wrong)"] * min(COLUMNS, len(drawn)),
         CELL,
         [[words for _, captions in row for words in captions] for row in rows],
     )
@@ -138,7 +145,7 @@ def _drawn(annotations: Annotations, one: Judged) -> tuple[list[Image.Image], li
     mistakes = [name for name, right in zip(names_said, one.right, strict=True) if not right]
     captions = [
         f"image {annotations.image_ids[one.index]}: {one.found.sum()} of {len(names)} found",
-        f"{len(mistakes)} wrong, the surest: {mistakes[0]}" if mistakes else "none wrong",
+        f"{len(mistakes)} wrong, the surest: {mistakes[0]}" if mistakes else NOTHING if one.silent else "none wrong",
     ]
     try:
         image = to_pil_image(annotations.picture(one.index).pixels())

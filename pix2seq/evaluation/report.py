@@ -9,7 +9,7 @@ from pix2seq.data import Annotations
 from pix2seq.evaluation import captions
 from pix2seq.evaluation.analysis import Analysis, analyse
 from pix2seq.evaluation.examples import LEAST_SCORE, example_pictures
-from pix2seq.evaluation.figures import FIGURES
+from pix2seq.evaluation.figures import FIGURES, threshold
 from pix2seq.evaluation.matches import KINDS
 from pix2seq.evaluation.output_folder import Skipped
 from pix2seq.evaluation.page import Section, figure, page, paragraph, points, table
@@ -63,19 +63,23 @@ def _sections(
         return figure(charts[key], captions.CAPTIONS[key], captions.ALTERNATIVES[key])
 
     point = numbers["operating_point"]
-    threshold = captions.NOTHING_RIGHT if point is None else captions.THRESHOLD.format(**point)
+    counted = captions.NOTHING_RIGHT if point is None else _at(captions.THRESHOLD, point, 3)
     return [
         Section("metrics", "The COCO numbers", [_metrics_table(numbers)]),
         Section("classes", "Classes", [chart("classes"), _class_table(numbers)]),
         Section("curves", "Precision and recall", [chart("precision_recall")]),
         Section("sizes", "Size and number", [chart("sizes")]),
         Section("errors", "Kinds of errors", [chart("errors"), _error_table()]),
-        Section("confusion", "Confusion", [chart("confusion"), paragraph(threshold), _confusions(numbers)]),
+        Section("confusion", "Confusion", [chart("confusion"), paragraph(counted), _confusions(numbers)]),
         Section("duplicates", "Duplicates", [paragraph(_duplicates(numbers))]),
         Section("calibration", "Scores", [chart("calibration")]),
         Section("kept", "Objects kept", [chart("kept")]),
         Section("examples", "Examples of errors", _examples(examples, annotations)),
     ]
+
+
+def _at(caption: str, point: dict[str, float], digits: int) -> str:
+    return caption.format(**point | {"score": threshold(point["score"], digits)})
 
 
 def _examples(examples: dict[str, Image.Image], annotations: Annotations | None) -> list[str]:
@@ -140,7 +144,7 @@ def _summary(numbers: dict) -> list[str]:
     ranked = sorted((row for row in numbers["classes"] if row["AP"] is not None), key=lambda row: row["AP"])
     lines = [
         f"AP {metrics['AP']:.3f}, AP50 {metrics['AP50']:.3f}, AP75 {metrics['AP75']:.3f}.",
-        captions.NONE_RIGHT if point is None else captions.AT_THRESHOLD.format(**point),
+        captions.NONE_RIGHT if point is None else _at(captions.AT_THRESHOLD, point, 2),
     ]
     if worst["dAP"] > 0:
         lines.append(
