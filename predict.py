@@ -4,7 +4,8 @@
     python predict.py clip.mp4 0 --checkpoint OUT/best --output_dir P      a video file and a webcam
 
 P/predictions.json has what was found, P/NAME.jpg shows it. What cannot be read is told and the rest is done; the exit
-code is 2 then, as for a mistake in the flags, which is told before any work.
+code is 2 then, as for a mistake in the flags, which is told before any work. Ctrl-C (130) and SIGTERM (143)
+end it early, and what was found until then is written.
 """
 
 import csv
@@ -12,13 +13,16 @@ import itertools
 import json
 import math
 import os
+import signal
 import sys
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
@@ -27,7 +31,7 @@ from pix2seq.config import DecodingArguments, flag
 from pix2seq.errors import UserError
 from pix2seq.evaluation import coco_results
 from pix2seq.model import load_detector
-from pix2seq.predictor import Found, Pix2Seq, Precision, find_files, is_camera
+from pix2seq.predictor import NOT_REGULAR, Found, Pix2Seq, Precision, find_files, is_camera, is_not_regular
 from pix2seq.progress import progress
 
 FILES = {"coco": ("predictions.json", "images.json"), "yolo": ("classes.txt",), "csv": ("predictions.csv",)}
@@ -180,6 +184,9 @@ def predict_video(args: PredictArguments, detector: Pix2Seq, video: str, output:
     """Writes a line of JSON for each frame, and the video with its boxes, to `output` and a suffix. What cannot be
     read."""
     cv2, camera = opencv(video), is_camera(video)
+    if is_not_regular(video):
+        yield f"{video}: {NOT_REGULAR}"
+        return
     capture = cv2.VideoCapture(int(video) if camera else video)
     announced, rate = capture.get(cv2.CAP_PROP_FRAME_COUNT), capture.get(cv2.CAP_PROP_FPS)
     rate = rate if 0 < rate < 1000 else 30.0  # some containers and cameras do not know
@@ -224,6 +231,7 @@ def main(args: PredictArguments) -> int:
     if videos:
         opencv(videos[0])
     transformers_logging.disable_progress_bar()
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # how many pixels are too many is checked by us
     model = load_detector(args.checkpoint, "--checkpoint")
     try:
         detector = Pix2Seq(model, args.device, args.dtype, **args.decoding())
@@ -249,16 +257,23 @@ def main(args: PredictArguments) -> int:
     return 2 if faults else 0
 
 
+def terminate(number: int, frame) -> None:
+    """Handles SIGTERM, which ends a webcam's pictures and all that would come after them."""
+    signal.signal(number, signal.SIG_IGN)  # `timeout` sends a second one, which would break off the writing
+    sys.exit(128 + number)
+
+
 def run(args: PredictArguments) -> int:
-    """`main` with mistakes of the user turned into one line and exit code 2."""
+    """`main` with mistakes of the user turned into one line and exit code 2, and signals into 128 and their number."""
+    signal.signal(signal.SIGTERM, terminate)
     try:
         return main(args)
     except UserError as error:
         print(f"predict.py: error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as ended:
         print("predict.py: interrupted; what was found so far is written", file=sys.stderr)
-        return 130
+        return ended.code if isinstance(ended, SystemExit) else 130
 
 
 if __name__ == "__main__":

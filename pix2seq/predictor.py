@@ -4,7 +4,8 @@ import contextlib
 import glob
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -16,7 +17,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 from pix2seq.command_line import nearest
 from pix2seq.data import EvalDataset, eval_loader
 from pix2seq.data.images import FORMATS_OF_SUFFIX, BadImage, Folder, Picture, as_rgb
-from pix2seq.decoding import NonFiniteLogits
+from pix2seq.decoding import DecodingOptions, NonFiniteLogits
 from pix2seq.errors import UserError
 from pix2seq.model import Pix2SeqForObjectDetection, load_detector
 from pix2seq.transforms import EvalTransform, to_original_pixels
@@ -24,6 +25,9 @@ from pix2seq.visualize import CELL, color_of, draw_boxes, enlarge
 
 Source = str | Path | Image.Image | np.ndarray
 Precision = Literal["float32", "bfloat16", "float16"]
+NOT_REGULAR = "not a regular file, and only these are opened"
+NUMBERS = {option.name: option.type for option in fields(DecodingOptions) if option.type in (int, float)}
+NUMBERS |= {"threshold": float, "batch_size": int, "num_workers": int}
 
 
 @dataclass
@@ -80,6 +84,7 @@ class Pix2Seq:
             raise UserError("dtype float16: needs a GPU; use bfloat16 or float32")
         self.dtype = dtype
         self.model = model.to(self.device).eval()
+        _check_numbers(decoding)
         try:
             self.options = model.options_with(**decoding)
         except (TypeError, ValueError) as error:
@@ -97,22 +102,23 @@ class Pix2Seq:
         """Of the classes, by label."""
         return self.model.config.class_names
 
-    def labels(self, names: Sequence[str]) -> list[int]:
+    def labels(self, names: str | Sequence[str]) -> list[int]:
         """Those of classes by their names. Raises UserError."""
+        names = [names] if isinstance(names, str) else names
         for name in names:
             if name not in self.names:
-                raise UserError(f"classes {name}: the detector knows no such class{nearest(name, self.names)}")
+                raise UserError(f"classes {name}: the detector knows no such class{nearest(str(name), self.names)}")
         return [label for label, name in enumerate(self.names) if name in names]
 
     def __call__(
         self,
         images: Source | Sequence[Source],
         threshold: float = 0.5,
-        classes: Sequence[str] = (),
+        classes: str | Sequence[str] = (),
         batch_size: int = 8,
     ) -> Found | list[Found]:
         """What is found in a picture, or in each of a list of them: scores above `threshold`, of these classes only
-        if some are named. Raises ValueError for what cannot be read."""
+        if some are named. Raises ValueError for what cannot be read, and UserError, which is one."""
         sources = images if isinstance(images, list | tuple) else [images]
         found = list(self.stream(sources, threshold, classes, batch_size))
         for one in found:
@@ -124,12 +130,15 @@ class Pix2Seq:
         self,
         sources: Sequence[Source],
         threshold: float = 0.5,
-        classes: Sequence[str] = (),
+        classes: str | Sequence[str] = (),
         batch_size: int = 8,
         num_workers: int = 0,
     ) -> Iterator[Found]:
         """As a call, picture by picture, with `num_workers` processes that read. What cannot be read is told by
-        `unreadable`."""
+        `unreadable`. Raises UserError."""
+        _check_numbers({"threshold": threshold, "batch_size": batch_size, "num_workers": num_workers})
+        if batch_size < 1 or num_workers < 0:
+            raise UserError(f"batch_size {batch_size}, num_workers {num_workers}: must be at least 1, and 0")
         config, wanted = self.model.config, self.labels(classes)
         data = EvalDataset(_Pictures(sources), EvalTransform(config.image_size))
         for batch in eval_loader(data, batch_size, 0, 1, num_workers):
@@ -217,10 +226,17 @@ def is_camera(word: str) -> bool:
     return word.isdecimal() and not os.path.exists(word)
 
 
+def is_not_regular(path: str | Path) -> bool:
+    """There, but a pipe, device, socket or folder: opening it may take for ever."""
+    return os.path.exists(path) and not os.path.isfile(path)
+
+
 def open_picture(source: Source) -> Picture | torch.Tensor:
     """A file of which the header is read, or pixels uint8 (3, H, W); upright, as viewers show it. Raises BadImage for
     a file, ValueError for what is no picture."""
     if isinstance(source, str | Path):
+        if is_not_regular(source):
+            raise BadImage("unreadable-file", NOT_REGULAR)
         return Picture(Folder(Path(source).parent).read(Path(source).name), upright=True)
     if isinstance(source, np.ndarray):
         if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3 or not source.size:
@@ -228,7 +244,17 @@ def open_picture(source: Source) -> Picture | torch.Tensor:
         source = Image.fromarray(source)
     if not isinstance(source, Image.Image):
         raise ValueError(f"a picture of type {type(source).__name__}: must be a path, PIL or an array")
+    if 0 in source.size:
+        raise ValueError(f"a picture of {source.width} x {source.height} pixels: must have some")
     return pil_to_tensor(as_rgb(ImageOps.exif_transpose(source)))
+
+
+def _check_numbers(options: dict) -> None:
+    """Raises UserError for one that must be a number and is none."""
+    for name, value in options.items():
+        kind = NUMBERS.get(name)  # decoding has others, too
+        if kind and not isinstance(value, Integral if kind is int else Real):
+            raise UserError(f"{name} {value!r}: must be a {'whole ' * (kind is int)}number")
 
 
 def _pixels(picture: Picture | torch.Tensor) -> torch.Tensor:

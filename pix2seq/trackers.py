@@ -6,6 +6,7 @@ import json
 import os
 import re
 import uuid
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from PIL.Image import Image
 
 FILE = "trackers.json"  # in the run folder: the ids of the run, by tracker
 ILLEGAL = r"[^\w.\- /]|/(?=/|$|\.{1,2}(?:/|$))"  # in MLflow's names, which are paths too
+LONGEST = 240  # characters; MLflow takes 250, and some may be added to tell names apart
 SUMMARIES = {"eval/*": "max", "train/loss*": "min"}  # what wandb's table of runs shows; the last value of the others
 
 
@@ -116,6 +118,8 @@ class Trackers:
         new = [name for name in row if name not in self._names]
         for name in new:
             legal = re.sub(ILLEGAL, "_", name)
+            if len(legal) > LONGEST:
+                legal = f"{legal[: LONGEST - 9]}_{zlib.crc32(ascii(name).encode()):08x}"
             while legal in self._names.values():
                 legal += "_"
             self._names[name] = legal

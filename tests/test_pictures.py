@@ -11,7 +11,7 @@ from PIL import Image, ImageColor
 from pix2seq.data import Annotations, EvalDataset, find_split, load_annotations
 from pix2seq.data.images import BadImage
 from pix2seq.decoding import DecodingOptions, write
-from pix2seq.evaluation import pictures, prediction_picture, worst_picture
+from pix2seq.evaluation import commands, pictures, prediction_picture, worst_picture
 from pix2seq.evaluation.commands import main
 from pix2seq.evaluation.pictures import WRONG, worst
 from pix2seq.evaluation.tokens import LEAST_BINS, _part, attention_weights, read_again, read_object
@@ -319,6 +319,18 @@ def test_tokens_draws_a_picture(checkpoint, tmp_path, capsys, words):
     assert main(["tokens", *files, "--output", str(tmp_path / "tokens"), *words]) == 0
     assert Image.open(tmp_path / "tokens").format == "PNG"
     assert f"object {words[1] if words else ''}" in capsys.readouterr().out
+
+
+def test_tokens_turns_a_picture_as_its_exif_tag_says(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(commands, "token_picture", lambda written, canvas, *names: canvas)
+    exif, image = Image.Exif(), Image.open(checkpoint / "image.png")
+    exif[0x0112] = 6
+    image.save(tmp_path / "tagged.png", exif=exif)
+    image.transpose(Image.Transpose.ROTATE_270).save(tmp_path / "turned.png")
+    for name in ("tagged", "turned"):
+        files = ["--checkpoint", str(checkpoint), "--image", str(tmp_path / f"{name}.png")]
+        assert main(["tokens", *files, "--output", str(tmp_path / name)]) == 0
+    assert (tmp_path / "tagged").read_bytes() == (tmp_path / "turned").read_bytes()
 
 
 @pytest.mark.parametrize(

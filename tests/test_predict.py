@@ -2,8 +2,11 @@
 
 import csv
 import json
+import os
+import signal
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -177,6 +180,7 @@ def test_threshold_and_classes_choose(detector, pictures):
     for name in SHAPES:
         some = detector(pictures / "plain.png", threshold=0, classes=[name])
         assert some.names == [other for other in everything.names if other == name]
+        assert detector(pictures / "plain.png", threshold=0, classes=name).names == some.names
     with pytest.raises(UserError, match=r"classes ellipsis: .*did you mean ellipse"):
         detector(pictures / "plain.png", classes=["ellipsis"])
 
@@ -240,6 +244,29 @@ def test_what_cannot_be_read_is_told_and_the_rest_is_done(folder, tmp_path, caps
     assert (tmp_path / "out" / "good.jpg").exists()
 
 
+def test_only_regular_files_are_opened(folder, tmp_path, capsys):
+    """Nobody writes to these pipes, so who reads them waits for ever."""
+    for name in ("in/x.jpg", "named", "clip.mp4"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        os.mkfifo(tmp_path / name)
+    photo(40, 40).save(tmp_path / "in" / "y.png")
+    words = [tmp_path / "in", tmp_path / "named", tmp_path / "clip.mp4", "--output_dir", tmp_path / "out"]
+    assert run(folder, *words) == 2
+    said = capsys.readouterr().err
+    for name in ("in/x.jpg", "named", "clip.mp4"):
+        assert f"cannot be read: {tmp_path / name}: not a regular file" in said
+    assert "3 of 4 could not be read" in said
+    assert (tmp_path / "out" / "y.jpg").exists()
+
+
+def test_only_we_speak_of_many_pixels(folder, tmp_path, capsys):
+    (tmp_path / "x.ppm").write_bytes(b"P5 11000 11000 255\n")
+    with warnings.catch_warnings(record=True) as others:
+        assert run(folder, tmp_path / "x.ppm", "--output_dir", tmp_path / "out") == 2
+    assert "x.ppm: 11000 x 11000 pixels, more than the 100 million allowed" in capsys.readouterr().err
+    assert not [other for other in others if other.category is Image.DecompressionBombWarning]
+
+
 def test_mistakes_are_told_in_one_line_before_any_work(folder, pictures, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").touch()
@@ -300,18 +327,42 @@ def test_a_full_disk_is_told(folder, pictures, tmp_path, monkeypatch, capsys):
     )
 
 
-def test_what_was_found_before_an_interruption_is_kept(folder, pictures, tmp_path, monkeypatch):
-    whole, seen = predict.Found.draw, []
+@pytest.fixture
+def _sigterm():
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def ctrl_c() -> None:
+    raise KeyboardInterrupt
+
+
+def sigterm() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.usefixtures("_sigterm")
+@pytest.mark.parametrize(("interrupt", "code"), [(ctrl_c, 130), (sigterm, 143)])
+def test_what_was_found_before_an_interruption_is_kept(folder, pictures, tmp_path, monkeypatch, interrupt, code):
+    whole, seen, write = predict.Found.draw, [], predict.Path.write_text
 
     def interrupted(found):
         seen.append(found)
         if len(seen) == 3:
-            raise KeyboardInterrupt
+            interrupt()
         return whole(found)
 
+    def told_again(*args):
+        if interrupt is sigterm:  # as `timeout` does
+            sigterm()
+        return write(*args)
+
     monkeypatch.setattr(predict.Found, "draw", interrupted)
-    assert run(folder, pictures, "--output_dir", tmp_path, "--threshold", "0") == 130
+    monkeypatch.setattr(predict.Path, "write_text", told_again)
+    assert run(folder, pictures, "--output_dir", tmp_path, "--threshold", "0") == code
     assert len({row["image_id"] for row in read(tmp_path / "predictions.json")}) == 3
+    assert len(read(tmp_path / "images.json")) == 3
 
 
 # -- in Python -------------------------------------------------------------------------------------
@@ -360,6 +411,37 @@ def test_what_is_no_picture_is_refused(detector, tmp_path):
     for bad in (np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3)), np.zeros((0, 4, 3), np.uint8), 7, None):
         with pytest.raises(ValueError, match="must be"):
             detector(bad)
+    with pytest.raises(ValueError, match="a picture of 0 x 5 pixels: must have some"):
+        detector(Image.new("RGB", (0, 5)))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"batch_size": 0}, "batch_size 0, num_workers 0: must be at least 1, and 0"),
+        ({"batch_size": 2.5}, "batch_size 2.5: must be a whole number"),
+        ({"threshold": None}, "threshold None: must be a number"),
+        ({"threshold": "a"}, "threshold 'a': must be a number"),
+        ({"classes": "crux"}, "classes crux: the detector knows no such class"),
+        ({"classes": [3]}, "classes 3: the detector knows no such class"),
+    ],
+)
+def test_options_that_are_wrong_are_named(detector, pictures, options, said):
+    with pytest.raises(UserError) as error:
+        detector(pictures / "dot.png", **options)
+    assert str(error.value).startswith(said)
+
+
+def test_decoding_options_that_are_no_numbers_are_named(detector):
+    for options, kind in (
+        ({"top_p": "a"}, "number"),
+        ({"max_objects": None}, "whole number"),
+        ({"seed": 0.5}, "whole"),
+    ):
+        ((name, value),) = options.items()
+        with pytest.raises(UserError, match=f"^{name} {value!r}: must be a {kind}"):
+            Pix2Seq(detector.model, "cpu", **options)
+    assert Pix2Seq(detector.model, "cpu", top_p=1, seed=np.int64(3), sharpness=np.float32(0.5)).options.seed == 3
 
 
 def test_an_array_three_pixels_high_is_rows_first(detector):
@@ -454,9 +536,10 @@ def test_videos_need_a_package_that_is_named(folder, clip, tmp_path, monkeypatch
     assert "videos need OpenCV: pip install opencv-python-headless" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("interrupted", [False, True])
-def test_a_webcam(folder, tmp_path, monkeypatch, interrupted):
-    """A stand-in for one, which is pulled out or left with Ctrl-C after four frames."""
+@pytest.mark.usefixtures("_sigterm")
+@pytest.mark.parametrize(("interrupt", "code"), [(None, 0), (ctrl_c, 0), (sigterm, 143)])
+def test_a_webcam(folder, tmp_path, monkeypatch, interrupt, code):
+    """A stand-in for one, which is pulled out or left with Ctrl-C or SIGTERM after four frames."""
     import cv2
 
     class Camera:
@@ -469,8 +552,8 @@ def test_a_webcam(folder, tmp_path, monkeypatch, interrupted):
             return 0.0
 
         def read(self):
-            if not self.frames and interrupted:
-                raise KeyboardInterrupt
+            if not self.frames and interrupt:
+                interrupt()
             return (True, self.frames.pop()) if self.frames else (False, None)
 
         def release(self):
@@ -478,7 +561,7 @@ def test_a_webcam(folder, tmp_path, monkeypatch, interrupted):
 
     cameras = []
     monkeypatch.setattr(cv2, "VideoCapture", Camera)
-    assert run(folder, "0", "--output_dir", tmp_path) == 0
+    assert run(folder, "0", "--output_dir", tmp_path) == code
     assert cameras[0].released
     assert len((tmp_path / "webcam_0.jsonl").read_text().splitlines()) == 4
     monkeypatch.undo()

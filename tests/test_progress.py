@@ -1,6 +1,7 @@
 """Progress: a bar on a terminal, lines elsewhere, and the items untouched."""
 
 import io
+import math
 import sys
 
 from pix2seq import progress as module
@@ -24,6 +25,9 @@ def test_long_work_gives_lines_where_there_is_no_terminal(capsys, monkeypatch):
     for _ in progress(range(10), "work"):
         now[0] += 12
     assert capsys.readouterr().err.splitlines() == ["work: 3 of 10", "work: 6 of 10", "work: 9 of 10"]
+    for _ in progress(iter(range(4)), "webcam", total=math.inf):
+        now[0] += 12
+    assert capsys.readouterr().err == "webcam: 3\n"
 
 
 def test_a_terminal_gets_a_bar(monkeypatch):

@@ -368,6 +368,9 @@ def test_mlflow_gets_names_that_it_takes_and_the_log_says_which(tmp_path, capsys
     said = capsys.readouterr().out
     assert said.count("--report_to mlflow: names that it does not take are changed") == 1
     assert "\"eval/per_class/cup, (it's) red\" is 'eval/per_class/cup_ _it_s_ red'" in said
+    trackers.metrics(3, {f"eval/per_class/{'long, ' * 50}{end}": 0.8 for end in range(30)})
+    assert len(mlflow.given[-1][1]) == 30
+    assert max(map(len, mlflow.given[-1][1])) <= 250
 
 
 def installed(name: str):

@@ -123,7 +123,7 @@ def tokens_parser() -> argparse.ArgumentParser:
 def _tokens(words: list[str]) -> int:
     args = tokens_parser().parse_args(words)
     try:
-        pixels = Picture(np.frombuffer(bytearray(args.image.read_bytes()), np.uint8)).pixels()
+        pixels = Picture(np.frombuffer(bytearray(args.image.read_bytes()), np.uint8), upright=True).pixels()
     except OSError as error:
         raise UserError(f"--image {args.image}: cannot be read ({error.strerror})") from None
     except BadImage as error:
