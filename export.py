@@ -31,7 +31,7 @@ from pix2seq.config import flag
 from pix2seq.decoding import DecodingOptions, Detections, NonFiniteLogits, generate
 from pix2seq.errors import UserError
 from pix2seq.model import Pix2SeqConfig, Pix2SeqForObjectDetection, load_detector
-from pix2seq.model.llama import prefix_positions
+from pix2seq.model.llama import CACHE, prefix_positions
 from pix2seq.processing import Pix2SeqImageProcessor
 from pix2seq.progress import progress
 from pix2seq.shapes import draw_picture
@@ -79,8 +79,8 @@ def encode_llama(detector: Pix2SeqForObjectDetection, pixel_values: torch.Tensor
         inputs_embeds=visual,
         position_ids=prefix_positions(visual.shape[1], 0, visual.device),
         num_visual=detector.decoder.num_seen_whole(visual),
-        past_key_values=cache,
         use_cache=True,
+        **{CACHE: cache},
     )
     return torch.stack([torch.cat([layer.keys, layer.values], dim=1) for layer in cache.layers], dim=1)
 

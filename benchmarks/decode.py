@@ -34,6 +34,7 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from benchmarks.record import environment
 from pix2seq.decoding import DecodingOptions, generate
 from pix2seq.model import build_detector
+from pix2seq.model.llama import CACHE
 from pix2seq.tokenizer import TOKENS_PER_OBJECT, Tokenizer
 
 OURS, ALL_RIGHT, ALL_WRONG = "pix2seq", "all right", "all wrong"
@@ -87,7 +88,7 @@ def by_generate(model, plain: PrefixedLlama, visual: torch.Tensor, tokenizer: To
     bos = torch.full((len(visual), 1), tokenizer.bos_id, device=visual.device)
     written = plain.generate(
         input_ids=bos,
-        past_key_values=prefix_cache(model.decoder, visual),
+        **{CACHE: prefix_cache(model.decoder, visual)},
         logits_processor=[GrammarProcessor(tokenizer, visual.device)],
         max_new_tokens=length,
         min_new_tokens=length,
@@ -102,7 +103,7 @@ def by_loop(model, plain: PrefixedLlama, visual: torch.Tensor, tokenizer: Tokeni
     tokens = torch.full((len(visual), 1), tokenizer.bos_id, device=visual.device)
     for position in range(length):
         positions = torch.full((1, 1), position + 1, device=visual.device)
-        output = plain(input_ids=tokens[:, -1:], position_ids=positions, past_key_values=cache, use_cache=True)
+        output = plain(input_ids=tokens[:, -1:], position_ids=positions, use_cache=True, **{CACHE: cache})
         tokens = torch.cat([tokens, grammar(tokens, output.logits[:, -1]).argmax(-1)[:, None]], dim=1)
     return tokens[:, 1:]
 
@@ -216,7 +217,7 @@ def by_classic_loop(model, visual: torch.Tensor, tokenizer: Tokenizer, length: i
     tokens = torch.full((len(visual), 1), tokenizer.bos_id, device=visual.device)
     for _ in range(length):
         output = model.decoder(
-            input_ids=tokens[:, -1:], encoder_hidden_states=visual, past_key_values=cache, use_cache=True
+            input_ids=tokens[:, -1:], encoder_hidden_states=visual, use_cache=True, **{CACHE: cache}
         )
         tokens = torch.cat([tokens, grammar(tokens, output.logits[:, -1]).argmax(-1)[:, None]], dim=1)
     return tokens[:, 1:]

@@ -1,5 +1,6 @@
 """A decoder-only language model that reads the picture as the beginning of its text."""
 
+import inspect
 import math
 
 import torch
@@ -9,6 +10,9 @@ from transformers.cache_utils import DynamicCache
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel, apply_rotary_pos_emb
 
 from pix2seq.model.steps import KeyValues, Product, Unit, step_dtype
+
+# What transformers calls a cache that is handed in: the new name came after the oldest version that will do.
+CACHE = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
 
 
 def prefix_attention(
@@ -105,8 +109,8 @@ class LlamaDecoder(LlamaForCausalLM):
             inputs_embeds=visual,
             position_ids=prefix_positions(visual.shape[1], 0, visual.device),
             num_visual=self.num_seen_whole(visual),
-            past_key_values=cache,
             use_cache=True,
+            **{CACHE: cache},
         )
         return LlamaSteps(self.model, visual, length, block, cache)
 
