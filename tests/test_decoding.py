@@ -17,6 +17,7 @@ from transformers.generation.logits_process import TopPLogitsWarper
 
 from benchmarks.decode import PrefixedLlama, by_generate
 from pix2seq.decoding import DecodingOptions, Grammar, Interrupted, NonFiniteLogits, generate, generation, sample_top_p
+from pix2seq.model import steps
 from pix2seq.tokenizer import CLASS_SLOT, NOISE_LABEL, TOKENS_PER_OBJECT, Tokenizer
 from tests.test_architectures import build
 
@@ -607,3 +608,21 @@ def test_greedy_tokens_are_those_of_transformers_generate(make_model, seed):
         np.testing.assert_array_equal(one.boxes, many.boxes)
         np.testing.assert_allclose(one.scores, many.scores, atol=1e-6, rtol=0)
     assert len({one.boxes.tobytes() for one in found}) > 20
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("features", "threads"), [(12, 2), (12, 8), (7, 2)])
+def test_products_of_few_rows_are_those_of_the_layers(monkeypatch, bias, features, threads):
+    """However many cores share one, and where they cannot."""
+    monkeypatch.setattr(steps, "WORTH_SPLITTING", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    layers, scale = [torch.nn.Linear(5, features, bias=bias) for _ in range(2)], torch.rand(5)
+    with torch.inference_mode():
+        for rows in (1, 2, 3, 9):
+            x = torch.randn(rows, 5)
+            product = steps.Product.of(*layers, like=x, count=rows, scale=scale)
+            assert (product.split is not None) == (rows < steps.FEW_ROWS)
+            expected = torch.cat([layer(x * scale) for layer in layers], dim=1)
+            torch.testing.assert_close(product(x), expected)
+            part = steps.Product.of(layers[0], like=x, count=rows, rows=slice(2, 7))  # 5 features: no split
+            torch.testing.assert_close(part(x), layers[0](x)[:, 2:7])
