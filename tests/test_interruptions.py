@@ -78,7 +78,7 @@ def test_a_run_told_to_stop_while_it_decodes_does_not_finish_the_batch(finished,
     with monkeypatch.context() as patch:
         patch.setattr(Pix2SeqForObjectDetection, "step", step)
         assert train.main(arguments(shapes_root, tmp_path / "out")) == 75
-    assert positions == list(range(15)), "of 30: it stops before the next object"
+    assert positions == list(range(13)), "of 30: it stops before the next token"
     assert json.loads((tmp_path / "out" / "status.json").read_text())["step"] == 3
     assert train.main(arguments(shapes_root, tmp_path / "out", "--resume", "auto")) == 0
     assert rows(tmp_path / "out") == rows(finished)
