@@ -331,7 +331,7 @@ def _gradio():
     try:
         import gradio
     except ImportError:
-        raise UserError('the page needs gradio: pip install "pix2seq[demo]", or gradio') from None
+        raise UserError("the page needs gradio: pip install -e '.[demo]', or gradio") from None
     return gradio
 
 
@@ -350,7 +350,11 @@ def serve(args: DemoArguments) -> None:
         os.environ["GRADIO_TEMP_DIR"] = folder  # read when gradio is imported
         gradio, examples = _gradio(), Path(folder) / "examples"
         examples.mkdir()
-        page = build_page(detector, args, find_examples(args.checkpoint, examples))
+        # The dataset may be nobody else's business.
+        local = args.host in ("127.0.0.1", "localhost", "::1")
+        page = build_page(
+            detector, args, find_examples(args.checkpoint, examples) if local else draw_examples(examples)
+        )
         try:
             page.launch(
                 server_name=args.host,

@@ -118,6 +118,10 @@ def convert_data(words: list[str]) -> int:
         flags = ["--root", str(args.output)]
     if flags:
         print(f"train.py reads them with {shlex.join(flags)}")
+    names = {part.name for part in parts}
+    if len(names & {"train", "val"}) == 1:
+        missing = "val" if "train" in names else "train"
+        print(f"there are no {missing} images: train.py needs --{missing}_images and --{missing}_json too")
     return 0
 
 
