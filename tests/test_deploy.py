@@ -216,6 +216,7 @@ def test_the_devcontainer_is_the_image():
     folder = ROOT / ".devcontainer"
     config = json.loads((folder / "devcontainer.json").read_text())
     keys = {"name", "build", "remoteUser", "init", "runArgs", "hostRequirements", "forwardPorts", "customizations"}
+    keys |= {"containerEnv"}
     assert config.keys() == keys
     assert (folder / config["build"]["dockerfile"]).resolve() == DOCKER / "Dockerfile"
     assert (folder / config["build"]["context"]).resolve() == DOCKER
@@ -224,7 +225,11 @@ def test_the_devcontainer_is_the_image():
     assert config["remoteUser"] != "root"
     assert all(isinstance(port, int) for port in config["forwardPorts"])
     python = config["customizations"]["vscode"]["settings"]["python.defaultInterpreterPath"]
-    assert dict(instructions())["ENV"] == f"PATH={Path(python).parent}:$PATH"
+    words = dict(instructions())["ENV"].split()
+    assert f"PATH={Path(python).parent}:$PATH" in words
+    # Where the container's folder is that of the Makefile; a notebook would not find the package otherwise.
+    assert f"PYTHONPATH={dict(instructions())['WORKDIR']}" in words
+    assert config["containerEnv"] == {"PYTHONPATH": "${containerWorkspaceFolder}"}
 
 
 def job(name: str) -> dict:
