@@ -495,9 +495,10 @@ def test_what_is_thought_after_a_sentence_has_ended_does_not_count(recordings):
 
 
 @pytest.mark.parametrize("options", [{"top_p": 0}, {"top_p": 0.4}])
-@pytest.mark.parametrize("name", ["token_by_token", "object_by_object"])
-def test_nan_where_a_sentence_may_end_is_no_end(monkeypatch, name, options):
-    monkeypatch.setattr(generation, "token_by_token", getattr(generation, name))
+@pytest.mark.parametrize("is_recorded", [False, True])
+def test_nan_where_a_sentence_may_end_is_no_end(request, is_recorded, options):
+    if is_recorded:
+        request.getfixturevalue("recordings")
     logits = random_logits(3, 4)
     logits[1, 5:] = float("nan")
     logits[:, ::5, TOKENIZER.eos_id] -= 50.0

@@ -142,9 +142,7 @@ def object_by_object(
 
 
 def recorded(work: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """What does the same work again: as a CUDA graph, where there is one to be had."""
-    if device.type != "cuda":
-        return work
+    """What does the same work again, on a GPU: its kernels as a CUDA graph."""
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
     # What a loader's thread asks of the device meanwhile is no part of it.
     recording = torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local")
