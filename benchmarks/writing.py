@@ -6,6 +6,9 @@ Greedy, token by token, is what the others are held against. `equal` is the shar
 to the bit, and their labels; `passes` how often the decoder ran for an image (a batch runs as often as its slowest
 image), and `passes_few` the same for those images with at most --few objects. Times are of whole detectors, in one
 run; `times_as_fast` is the median over --rounds.
+
+Beam search keeps several beginnings of a sentence. A temperature is fitted to the scores of every other image; its
+gain is on the rest, against greedy there.
 """
 
 import argparse
@@ -13,6 +16,7 @@ import json
 import statistics
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +25,7 @@ from torchvision.ops import batched_nms, box_iou
 from tqdm import tqdm
 
 from benchmarks.record import environment
+from benchmarks.search import are_right, beam_search, fitted_temperature, scored_anew
 from pix2seq.data import Categories, EvalDataset, eval_loader, find_split, load_annotations
 from pix2seq.decoding import DecodingOptions, Detections
 from pix2seq.evaluation import coco_results
@@ -86,6 +91,7 @@ class Bench:
         )
         counts = [len(annotations.objects(index)[1]) for index in range(len(annotations))]
         self.few = np.array(counts) <= few
+        self.objects = [annotations.objects(index) for index in range(len(annotations))]
         self.most = config.max_objects
 
     def detect(self, options: DecodingOptions) -> tuple[list[Detections], float]:
@@ -94,18 +100,45 @@ class Bench:
             found += self.model.detect(batch["pixel_values"].to(self.model.device), options)
         return found, time.perf_counter() - began
 
-    def ap(self, found: list[Detections]) -> float:
-        config, rows = self.model.config, iter(found)
-        results = []
-        for image_id, size, original in self.places():
-            one = next(rows)
-            boxes = to_original_pixels(one.boxes, config.image_size, size, original)
-            results += coco_results(image_id, Detections(boxes, one.labels, one.scores), config.category_ids)
-        return coco_metrics(self.truth, results)["AP"]
+    def ap(self, found: list[Detections], places: slice = slice(None)) -> float:
+        """Of the detections of all pictures, those at these places."""
+        rows = list(zip(self.image_ids(), self.in_pixels(found), strict=True))[places]
+        wanted = {image_id for image_id, _ in rows}
+        truth = self.truth | {
+            "images": [image for image in self.truth["images"] if image["id"] in wanted],
+            "annotations": [entry for entry in self.truth["annotations"] if entry["image_id"] in wanted],
+        }
+        ids = self.model.config.category_ids
+        return coco_metrics(truth, [row for image_id, one in rows for row in coco_results(image_id, one, ids)])["AP"]
 
-    def places(self) -> Iterator[tuple]:
+    def in_pixels(self, found: list[Detections]) -> Iterator[Detections]:
+        side, sizes = self.model.config.image_size, []
         for batch in self.batches:
-            yield from zip(*(batch[name].tolist() for name in ("image_id", "size", "original_size")), strict=True)
+            sizes += zip(batch["size"].tolist(), batch["original_size"].tolist(), strict=True)
+        for one, (size, original) in zip(found, sizes, strict=True):
+            yield replace(one, boxes=to_original_pixels(one.boxes, side, size, original))
+
+    def image_ids(self) -> list[int]:
+        return [image_id for batch in self.batches for image_id in batch["image_id"].tolist()]
+
+    def beams(self, width: int) -> tuple[list[Detections], list[torch.Tensor]]:
+        found, heard = [], []
+        for batch in self.batches:
+            pixels = batch["pixel_values"].to(self.model.device)
+            ours, logits = beam_search(self.model, pixels, width, DecodingOptions(self.most, top_p=0.0))
+            found, heard = found + ours, heard + logits
+        return found, heard
+
+    def temperature(self) -> dict:
+        """Of the scores: fitted to every other picture, and what it does on the rest."""
+        found, heard = self.beams(1)
+        first = self.model.tokenizer.first_class_id
+        right = [are_right(one, *objects) for one, objects in zip(self.in_pixels(found), self.objects, strict=True)]
+        fitted = fitted_temperature(found[::2], heard[::2], right[::2], first)
+        anew = [scored_anew(one, logits, first, fitted) for one, logits in zip(found, heard, strict=True)]
+        before, after = (self.ap(scored, slice(1, None, 2)) for scored in (found, anew))
+        passes = float(np.mean([one.passes for one in found]))
+        return {"temperature": fitted, "ap": after, "ap_gain": after - before, "passes": passes}
 
     def measure(self, options: dict, baseline: list[Detections] | None) -> tuple[dict, list[Detections]]:
         found, _ = self.detect(DecodingOptions(self.most, **options))  # and warms up
@@ -141,8 +174,15 @@ def measure(args: argparse.Namespace) -> dict:
             boxes = [merged(list(samples)) for samples in zip(*runs, strict=True)]
             passes = float(np.mean([one.passes for one in boxes]))
             found[f"{count} samples of top_p {top_p} merged"] = {"ap": bench.ap(boxes), "passes": passes}
+    if bench.model.config.noise_objects:
+        for width in args.beams:
+            boxes = bench.beams(width)[0]
+            passes = float(np.mean([one.passes for one in boxes]))
+            found[f"{width} beams"] = {"ap": bench.ap(boxes), "passes": passes}
+        fitted = bench.temperature()
+        found[f"scores at a temperature of {fitted['temperature']:g}, fitted"] = fitted
     for result in found.values():
-        result["ap_gain"] = result["ap"] - found[GREEDY]["ap"]
+        result.setdefault("ap_gain", result["ap"] - found[GREEDY]["ap"])
         result["times_fewer_passes"] = found[GREEDY]["passes"] / result["passes"]
         if result.get("passes_few"):
             result["times_fewer_passes_few"] = found[GREEDY]["passes_few"] / result["passes_few"]
@@ -190,6 +230,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=3, help="of timing")
     parser.add_argument("--few", type=int, default=2, help="objects an image has at most to count as one with few")
     parser.add_argument("--samples", type=int, nargs="*", default=[3, 5], help="sentences that are merged")
+    parser.add_argument("--beams", type=int, nargs="*", default=[2, 4, 8], help="beginnings a beam search keeps")
     args = parser.parse_args(words)
     if not args.output.parent.is_dir():
         parser.error(f"--output {args.output}: its folder does not exist")

@@ -276,10 +276,12 @@ def test_figures_of_the_loader_come_from_their_record():
         ratios = ["{median:.2f} ({min:.2f} to {max:.2f})".format(**race["times_as_fast"][peer]) for race in races]
         assert f"| {' | '.join(ratios)} |" in page
     memory, wait = found["memory_mb"], found["data_wait"]
+    step = json.loads(Path("docs/results/train_step_gpu.json").read_text())["rows"]["pix2seq"]
+    assert wait["images_per_s_eaten"] == pytest.approx(step["images_per_s"], rel=1e-3)
     for figure in (
         f"makes {found['as_batches']['images_per_s']['pix2seq']['median']:.0f} images/s",
-        f"at {wait['images_per_s_eaten']:.0f} images/s (computed for an H100 at 30 % of its peak, not measured)",
-        f"needs {wait['cores_for_less_than_5%_wait']} cores",
+        f"trains the R50 recipe at {step['images_per_s']:.0f} images/s (bf16, 32 images a step",
+        f"needs {wait['cores_for_less_than_5%_wait']} such cores",
         f"holds {memory['worker_after_1']['mean']:.0f} MB of its own after one pass",
         f"and {memory['worker_after_3']['mean']:.0f} MB after three",
     ):
