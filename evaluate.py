@@ -68,7 +68,7 @@ def detect(args: EvaluateArguments, skipped: Skipped) -> tuple[dict, list[dict],
         options = model.options_with(**args.decoding())
     except ValueError as error:
         raise UserError(f"--{error}") from None
-    batch_size = args.eval_batch_size or training.get("eval_batch_size", 32)
+    batch_size = args.eval_batch_size or training.get("eval_batch_size", 64)
     truth = load_ground_truth(data.annotations.split.json, data.annotations.image_ids, categories)
     warn = skipped.unreadable.extend
     predictions = predict(model, data, options, batch_size, accelerator, args.num_workers, warn=warn)

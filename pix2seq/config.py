@@ -205,7 +205,7 @@ class TrainArguments:
     seed: int = flag(0, "decides data order, augmentation, initial weights and dropout")
     deterministic: bool = flag(False, "deterministic algorithms on the GPU, at some cost in speed")
     batch_size: int = flag(32, "images for each process and micro-batch")
-    eval_batch_size: int = flag(32, "images for each process in evaluation")
+    eval_batch_size: int = flag(64, "images for each process in evaluation")
     gradient_accumulation_steps: int = flag(1, "micro-batches in an optimizer step")
     num_epochs: float = flag(40.0, "length of the run, unless --max_steps says it")
     max_steps: int = flag(0, "length of the run in optimizer steps (0: use --num_epochs)")
