@@ -2,6 +2,7 @@
 
 import copy
 import json
+import pickle
 
 import pytest
 import torch
@@ -169,6 +170,16 @@ def test_drop_path_leaves_out_whole_branches_while_training_only(decoder):
         out = module(torch.randn(200, 3, module.in_features))
         gone = (out == 0).flatten(1).all(1)
         assert 60 < gone.sum() < 140  # a row drops out whole, or is scaled up
+
+
+@both
+def test_a_pickled_detector_is_the_same(decoder):
+    """As processes that are not forked get it."""
+    model = build(decoder, drop_path=0.5).eval()
+    again = pickle.loads(pickle.dumps(model))
+    assert torch.equal(again(pictures(), sentences()).logits, model(pictures(), sentences()).logits)
+    again.config.drop_path = 0.0
+    assert model.config.drop_path == 0.5
 
 
 @both

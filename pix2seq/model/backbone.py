@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import re
 from dataclasses import dataclass
-from types import MethodType
+from functools import partial
 from typing import Literal
 
 import torch
@@ -131,7 +131,7 @@ class VisionBackbone(nn.Module):
             self.num_channels = model.config.hidden_size
         for module in model.modules():
             if isinstance(module, ResNetConvLayer | ResNetShortCut):
-                module.forward = MethodType(_convolve, module)
+                module.forward = partial(_convolve, module)
         if self.dilated:
             for module in model.encoder.stages[-1].modules():
                 if isinstance(module, nn.Conv2d) and module.stride == (2, 2):

@@ -8,6 +8,7 @@ What the two decoders have in common: `read` a whole sentence, or `start` and th
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -157,13 +158,9 @@ class Pix2SeqForObjectDetection(Pix2SeqPreTrainedModel):
 
     def _drop_branches(self, branch_ends: tuple[str, ...]) -> None:
         """Drop path in the decoder, whose layers are transformers' and know none."""
-
-        def drop(module, inputs, output):
-            return stochastic_depth(output, self.config.drop_path, "row", module.training)
-
         for name, module in self.decoder.named_modules():
             if name.endswith(branch_ends):
-                module.register_forward_hook(drop)
+                module.register_forward_hook(partial(_drop, self.config))
 
     @property
     def decoding_options(self) -> DecodingOptions:
@@ -328,3 +325,8 @@ class Pix2SeqForObjectDetection(Pix2SeqPreTrainedModel):
         and a guess of what the decoder will say next, logits (R, V). `slots` (R,): of what is guessed."""
         thoughts = self.drafter(thoughts, self.get_input_embeddings()(ids).to(thoughts.dtype), slots, memory)
         return thoughts, self.decoder.lm_head(thoughts)
+
+
+def _drop(config: Pix2SeqConfig, module: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
+    """A forward hook; no closure, so that a detector can be pickled."""
+    return stochastic_depth(output, config.drop_path, "row", module.training)
