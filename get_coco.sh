@@ -20,7 +20,7 @@ dir="" keep_zips="" need=0 unfinished=""
 say() { echo "get_coco.sh: $*" >&2; }
 fail() { say "error: $*"; exit 1; }
 size() { if [[ -f $1 ]]; then wc -c <"$1" | tr -d ' '; else echo 0; fi; }
-unpacked() { for item in $items; do [[ -e $place/$item ]] || return 1; done; }
+unpacked() { for item in $items; do [[ -f $place/$item || -n $(ls -A "$place/$item" 2>/dev/null) ]] || return 1; done; }
 kept() { [[ -n $keep_zips && $path == zips/* ]]; }
 
 each() { # COMMAND, with what it needs to know of each archive in variables
@@ -48,6 +48,7 @@ download() { # to FILE; not with curl's own --retry, which throws away what an a
         before=$(size "$1") code=0
         curl -fL "$progress" --connect-timeout 20 --speed-limit 1000 --speed-time 60 -C - -o "$1" "$url" || code=$?
         if ((code == 0)); then break; fi
+        if ((code == 33)); then rm -f "$1"; fi # the server sends files from their beginning only
         if (($(size "$1") > before)); then attempts=0; else attempts=$((attempts + 1)); fi
         if ((code == 23 || attempts > ${COCO_RETRIES:-5})); then # 23: the disk does not take it
             say "error: $url: cannot be downloaded (curl's error $code); start again to go on from byte $(size "$1")"

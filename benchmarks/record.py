@@ -1,6 +1,6 @@
 """Turns a finished run into a record for docs/results: metrics, command, commit, hardware, flags.
 
-python benchmarks/record.py runs/demo --output docs/results/demo.json
+python -m benchmarks.record runs/demo --output docs/results/demo.json
 """
 
 import argparse

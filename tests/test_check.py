@@ -86,6 +86,7 @@ BAD_OBJECTS = [
     ({"bbox": [50, 5, 4, 4]}, "outside-image"),
     ({"bbox": [30, 5, 35, 15]}, "beyond-edge"),  # x1 y1 x2 y2
     ({"id": 1}, "duplicate-annotation-id"),
+    ({"image_id": 9998}, "unknown-image"),
 ]
 
 
@@ -119,6 +120,8 @@ def planted(root: Path) -> tuple[Split, list[tuple[str, str, str]]]:
     entries.append({"id": 998, "file_name": "good_01.png", "width": WIDTH, "height": HEIGHT})
     expected += [("duplicate-file", "warning", "image 998"), ("class-unused", "warning", "category 5")]
     categories = [{"id": 1, "name": "thing"}, {"id": 5, "name": "nothing"}, {"id": 7, "name": "other"}]
+    categories.append({"id": 8, "name": "thing"})
+    expected += [(kind, "warning", "category 8") for kind in ("class-unused", "class-name-twice")]
     write_json(root / "annotations/instances_train2017.json", entries, objects, categories)
 
     (root / "images/val2017/same.png").write_bytes(encoded(picture(3), compress_level=0))
@@ -179,7 +182,9 @@ def test_files_that_cannot_be_used_at_all_are_faults_too(tmp_path, shapes_root):
     assert report.draw is None
     content = json.loads(good.json.read_text())
     (tmp_path / "empty.json").write_text(json.dumps(content | {"annotations": []}))
-    assert "no-objects" in {fault.kind for fault in check(Split(good.images, tmp_path / "empty.json"), None).faults}
+    empty = Split(good.images, tmp_path / "empty.json")
+    for splits in ((empty, None), (good, empty)):
+        assert "no-objects" in {fault.kind for fault in check(*splits).faults}
     content["categories"][0]["name"] = "circle"  # train and val do not agree on a class
     (tmp_path / "other.json").write_text(json.dumps(content))
     (fault,) = check(good, Split(good.images, tmp_path / "other.json")).faults

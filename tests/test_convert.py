@@ -4,6 +4,8 @@ import contextlib
 import io
 import json
 import os
+import shutil
+import tempfile
 from pathlib import Path
 from xml.sax.saxutils import escape
 
@@ -227,6 +229,8 @@ def test_yolo_faults_in_labels(tmp_path, line, says):
         ("names: [cat, dog]\ntrain: labels\n", "train: no pictures in labels"),
         ("- names", "names must be a list"),
         (b"names: [\xe4]", "data.yaml:1: is not UTF-8"),
+        ("names: {0: cat, 0: dog}\n", "0 stands twice"),
+        ("names: " + "[" * 5000, "is not YAML"),
     ],
 )
 def test_yolo_faults_in_the_config(tmp_path, config, says):
@@ -410,7 +414,7 @@ def test_only_files_of_a_conversion_are_overwritten(tmp_path, theirs):
 
 def test_an_output_that_cannot_be_written_is_named(tmp_path):
     text(yolo(tmp_path) / "file")
-    with pytest.raises(UserError, match=r"file/annotations/instances_train2017.json: cannot be written"):
+    with pytest.raises(UserError, match=r"file/annotations: cannot be written to"):
         convert(tmp_path, tmp_path / "file")
     assert sorted(path.name for path in converted(tmp_path) and (tmp_path / "out/annotations").iterdir()) == [
         "instances_train2017.json",
@@ -560,3 +564,119 @@ def test_a_list_may_not_lead_elsewhere(tmp_path):
     text(root / "ImageSets/Main/train.txt", f"{tmp_path}/elsewhere\n")
     with pytest.raises(UserError, match="train.txt:1: there is no"):
         convert(root, root / "out")
+
+
+# -- what lies elsewhere, and what is left out -----------------------------------------------------
+
+
+def test_a_link_out_of_the_dataset_is_not_opened_and_not_quoted(tmp_path):
+    secret = text(tmp_path / "secret", "root:x:0:0:root:/root:/bin/bash\n")
+    (yolo(tmp_path / "data") / "labels/train/b.txt").symlink_to(secret)
+    message = complaint(tmp_path / "data")
+    assert message.startswith(f"{tmp_path}/data/labels/train/b.txt: lies outside {tmp_path}/data")
+    assert "--follow_links" in message
+    assert "root" not in message.replace(str(tmp_path), "")
+
+
+def linked_folder(root: Path) -> None:
+    for name in ("images", "labels"):
+        (root / name / "val/more").symlink_to(root.parent / "elsewhere" / name)
+
+
+def listed_picture(root: Path) -> None:
+    text(root / "list.txt", f"{root}/images/train/a.png\n{root.parent}/elsewhere/images/x.png\n")
+    text(root / "data.yaml", CONFIG.replace("images/val", "list.txt"))
+
+
+def other_folder(root: Path) -> None:
+    text(root / "data.yaml", CONFIG.replace("images/val", "../elsewhere/images"))
+
+
+@pytest.mark.parametrize("plant", [linked_folder, listed_picture, other_folder])
+def test_pictures_elsewhere_are_opened_if_one_says_so(tmp_path, plant):
+    picture(tmp_path / "elsewhere/images/x.png")
+    text(tmp_path / "elsewhere/labels/x.txt", "1 0.5 0.5 0.5 0.2\n")
+    plant(yolo(tmp_path / "data"))
+    assert f"lies outside {tmp_path}/data, and is not opened (--follow_links allows it)" in complaint(
+        tmp_path / "data"
+    )
+    val = convert(tmp_path / "data", tmp_path / "out", follow_links=True)[1]
+    assert any(name.endswith("x.png") for name in files(json.loads(val.json.read_text())))
+
+
+def test_the_whole_disk_is_no_folder_of_images(tmp_path):
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as elsewhere:
+        listed = f"{picture(Path(elsewhere) / 'x.png')}\nimages/train/a.png\n"
+        text(yolo(tmp_path) / "list.txt", listed)
+        text(tmp_path / "data.yaml", CONFIG.replace("images/train", "list.txt"))
+        with pytest.raises(UserError, match="train: its pictures lie in .*, which have no folder in common but /$"):
+            convert(tmp_path, tmp_path / "out", follow_links=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_voc_a_list_that_climbs_leads_nowhere(tmp_path):
+    text(voc(tmp_path / "data").parent / "s.xml", xml(obj(), name="s.png"))
+    picture(tmp_path / "s.png")
+    text(tmp_path / "data/ImageSets/Main/train.txt", "a\n../../s\n")
+    assert complaint(tmp_path / "data").startswith(f"{tmp_path}/data/ImageSets/Main/train.txt:2: there is no")
+
+
+def test_another_dataset_leaves_nothing_of_the_one_before(tmp_path):
+    convert(yolo(tmp_path / "a"), tmp_path / "out")
+    text(yolo(tmp_path / "b") / "data.yaml", "train: images/train\nnames: [cat, dog]\n")
+    text(tmp_path / "out/annotations/instances_mine2017.json", "{}")
+    convert(tmp_path / "b", tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out/annotations").iterdir()) == [
+        "instances_mine2017.json",
+        "instances_train2017.json",
+    ]
+    assert [path.name for path in (tmp_path / "out/images").iterdir()] == ["train2017"]
+
+
+def told(root: Path) -> list[str]:
+    lines = []
+    convert(root, root / "out", tell=lines.append)
+    return [line.replace(f"{root}/", "") for line in lines]
+
+
+def test_yolo_what_is_left_out_is_told(tmp_path):
+    yolo(tmp_path, CONFIG + "valid: images/val\n")
+    for name in ("train/z.txt", "train/classes.txt", "train/train.txt", "val/heic.txt"):
+        text(tmp_path / "labels" / name, "")
+    assert told(tmp_path) == [
+        "1 pictures of train have no label file, and so no objects, the first of them images/train/b.png",
+        "1 label files of train have no picture, the first of them labels/train/z.txt",
+        "data.yaml: valid is left out: there is val",
+        "1 label files of val have no picture, the first of them labels/val/heic.txt",
+    ]
+
+
+def test_voc_what_is_left_out_is_told(tmp_path):
+    text(voc(tmp_path) / "ImageSets/Main/train.txt", "a\n")
+    picture(tmp_path / "JPEGImages/x.png")
+    text(tmp_path / "Annotations/sub/d.xml", xml(name="d.png"))
+    assert told(tmp_path) == [
+        "2 XML files are in no list, the first of them Annotations/b.xml",
+        "2 pictures have no XML file in a split, the first of them JPEGImages/b.png",
+    ]
+
+
+def test_voc_folders_that_are_left_out_are_told(tmp_path):
+    for folder in ("train", "val", "valid", "."):
+        picture(tmp_path / folder / "a.png")
+        text(tmp_path / folder / "a.xml", xml(obj()))
+    assert told(tmp_path) == [
+        "1 XML files are in no split: there are files in train and val, too, the first of them valid/a.xml",
+        "1 XML files are in no split: there are files in train and val, too, the first of them a.xml",
+    ]
+
+
+def test_voc_without_lists_takes_folders_at_any_depth(tmp_path):
+    shutil.rmtree(voc(tmp_path) / "ImageSets")
+    picture(tmp_path / "JPEGImages/sub/d.png")
+    text(tmp_path / "Annotations/sub/d.xml", xml(obj(), name="d.png"))
+    assert files(converted(tmp_path)["train"]) == ["a.png", "b.png", "c.png", "sub/d.png"]
+
+
+def test_a_split_that_is_null_is_none(tmp_path):
+    assert list(converted(yolo(tmp_path, CONFIG.replace("images/val", "null")))) == ["train"]

@@ -32,7 +32,7 @@ class Server:
     """Serves `files`, with ranges; notes (path, first byte asked for, bytes sent). `cut` bytes and it hangs up."""
 
     def __init__(self, files: dict[str, bytes]):
-        self.files, self.requests, self.cut = files, [], {}
+        self.files, self.requests, self.cut, self.has_ranges = files, [], {}, True
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -41,11 +41,12 @@ class Server:
                 if path not in outer.files:
                     self.send_error(404)
                     return
-                start = int(self.headers.get("Range", "bytes=0-")[len("bytes=") :].split("-")[0])
+                in_part = outer.has_ranges and "Range" in self.headers
+                start = int(self.headers["Range"][len("bytes=") :].split("-")[0]) if in_part else 0
                 body = outer.files[path][start:]
-                self.send_response(206 if "Range" in self.headers else 200)
+                self.send_response(206 if in_part else 200)
                 self.send_header("Content-Length", str(len(body)))
-                if "Range" in self.headers:
+                if in_part:
                     size = len(outer.files[path])
                     self.send_header("Content-Range", f"bytes {start}-{size - 1}/{size}")
                 self.end_headers()
@@ -265,3 +266,16 @@ def test_killed_before_it_removed_an_archive_it_does_so_later(server, get, tmp_p
     assert get()[0] == 0
     assert listing(tmp_path / "coco") == sorted([*UNPACKED, "images/val2017.zip"])
     assert not (tmp_path / "coco/images/train2017.zip.unpacking").exists()
+
+
+def test_a_server_without_ranges_sends_everything_anew(server, get, tmp_path):
+    server.has_ranges, server.cut[TRAIN] = False, 100
+    code, said = get(COCO_RETRIES="2")
+    assert code == 0, said
+    assert listing(tmp_path / "coco") == UNPACKED
+
+
+def test_an_empty_folder_is_not_what_was_to_be_unpacked(get, tmp_path):
+    (tmp_path / "coco/images/val2017").mkdir(parents=True)
+    assert get()[0] == 0
+    assert listing(tmp_path / "coco") == UNPACKED

@@ -7,6 +7,7 @@ import os
 import pickle
 import struct
 import time
+import tracemalloc
 import unicodedata
 import zipfile
 import zlib
@@ -419,3 +420,66 @@ def test_an_archive_that_vanishes_is_told(tmp_path):
     places, _ = store.locate(["1.jpg"])
     (tmp_path / "a.zip").unlink()
     assert str(refusal(store.read, places[0])) == "a.zip: No such file or directory"
+
+
+def test_of_names_in_an_archive_the_exact_one_is_meant(tmp_path):
+    """COCO's have all files in a folder of their own, which names may leave out."""
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for name in ("a/x", "a/a/x"):
+            archive.writestr(name, name)
+    store = Zip(tmp_path / "a.zip")
+    places, faults = store.locate(["a/x", "a/a/x", "x"])
+    assert [store.read(place).tobytes() for place in places] == [b"a/x", b"a/a/x", b"a/x"]
+    assert not faults
+
+
+@pytest.mark.parametrize("claimed", [0, 10**6, 2**31])
+def test_an_archive_is_unpacked_no_further_than_it_says(tmp_path, claimed):
+    """50 MB, which say that they are less, or so much that nobody should try."""
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("x", bytes(50_000_000))
+    content = bytearray(path.read_bytes())
+    for mark, place in ((b"PK\x01\x02", 24), (b"PK\x03\x04", 22)):
+        struct.pack_into("<I", content, content.index(mark) + place, claimed)
+    path.write_bytes(content)
+    store = Zip(path)
+    tracemalloc.start()
+    refusal(store.read, store.locate(["x"])[0][0])
+    assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    tracemalloc.stop()
+
+
+def read_x(path: Path) -> None:
+    store = Zip(path)
+    store.read(store.locate(["x"])[0][0])
+
+
+@pytest.mark.parametrize("field", [(24, "size"), (20, "packed"), (42, "offset")], ids=lambda field: field[1])
+def test_numbers_that_no_file_has_are_told(tmp_path, field):
+    """In the 64-bit form of a header, which a 32-bit number of all ones announces."""
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(zipfile.ZipInfo("x"), b"picture")
+    content = bytearray(path.read_bytes())
+    head, end = content.index(b"PK\x01\x02"), content.index(b"PK\x05\x06")
+    struct.pack_into("<I", content, head + field[0], 0xFFFFFFFF)
+    for number in (2**64 - 1, 2**63 - 5):
+        extra = struct.pack("<HHQ", 1, 8, number)
+        odd = content[: head + 47] + extra + content[head + 47 : end] + content[end:]
+        struct.pack_into("<H", odd, head + 30, len(extra))
+        struct.pack_into("<I", odd, end + len(extra) + 12, end + len(extra) - head)
+        path.write_bytes(odd)
+        with pytest.raises((UserError, BadImage)):
+            read_x(path)
+
+
+def test_a_file_larger_than_any_picture_is_not_read(tmp_path):
+    with (tmp_path / "a.jpg").open("wb") as file:
+        file.truncate(6 * 10**9)  # takes no room on the disk
+    assert str(refusal(Folder(tmp_path).read, "a.jpg")) == "6000000000 bytes, more than the 800 million allowed"
+
+
+def test_what_is_wrong_names_no_place_in_a_library(tmp_path):
+    data = encoded(photo(64, 48), "JPEG")
+    assert str(refusal(Picture(data[:-100]).pixels)) == "decode_jpeg, Image is incomplete or truncated"

@@ -3,6 +3,7 @@
 import json
 import signal
 import tarfile
+import zlib
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from pix2seq.command_line import parse
 from pix2seq.config import Arguments
 from pix2seq.data import Split, StepSampler, TrainDataset, find_split, load_annotations, train_loader
 from pix2seq.data.commands import main as data_command
-from pix2seq.data.images import open_store
+from pix2seq.data.images import BadImage, open_store
 from pix2seq.data.shards import write_shards
 from pix2seq.errors import UserError
 from pix2seq.sequence import SequenceBuilder
@@ -124,10 +125,11 @@ def test_a_shard_that_was_not_copied_whole_is_named(files, tmp_path):
 
 def test_members_lie_where_the_index_says(files, shards):
     index = json.loads((shards / "shards.json").read_text())
-    for name, (shard, offset, size) in zip(index["names"], index["rows"], strict=True):
+    for name, (shard, offset, size, checksum) in zip(index["names"], index["rows"], strict=True):
         with tarfile.open(shards / index["files"][shard]) as archive:
             (member,) = [m for m in archive if m.offset_data == offset]
             assert member.size == size
+            assert zlib.crc32(archive.extractfile(member).read()) == checksum
             assert member.name.endswith(".png")
         assert name in files.file_names.tolist()
 
@@ -187,3 +189,17 @@ def test_packing_never_removes_what_it_packs_or_what_is_not_its_own(shapes_root,
         with pytest.raises(UserError, match="holds something else"):
             write_shards(files, mine)
         assert (mine / name).read_text() == "{}"
+
+
+def test_damage_inside_a_shard_is_told(files, tmp_path):
+    write_shards(files, tmp_path / "out")
+    split = Split(tmp_path / "out", tmp_path / "out/annotations.json")
+    annotations = load_annotations(split)
+    shard, offset, size, _ = annotations.places[0].tolist()
+    path = tmp_path / f"out/{shard:06d}.tar"
+    content = bytearray(path.read_bytes())
+    content[offset + size // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(BadImage, match="damaged: not what was put into out"):
+        annotations.picture(0)
+    annotations.picture(1)

@@ -74,14 +74,18 @@ def check(
             categories = loaded["train"].categories if "train" in loaded else None
             loaded[name] = load_annotations(split, categories, follow_links)
         except UserError as error:
-            report.faults.append(Fault("unusable", str(split.json), "", str(error)))
+            report.faults.append(Fault("unusable", str(split.json), "", str(error).removeprefix(f"{split.json}: ")))
             continue
         report.faults += loaded[name].faults
         digests[name], faults = _inspect_all(loaded[name], f"checking {name}", num_workers)
         report.faults += faults
         report.statistics[name] = _statistics(loaded[name])
+    for name, annotations in loaded.items():
+        if not annotations.trainable.any():
+            value = f"{len(annotations)} images of {name} without an object"
+            report.faults.append(Fault("no-objects", str(annotations.split.json), "", value))
     if "train" in loaded:
-        report.faults += _faults_of_training(loaded["train"])
+        report.faults += _faults_of_classes(loaded["train"])
         report.draw = partial(_picture, loaded, max_objects)
     for digest in digests.get("train", {}).keys() & digests.get("val", {}).keys():
         value = f"the same pixels as {loaded['train'].name(digests['train'][digest][0])}"
@@ -168,16 +172,16 @@ def _faults_of_header(picture: Picture, name: str, annotated: tuple[int, int]) -
     return faults
 
 
-def _faults_of_training(annotations: Annotations) -> list[Fault]:
-    file = str(annotations.split.json)
-    if not annotations.trainable.any():
-        return [Fault("no-objects", file, "", f"{len(annotations)} images without an object to learn")]
+def _faults_of_classes(annotations: Annotations) -> list[Fault]:
+    file, first, faults = str(annotations.split.json), {}, []
     counts = np.bincount(annotations.labels[annotations.trainable], minlength=len(annotations.categories.ids))
-    return [
-        Fault("class-unused", file, f"category {category_id}", f"{name!r} has no object")
-        for category_id, name, count in zip(*_columns(annotations), counts, strict=True)
-        if count == 0
-    ]
+    for category_id, name, count in zip(*_columns(annotations), counts, strict=True):
+        entry = f"category {category_id}"
+        if first.setdefault(name, category_id) != category_id:
+            faults.append(Fault("class-name-twice", file, entry, f"{name!r} is category {first[name]}, too"))
+        if count == 0 and counts.any():
+            faults.append(Fault("class-unused", file, entry, f"{name!r} has no object"))
+    return faults
 
 
 def _statistics(annotations: Annotations) -> dict:

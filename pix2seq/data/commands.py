@@ -104,12 +104,15 @@ def convert_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="pix2seq.data convert", description="YOLO or Pascal VOC -> COCO's layout")
     parser.add_argument("source", type=Path, help="folder with data.yaml, or with Pascal VOC's XML files")
     parser.add_argument("output", type=Path, help="folder for the COCO annotation files, and links to the images")
+    parser.add_argument(
+        "--follow_links", action="store_true", help="also open what lies outside the folder: behind links, or in lists"
+    )
     return parser
 
 
 def convert_data(words: list[str]) -> int:
     args = convert_parser().parse_args(words)
-    flags, parts = [], convert(args.source, args.output)
+    flags, parts = [], convert(args.source, args.output, args.follow_links, lambda line: print(f"note: {line}"))
     for part in parts:
         print(f"{part.name}: {part.num_images} images, {part.num_objects} objects -> {part.json}")
         if part.name in ("train", "val"):

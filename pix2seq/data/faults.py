@@ -33,8 +33,9 @@ KINDS = {
     "boxes-fractions": (ERROR, "the boxes are read as pixels all the same: mend the file"),
     "iscrowd-invalid": (WARNING, "taken as 0, an ordinary object"),
     "area-invalid": (WARNING, "the area of the box is used in scoring"),
-    "duplicate-annotation-id": (WARNING, "both are used; they are numbered anew for scoring"),
-    "no-objects": (ERROR, "there is nothing to train on"),
+    "duplicate-annotation-id": (WARNING, "annotations are numbered anew for scoring"),
+    "no-objects": (ERROR, "there is nothing to train on, or to measure: an AP of -1"),
+    "class-name-twice": (WARNING, "both are classes; only their ids tell them apart"),
     "class-unused": (WARNING, "the model has the class, and learns that it is never there"),
     # files
     "path-outside": (ERROR, f"it is never opened; {_IMAGE_REPLACED}"),
@@ -115,6 +116,10 @@ def usable_objects(
     usable, faults, seen = [], [], set()
     for entry in entries:
         kind, value, box = None, "", entry.get("bbox")
+        if is_id(annotation_id := entry.get("id")):
+            if annotation_id in seen:
+                faults.append(Fault("duplicate-annotation-id", str(path), _name(entry), "the id was used before"))
+            seen.add(annotation_id)
         if not (isinstance(box, list) and len(box) == 4 and all(is_finite(number) for number in box)):
             kind, value = "bbox-invalid", f"bbox {box}: four finite numbers x, y, width, height are needed"
         elif not is_id(entry.get("image_id")) or entry["image_id"] not in image_ids:
@@ -131,10 +136,6 @@ def usable_objects(
         if (area := entry.get("area")) is not None and not (is_finite(area) and area >= 0):
             faults.append(Fault("area-invalid", str(path), _name(entry), f"area {area!r}"))
             del entry["area"]
-        if is_id(annotation_id := entry.get("id")):
-            if annotation_id in seen:
-                faults.append(Fault("duplicate-annotation-id", str(path), _name(entry), "the id was used before"))
-            seen.add(annotation_id)
     return usable, faults
 
 

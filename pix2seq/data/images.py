@@ -7,6 +7,7 @@ opens nothing that lies outside it. `Picture` is what is in those bytes.
 import io
 import json
 import os
+import re
 import struct
 import unicodedata
 import zipfile
@@ -26,6 +27,7 @@ Image.init()
 FORMATS = [f for f in ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "AVIF", "JPEG2000") if f in Image.OPEN]
 # Decoding takes 3 bytes a pixel, and a file of some kilobytes may claim any number of them.
 MAX_PIXELS = 100_000_000
+MAX_BYTES = 8 * MAX_PIXELS  # of a file: four channels of 16 bits, as they are
 EXIF_ORIENTATION = 0x0112
 # What a file is called, and which of these formats it then should be.
 FORMATS_OF_SUFFIX = {
@@ -42,7 +44,8 @@ class BadImage(ValueError):
 
     def __init__(self, kind: str, why: str):
         super().__init__(kind, why)
-        self.kind, self.why = kind, " ".join(str(why).split())
+        # torchvision begins with a place in the C++ it was built from.
+        self.kind, self.why = kind, " ".join(re.sub(r"\S+\.cpp:\d+, ", "", str(why)).split())
 
     def __str__(self) -> str:
         return self.why
@@ -119,6 +122,12 @@ def as_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def check_size(size: int) -> None:
+    """Of a file in bytes, before it is read. Raises BadImage."""
+    if size > MAX_BYTES:
+        raise BadImage("unreadable-file", f"{size} bytes, more than the {MAX_BYTES / 1e6:.0f} million allowed")
+
+
 class Folder:
     """Pictures as files below a folder.
 
@@ -182,9 +191,10 @@ class Folder:
 
     def read(self, place: str) -> np.ndarray:
         try:
+            check_size(os.stat(self.path / place).st_size)
             return np.fromfile(self.path / place, dtype=np.uint8)
-        except OSError as error:
-            raise BadImage("unreadable-file", error.strerror or error) from None
+        except (OSError, MemoryError) as error:
+            raise BadImage("unreadable-file", getattr(error, "strerror", None) or error) from None
 
 
 class _Packed:
@@ -202,8 +212,8 @@ class _Packed:
         # COCO's archives put all files into a folder of their own.
         tops = {name.partition("/")[0] for name in self._names}
         top = f"{tops.pop()}/" if len(tops) == 1 and all("/" in name for name in self._names) else ""
-        row_of = {name: row for row, name in enumerate(self._names)}
-        row_of |= {name.removeprefix(top): row for row, name in enumerate(self._names)}
+        row_of = {name.removeprefix(top): row for row, name in enumerate(self._names)}
+        row_of |= {name: row for row, name in enumerate(self._names)}
         rows = [row_of.get(name, -1) for name in names]
         missing = {i: BadImage("missing-file", f"not in {self.path.name}") for i, row in enumerate(rows) if row < 0}
         places = np.append(self._rows, np.full((1, self._rows.shape[1]), -1), axis=0)[rows]
@@ -216,11 +226,16 @@ class _Packed:
             data = np.empty(size, dtype=np.uint8)
             # Workers share the file's position if they are forked, so nobody moves it.
             count = os.preadv(self._descriptors[file], [data], offset)
-        except (OSError, MemoryError) as error:
+        except (OSError, MemoryError, OverflowError) as error:
             why = error.strerror if isinstance(error, OSError) else error  # the whole names a folder of the machine
             raise BadImage("unreadable-file", f"{self._files[file].name}: {why}") from None
         if count != size:
             raise BadImage("unreadable-file", f"{self._files[file].name} ends before it does")
+        return data
+
+    def _whole(self, data: np.ndarray, size: int, checksum: int) -> np.ndarray:
+        if len(data) != size or zlib.crc32(data) != checksum:
+            raise BadImage("unreadable-file", f"damaged: not what was put into {self.path.name}")
         return data
 
 
@@ -231,29 +246,31 @@ class Zip(_Packed):
         try:
             with zipfile.ZipFile(path) as archive:
                 members = [member for member in archive.infolist() if not member.is_dir()]
+            rows = [(m.header_offset, m.compress_size, m.file_size, m.compress_type, m.CRC) for m in members]
+            rows = np.array(rows, dtype=np.int64).reshape(-1, 5)
         except Exception as error:  # of damaged archives, zipfile makes many kinds of errors
             raise UserError(f"{path}: cannot be read as a zip archive ({error})") from None
-        rows = [(m.header_offset, m.compress_size, m.file_size, m.compress_type, m.CRC) for m in members]
-        super().__init__(path, [path], [m.filename for m in members], np.array(rows, dtype=np.int64).reshape(-1, 5))
+        super().__init__(path, [path], [member.filename for member in members], rows)
 
     def read(self, place: np.ndarray) -> np.ndarray:
         offset, packed, size, method, checksum = place.tolist()
-        if size > 4 * MAX_PIXELS or method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            raise BadImage("unreadable-file", f"{size} bytes, packed by method {method}: cannot be unpacked")
+        if method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise BadImage("unreadable-file", f"packed by method {method}, which cannot be unpacked")
+        check_size(max(packed, size))
         name_length, extra_length = struct.unpack("<HH", self._bytes(0, offset + 26, 4))
         data = self._bytes(0, offset + 30 + name_length + extra_length, packed)
         if method == zipfile.ZIP_DEFLATED:
             try:
-                data = np.frombuffer(bytearray(zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, size)), np.uint8)
+                # Not more than the header says, and one byte to see that there would be; 0 would be no limit.
+                unpacked = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, size + 1)
+                data = np.frombuffer(bytearray(unpacked), np.uint8)
             except zlib.error as error:
                 raise BadImage("unreadable-file", error) from None
-        if zlib.crc32(data) != checksum:
-            raise BadImage("unreadable-file", f"damaged: not what was put into {self.path.name}")
-        return data
+        return self._whole(data, size, checksum)
 
 
 class Shards(_Packed):
-    """Pictures in WebDataset shards, by the index shards.py wrote beside them. Rows: shard, offset, bytes."""
+    """Pictures in WebDataset shards, by the index shards.py wrote beside them. Rows: shard, offset, bytes, CRC."""
 
     def __init__(self, path: Path):
         name = path / SHARDS_INDEX
@@ -261,10 +278,10 @@ class Shards(_Packed):
             index = json.loads(name.read_bytes())
             files, names = [str(file) for file in index["files"]], [str(file) for file in index["names"]]
             sizes = np.array(index["sizes"], dtype=np.int64)
-            rows = np.array(index["rows"], dtype=np.int64).reshape(-1, 3)
+            rows = np.array(index["rows"], dtype=np.int64).reshape(-1, 4)
         except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
             raise UserError(f"{name}: cannot be read as an index of shards ({error!r})") from None
-        shard, offset, size = rows.T
+        shard, offset, size, _ = rows.T
         good = (
             len(sizes) == len(files) and len(rows) == len(names) and (rows >= 0).all() and (shard < len(files)).all()
         )
@@ -280,7 +297,9 @@ class Shards(_Packed):
         super().__init__(path, [path / file for file in files], names, rows)
 
     def read(self, place: np.ndarray) -> np.ndarray:
-        return self._bytes(*place.tolist())
+        shard, offset, size, checksum = place.tolist()
+        check_size(size)
+        return self._whole(self._bytes(shard, offset, size), size, checksum)
 
 
 Store = Folder | Zip | Shards

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import tarfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +44,7 @@ def write_shards(annotations: Annotations, output: Path, shard_mb: float = 512) 
                 key = f"{index:09d}"
                 offset = _add(shard, f"{key}{Path(names[index]).suffix.lower() or '.img'}", data)
                 _add(shard, f"{key}.json", json.dumps(_about(annotations, index), ensure_ascii=False).encode())
-                rows.append((len(files) - 1, offset, len(data)))
+                rows.append((len(files) - 1, offset, len(data), zlib.crc32(data)))
                 written += len(data)
                 index = next(todo, None)
     (output / SHARDS_JSON).write_text(json.dumps(content))

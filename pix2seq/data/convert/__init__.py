@@ -2,10 +2,11 @@
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from pix2seq.data.convert.files import Classes, SourceImage, absolute
+from pix2seq.data.convert.files import Classes, Source, SourceImage, absolute
 from pix2seq.data.convert.voc import read_voc
 from pix2seq.data.convert.yolo import read_yolo
 from pix2seq.data.faults import is_text
@@ -28,15 +29,22 @@ class Converted:
     linked: bool
 
 
-def convert(source: str | Path, output: str | Path) -> list[Converted]:
+def convert(
+    source: str | Path,
+    output: str | Path,
+    follow_links: bool = False,
+    tell: Callable[[str], None] = lambda line: None,
+) -> list[Converted]:
     """Writes output/annotations/instances_{train,val,...}2017.json for each split of the dataset at `source`, and
     where that is possible a link output/images/{train,val,...}2017 to its pictures: COCO's layout, without a copy.
 
     A folder with a data.yaml is a YOLO dataset. One with Annotations/, JPEGImages/ and, for the splits,
     ImageSets/Main/ is Pascal VOC, and so is one with XML files beside the pictures, in train/, valid/ and test/ or
     directly. Class ids are the same in all splits. File names are relative to `Converted.images`, the folder that
-    holds the split's pictures, at whatever depth. Boxes are neither rounded nor clipped. Raises UserError, and then
-    no file of another origin has been touched.
+    holds the split's pictures, at whatever depth. Boxes are neither rounded nor clipped. `tell` is given a line about
+    whatever is left out. What lies outside `source` is opened with `follow_links` only. What an earlier conversion
+    left in `output` is replaced, splits that are no more included. Raises UserError, and then no file of another
+    origin has been touched.
 
     YOLO: class k gets id k + 1. A picture without a label file has no objects. Polygons become the boxes around them.
 
@@ -49,16 +57,43 @@ def convert(source: str | Path, output: str | Path) -> list[Converted]:
     if not source.is_dir():
         raise UserError(f"{source}: no such folder")
     config = next((source / name for name in ("data.yaml", "data.yml") if (source / name).is_file()), None)
-    splits, categories = read_voc(source) if config is None else read_yolo(config)
-    targets = {name: output / "annotations" / f"instances_{name}2017.json" for name in splits}
+    dataset = Source(source, follow_links, tell)
+    splits, categories = read_voc(dataset) if config is None else read_yolo(config, dataset)
+    folder = output / "annotations"
+    targets = {name: folder / f"instances_{name}2017.json" for name in splits}
     for target in targets.values():
         if target.exists() and not _is_ours(target):
             raise UserError(f"{target}: is there and was not written by a conversion; choose another folder")
-    return [_write(name, pictures, categories, targets[name]) for name, pictures in splits.items()]
+    contents = {name: _content(name, pictures, categories) for name, pictures in splits.items()}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, target in targets.items():
+            target.with_suffix(".unfinished").write_text(json.dumps(contents[name][1]))
+        # All of the old ones go before the first of the new ones comes: no split is of another dataset than the other.
+        for old in filter(_is_ours, folder.glob("instances_*2017.json")):
+            old.unlink()
+            link = output / "images" / old.stem.removeprefix("instances_")
+            if link.is_symlink():
+                link.unlink()
+        for target in targets.values():
+            os.replace(target.with_suffix(".unfinished"), target)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written to ({error.strerror})") from None
+    return [
+        Converted(
+            *(name, images, targets[name], len(content["images"]), len(content["annotations"])),
+            linked=_link(output / "images" / f"{name}2017", images),
+        )
+        for name, (images, content) in contents.items()
+    ]
 
 
-def _write(name: str, pictures: list[SourceImage], categories: Classes, target: Path) -> Converted:
+def _content(name: str, pictures: list[SourceImage], categories: Classes) -> tuple[Path, dict]:
+    """The folder that holds a split's pictures, and its annotation file."""
     folder = Path(os.path.commonpath([picture.path.parent for picture in pictures]))
+    if folder == Path(folder.anchor):
+        where = f"{pictures[0].path.parent} and {pictures[-1].path.parent}"
+        raise UserError(f"{name}: its pictures lie in {where}, which have no folder in common but {folder}")
     images, annotations = [], []
     for image_id, picture in enumerate(pictures, start=1):
         (width, height), file_name = picture.size, picture.path.relative_to(folder).as_posix()
@@ -84,15 +119,7 @@ def _write(name: str, pictures: list[SourceImage], categories: Classes, target: 
         "annotations": annotations,
         "categories": [{"id": category_id, "name": name} for category_id, name in categories.values()],
     }
-    unfinished = target.with_suffix(".unfinished")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_text(json.dumps(content))
-        os.replace(unfinished, target)
-    except OSError as error:
-        raise UserError(f"{target}: cannot be written ({error.strerror})") from None
-    linked = _link(target.parents[1] / "images" / f"{name}2017", folder)
-    return Converted(name, folder, target, len(images), len(annotations), linked)
+    return folder, content
 
 
 def _link(link: Path, folder: Path) -> bool:

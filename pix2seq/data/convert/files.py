@@ -1,17 +1,16 @@
 """What YOLO and Pascal VOC datasets have in common: files, and the images they describe."""
 
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from PIL import Image
 
-from pix2seq.data.images import FORMATS_OF_SUFFIX
+from pix2seq.data.images import EXIF_ORIENTATION, FORMATS, FORMATS_OF_SUFFIX
 from pix2seq.errors import UserError
 
 SUFFIXES = set(FORMATS_OF_SUFFIX)
-_EXIF_ORIENTATION = 0x0112
 
 
 @dataclass(frozen=True)
@@ -27,11 +26,44 @@ class SourceImage:
 Classes = dict[int | str, tuple[int, str]]
 
 
+@dataclass
+class Source:
+    """The folder of a dataset.
+
+    follow_links   also open what lies elsewhere: behind symbolic links, or where the dataset's lists lead
+    tell           is given a line about whatever is left out
+    """
+
+    folder: Path
+    follow_links: bool = False
+    tell: Callable[[str], None] = lambda line: None
+    _inside: dict[Path, bool] = field(default_factory=dict)
+
+    def own(self, path: Path) -> Path:
+        """The path, before it is opened. Raises UserError if it lies elsewhere."""
+        if not (self.follow_links or self.holds(path)):
+            raise UserError(f"{path}: lies outside {self.folder}, and is not opened (--follow_links allows it)")
+        return path
+
+    def holds(self, path: Path) -> bool:
+        if path.parent not in self._inside:
+            self._inside[path.parent] = self._is_inside(path.parent)
+        return self._inside[path.parent] and (not path.is_symlink() or self._is_inside(path))
+
+    def _is_inside(self, path: Path) -> bool:
+        base = os.path.realpath(self.folder)
+        return os.path.commonpath([base, os.path.realpath(path)]) == base
+
+    def left_out(self, what: str, paths: Collection[Path]) -> None:
+        if paths:
+            self.tell(f"{len(paths)} {what}, the first of them {min(paths)}")
+
+
 def upright_size(path: Path) -> tuple[int, int]:
     """(width, height) of a picture as it is shown, from its header."""
     try:
-        with Image.open(path) as image:
-            turned = image.format in ("JPEG", "MPO") and image.getexif().get(_EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
+        with Image.open(path, formats=FORMATS) as image:
+            turned = image.format in ("JPEG", "MPO") and image.getexif().get(EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
             return image.size[::-1] if turned else image.size
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{path}: cannot be read as a picture ({error})") from None

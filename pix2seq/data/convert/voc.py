@@ -11,13 +11,22 @@ from pathlib import Path, PureWindowsPath
 from xml.etree.ElementTree import Element, TreeBuilder
 from xml.parsers import expat
 
-from pix2seq.data.convert.files import SUFFIXES, Classes, SourceImage, read_bytes, read_lines, upright_size
+from pix2seq.data.convert.files import (
+    SUFFIXES,
+    Classes,
+    Source,
+    SourceImage,
+    absolute,
+    read_bytes,
+    read_lines,
+    upright_size,
+)
 from pix2seq.errors import UserError
 from pix2seq.progress import progress
 
 
-def read_voc(source: Path) -> tuple[dict[str, list[SourceImage]], Classes]:
-    splits = _voc_splits(source)
+def read_voc(dataset: Source) -> tuple[dict[str, list[SourceImage]], Classes]:
+    source, splits = dataset.folder, _voc_splits(dataset)
     if not any(splits.values()):
         raise UserError(
             f"{source}: is neither YOLO (data.yaml) nor Pascal VOC (Annotations/*.xml and JPEGImages/, or XML files "
@@ -31,7 +40,8 @@ def read_voc(source: Path) -> tuple[dict[str, list[SourceImage]], Classes]:
     for xml, folder in progress(dict.fromkeys(chain(*splits.values())), "reading"):
         if folder not in listings:
             listings[folder] = _names_by_stem(folder)
-        picture = pictures[xml] = _voc_picture(xml, folder, listings[folder])
+        picture = pictures[xml] = _voc_picture(dataset.own(xml), folder, listings[folder])
+        dataset.own(picture.path)
         if owners.setdefault(picture.path, xml) != xml:
             raise UserError(f"{xml}: is about {picture.path}, and so is {owners[picture.path]}")
     used = {name for picture in pictures.values() for name, _ in picture.objects}
@@ -41,20 +51,25 @@ def read_voc(source: Path) -> tuple[dict[str, list[SourceImage]], Classes]:
     if not used:
         raise UserError(f"{source}: there is no object in any of its XML files")
     names = known or sorted(used)
+    there = {folder / name for folder, stems in listings.items() for found in stems.values() for name in found}
+    dataset.left_out("pictures have no XML file in a split", there - set(owners))
     return (
         {name: [pictures[xml] for xml, _ in pairs] for name, pairs in splits.items()},
         {name: (index, name) for index, name in enumerate(names, start=1)},
     )
 
 
-def _voc_splits(source: Path) -> dict[str, list[tuple[Path, Path]]]:
+def _voc_splits(dataset: Source) -> dict[str, list[tuple[Path, Path]]]:
     """Of each split the XML files, each with the folder its picture is in."""
+    source = dataset.folder
     annotations, pictures, lists = source / "Annotations", source / "JPEGImages", source / "ImageSets" / "Main"
     if not annotations.is_dir():
         splits = {}
         for name, folder in (("train", "train"), ("val", "val"), ("val", "valid"), ("test", "test"), ("train", ".")):
             files = sorted((source / folder).glob("*.xml"))
-            if files and name not in splits and not (folder == "." and splits):
+            if files and (name in splits or (folder == "." and splits)):
+                dataset.left_out(f"XML files are in no split: there are files in {' and '.join(splits)}, too", files)
+            elif files:
                 splits[name] = [(xml, xml.parent) for xml in files]
         return splits
     if not pictures.is_dir():
@@ -62,16 +77,19 @@ def _voc_splits(source: Path) -> dict[str, list[tuple[Path, Path]]]:
     splits = {}
     for name in ("train", "val", "trainval", "test"):
         if (lists / f"{name}.txt").is_file():
-            files = {annotations / f"{line}.xml": number for number, line in read_lines(lists / f"{name}.txt")}
+            files = {
+                absolute(annotations / f"{line}.xml"): number for number, line in read_lines(lists / f"{name}.txt")
+            }
             for xml, number in files.items():
                 if not xml.is_file() or annotations not in xml.parents:
                     raise UserError(f"{lists / name}.txt:{number}: there is no {xml}")
             if files:
                 splits[name] = list(files)
     if not splits:
-        splits["train"] = sorted(annotations.glob("*.xml"))
+        splits["train"] = sorted(annotations.rglob("*.xml"))
     elif "train" not in splits and "trainval" in splits:
         splits["train"] = splits.pop("trainval")
+    dataset.left_out("XML files are in no list", set(annotations.rglob("*.xml")) - set(chain(*splits.values())))
     return {
         name: [(xml, pictures / xml.parent.relative_to(annotations)) for xml in files]
         for name, files in splits.items()

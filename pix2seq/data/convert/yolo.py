@@ -10,18 +10,37 @@ from pathlib import Path
 
 import yaml
 
-from pix2seq.data.convert.files import SUFFIXES, Classes, SourceImage, absolute, read_lines, read_text, upright_size
+from pix2seq.data.convert.files import (
+    SUFFIXES,
+    Classes,
+    Source,
+    SourceImage,
+    absolute,
+    read_lines,
+    read_text,
+    upright_size,
+)
 from pix2seq.errors import UserError
 from pix2seq.progress import progress
 
+NOTHING = ("", "~", "null", "Null", "NULL")
 
-def read_yolo(config: Path) -> tuple[dict[str, list[SourceImage]], Classes]:
+
+class _Loader(yaml.BaseLoader):
+    """All scalars are strings: no is a name, not False. And no key stands twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [self.construct_object(key, deep) for key, _ in node.value]
+        if twice := [key for number, key in enumerate(keys) if key in keys[:number]]:
+            raise yaml.MarkedYAMLError(problem=f"{twice[0]} stands twice", problem_mark=node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def read_yolo(config: Path, source: Source) -> tuple[dict[str, list[SourceImage]], Classes]:
     try:
-        content = yaml.load(
-            read_text(config), Loader=yaml.BaseLoader
-        )  # all scalars are strings: no is a name, not False
-    except yaml.YAMLError as error:
-        raise UserError(f"{config}: is not YAML ({error})") from None
+        content = yaml.load(read_text(source.own(config)), Loader=_Loader)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise UserError(f"{config}: is not YAML ({' '.join(str(error).split())})") from None
     names = content.get("names") if isinstance(content, dict) else None
     if isinstance(names, list):
         names = dict(enumerate(names))
@@ -34,26 +53,44 @@ def read_yolo(config: Path) -> tuple[dict[str, list[SourceImage]], Classes]:
     keypoints = _numbers_of_keypoints(config, content)
     splits = {}
     for name, keys in {"train": ["train"], "val": ["val", "valid"], "test": ["test"]}.items():
-        key = next((key for key in keys if content.get(key)), None)
-        if key is None:
+        given = [key for key in keys if content.get(key, "") not in (*NOTHING, [])]
+        if not given:
             continue
-        entries = content[key] if isinstance(content[key], list) else [content[key]]
-        paths = list(dict.fromkeys(path for entry in entries for path in _yolo_pictures(config, content, key, entry)))
-        labels = [_label_file(path) for path in paths]
-        if not paths:
-            raise UserError(f"{config}: {key}: no pictures in {entries[0]}")
-        if name != "test" and not any(label.is_file() for label in labels):
-            raise UserError(f"{config}: {key}: not one picture has a label file; the first would be {labels[0]}")
+        key, *others = given
+        if others:
+            source.tell(f"{config}: {others[0]} is left out: there is {key}")
+        paths, labels = _find(config, source, content, key, name != "test")
         splits[name] = [
-            _yolo_picture(path, label, categories, keypoints)
-            for path, label in zip(progress(paths, f"reading {name}"), labels, strict=True)
+            _yolo_picture(path, labels.get(path), categories, keypoints) for path in progress(paths, f"reading {name}")
         ]
     if not splits:
         raise UserError(f"{config}: has none of train, val and test")
     return splits, categories
 
 
-def _yolo_pictures(config: Path, content: dict, key: str, entry: str) -> Iterator[Path]:
+def _find(
+    config: Path, source: Source, content: dict, key: str, needs_labels: bool
+) -> tuple[list[Path], dict[Path, Path]]:
+    """The pictures of a split, and the label files of those that have one."""
+    entries = content[key] if isinstance(content[key], list) else [content[key]]
+    found = (path for entry in entries for path in _pictures(config, source, content, key, entry))
+    paths = [source.own(path) for path in dict.fromkeys(found)]
+    if not paths:
+        raise UserError(f"{config}: {key}: no pictures in {entries[0]}")
+    labels = {path: label for path in paths if (label := _label_file(path)).is_file()}
+    if needs_labels and not labels:
+        first = _label_file(paths[0])
+        raise UserError(f"{config}: {key}: not one picture has a label file; the first would be {first}")
+    used = set(map(source.own, labels.values()))
+    # What lists pictures or classes may lie there too.
+    others = {file for folder in {label.parent for label in used} for file in folder.glob("*.txt")} - used
+    others = {file for file in others if file.stem not in ("classes", *content)}
+    source.left_out(f"pictures of {key} have no label file, and so no objects", set(paths) - set(labels))
+    source.left_out(f"label files of {key} have no picture", others)
+    return paths, labels
+
+
+def _pictures(config: Path, source: Source, content: dict, key: str, entry: str) -> Iterator[Path]:
     """The pictures of a folder, at any depth, or those that a list names."""
     # `path` is often that of another machine. Roboflow writes ../train/images and means train/images.
     roots = [config.parent / str(content.get("path", "")), config.parent]
@@ -61,12 +98,13 @@ def _yolo_pictures(config: Path, content: dict, key: str, entry: str) -> Iterato
     while stripped.startswith("../"):
         stripped = stripped[3:]
     candidates = [root / str(entry) for root in roots] + [config.parent / stripped]
-    found = next((path for path in candidates if path.exists()), None)
+    there = [path for path in candidates if path.exists()]
+    found = next((path for path in there if source.holds(path)), there[0] if there else None)
     if found is None:
         raise UserError(
             f"{config}: {key}: {entry} is neither under {' nor under '.join(map(str, dict.fromkeys(roots)))}"
         )
-    if found.is_dir():
+    if source.own(absolute(found)).is_dir():
         seen = set()  # links may lead back to where they are
         for folder, folders, names in os.walk(found, followlinks=True):
             seen.add(os.path.realpath(folder))
@@ -100,10 +138,10 @@ def _numbers_of_keypoints(config: Path, content: dict) -> int:
     return points * numbers
 
 
-def _yolo_picture(path: Path, label: Path, categories: Classes, keypoints: int) -> SourceImage:
+def _yolo_picture(path: Path, label: Path | None, categories: Classes, keypoints: int) -> SourceImage:
     width, height = size = upright_size(path)
     objects = []
-    for number, line in read_lines(label) if label.is_file() else ():
+    for number, line in read_lines(label) if label else ():
         try:
             index, *values = map(float, line.split())
         except ValueError:
