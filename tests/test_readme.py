@@ -19,7 +19,7 @@ from pix2seq.config import Arguments, EvaluateArguments
 from pix2seq.data.commands import COMMANDS as COMMANDS_OF_DATA
 from pix2seq.data.commands import ShardArguments, ShowArguments, convert_parser
 from pix2seq.data.faults import KINDS
-from pix2seq.demo import DemoArguments
+from pix2seq.demo.__main__ import DemoArguments
 from pix2seq.evaluation.commands import COMMANDS as COMMANDS_OF_EVALUATION
 from pix2seq.evaluation.commands import compare_parser, tokens_parser
 from pix2seq.metrics import NAMES
