@@ -23,6 +23,7 @@ from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from PIL import Image
 
+from benchmarks import demo_load
 from pix2seq import Pix2Seq, Pix2SeqImageProcessor
 from pix2seq.command_line import parse, write_flags
 from pix2seq.data.images import Picture
@@ -576,6 +577,19 @@ def test_a_program_asks_the_page(server, detector, tmp_path):
             call = httpx.post(f"{server[0]}/gradio_api/call/detect", json={"data": [{"path": path, **kind}, 0]}).json()
             answer = httpx.get(f"{server[0]}/gradio_api/call/detect/{call['event_id']}", timeout=30).text
             assert answer.startswith("event: error"), answer
+
+
+@pytest.mark.slow
+def test_the_benchmark_sees_what_a_browser_sees(server, tmp_path):
+    """At its pace: 20 tokens, 30 a second."""
+    photo().save(tmp_path / "photo.png")
+    first, whole = demo_load.visitor(server[0])(tmp_path / "photo.png")
+    assert whole - first > 0.9 * 19 / 30
+    (boxes,) = demo_load.program(server[0])(tmp_path / "photo.png")
+    assert boxes > 0
+    (tmp_path / "broken.png").write_bytes(zipped())
+    with pytest.raises(RuntimeError, match="not an image"):
+        demo_load.visitor(server[0])(tmp_path / "broken.png")
 
 
 @pytest.mark.slow

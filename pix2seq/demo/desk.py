@@ -108,7 +108,7 @@ class Desk:
         except NonFiniteLogits:
             sentence.fault = NOT_FINITE
         except Exception:  # out of memory, say: that was this picture, and others are waiting
-            LOG.exception(FAILED)
+            LOG.exception("a picture could not be written about")
             sentence.fault = FAILED
 
     def _read_and_write(self, path: str, sentence: Sentence) -> None:
@@ -117,7 +117,7 @@ class Desk:
         _, height, width = picture.shape
         if min(height, width) < LEAST_SIDE or max(height, width) > self.max_side:
             sides = f"{width} x {height} pixels: each side must have {LEAST_SIDE} to {self.max_side}"
-            raise BadImage("too-many-pixels", sides)
+            raise BadImage("unreadable-file", sides)
         pixels = picture.pixels()
         preview = to_pil_image(pixels)
         preview.thumbnail((SHOWN, SHOWN))

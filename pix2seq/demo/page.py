@@ -1,6 +1,6 @@
 """What the page shows, how fast, and what programs are answered.
 
-The server remembers nothing of its visitors: for another threshold, the page hides boxes by itself.
+For another threshold, the page hides boxes by itself: nothing is detected again.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ from pix2seq.tokenizer import SLOTS
 
 FRAMES = 30  # a second at most are sent to a page
 SIGN_OF_LIFE = 0.5  # seconds: who has left is noticed only when there is a word for him
-AT_ONCE = 200  # visitors who are shown something
+AT_ONCE = 200  # visitors who are shown something; and pages of which gradio keeps what they showed last
 KEPT = 600  # seconds that files of visitors are kept
 
 HEAD = (
@@ -230,6 +230,7 @@ def launch(page, host: str, port: int, max_mb: int, threshold: float) -> None:
         server_port=port,
         max_file_size=max_mb * 2**20,
         max_threads=AT_ONCE,
+        state_session_capacity=AT_ONCE,
         theme=themes.Base(primary_hue="blue", neutral_hue="slate", font=FONT, font_mono=FONT_MONO),
         css=f":root {{ --threshold: {threshold}; }}{STYLE}",
         footer_links=["api"],
