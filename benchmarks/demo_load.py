@@ -1,9 +1,9 @@
 """Many visitors of the demo page at once: how long they wait, whether all get an answer, what memory the server keeps.
 
-python -m benchmarks.demo_load --checkpoint runs/demo/best --output docs/results/demo_load.json    (2 cores, 2 minutes)
+python -m benchmarks.demo_load --checkpoint DIR --output FILE --page docs/demo.md        (2 cores, 4 minutes)
 
-The page is served by a process of its own on this machine, which the visitors share with it. Each sends one picture
-after the other to `/detect`, drawn shapes of its own, and waits for the boxes.
+The page is served by a process of its own on this machine, which the visitors share with it. Each has one picture
+after the other, drawn shapes of its own. Programs ask `/detect`; visitors are told what a browser would be told.
 """
 
 import argparse
@@ -15,10 +15,13 @@ import subprocess
 import sys
 import tempfile
 import time
+import uuid
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
 
+import httpx
 import numpy as np
 import psutil
 import torch
@@ -30,6 +33,8 @@ from pix2seq.shapes import draw_picture
 
 SIDE, SHAPES = 320, 4
 WARM_UP = 10  # pictures
+PATIENCE = 120  # seconds without a word from the server
+MARK, END = "<!-- load -->\n", "<!-- end -->"
 
 
 @contextmanager
@@ -49,60 +54,139 @@ def served(checkpoint: str):
         server.wait()
 
 
-def visit(url: str, visitor: int, pictures: int, folder: Path) -> list[tuple[float, str]]:
-    """Seconds until the boxes of each picture are there, and what went wrong."""
-    client, answers = Client(url, verbose=False), []
-    for number in range(pictures):
-        path = folder / f"{visitor}_{number}.png"
-        draw_picture(np.random.default_rng((visitor, number)), SIDE, SHAPES)[0].save(path)
-        started, error = time.perf_counter(), ""
+def program(url: str) -> Callable[[Path], list[float]]:
+    """Asks about a picture: seconds until the boxes are there."""
+    client = Client(url, verbose=False)
+
+    def ask(path: Path) -> list[float]:
+        started = time.perf_counter()
+        client.predict(handle_file(path), 0.5, api_name="/detect")
+        return [time.perf_counter() - started]
+
+    return ask
+
+
+def visitor(url: str) -> Callable[[Path], list[float]]:
+    """Opens the page, sees its example, and uploads a picture: seconds until the first token about it is shown, and
+    until the whole sentence is."""
+    browser = httpx.Client(base_url=url, timeout=PATIENCE)
+
+    def look(path: Path) -> list[float]:
+        browser.get("/")
+        calls = {call["targets"][0][1]: call["id"] for call in browser.get("/config").json()["dependencies"][:2]}
+        list(_shown(browser, calls["load"], None))
+        started = time.perf_counter()
+        (place,) = browser.post("/gradio_api/upload", files={"files": (path.name, path.read_bytes())}).json()
+        file = {"path": place, "meta": {"_type": "gradio.FileData"}}
+        times = [time.perf_counter() - started for _ in _shown(browser, calls["upload"], file)]
+        return [times[0], times[-1]]
+
+    return look
+
+
+def _shown(browser: httpx.Client, function: int, argument: object) -> Iterator[None]:
+    """Whenever the page shows more of a sentence, from its first token to its end."""
+    call = {"fn_index": function, "data": [argument], "session_hash": uuid.uuid4().hex}
+    browser.post("/gradio_api/queue/join", json=call).raise_for_status()
+    begun = False
+    with browser.stream("GET", "/gradio_api/queue/data", params={"session_hash": call["session_hash"]}) as events:
+        for line in filter(None, events.iter_lines()):
+            message = json.loads(line.removeprefix("data: "))
+            if "fault" in line or not message.get("success", True):
+                raise RuntimeError(line)
+            begun = begun or "<td>" in line
+            if begun:
+                yield
+            if message["msg"] == "process_completed":
+                return
+    raise RuntimeError("the server ended before the sentence")
+
+
+def visit(kind: Callable, url: str, number: int, pictures: int, folder: Path) -> list[tuple[list[float], str]]:
+    """Of each picture the seconds, and what went wrong."""
+    ask, answers = kind(url), []
+    for picture in range(pictures):
+        path = folder / f"{number}_{picture}.png"
+        draw_picture(np.random.default_rng((number, picture)), SIDE, SHAPES)[0].save(path)
         try:
-            client.predict(handle_file(path), 0.5, api_name="/detect")
+            answers.append((ask(path), ""))
         except Exception as problem:  # each is counted
-            error = repr(problem)
-        answers.append((time.perf_counter() - started, error))
+            answers.append(([], repr(problem)))
     return answers
 
 
-def rush(url: str, clients: int, pictures: int, folder: Path) -> dict:
+def rush(kind: Callable, url: str, count: int, pictures: int, folder: Path) -> dict:
     started, answers = time.perf_counter(), []
-    with ThreadPoolExecutor(clients) as pool:
-        visits = [pool.submit(visit, url, visitor, pictures, folder) for visitor in range(clients)]
-        for done in progress(as_completed(visits), f"{clients} visitors", clients):
+    with ThreadPoolExecutor(count) as pool:
+        visits = [pool.submit(visit, kind, url, number, pictures, folder) for number in range(count)]
+        for done in progress(as_completed(visits), f"{count} {kind.__name__}s", count):
             answers += done.result()
-    seconds = sorted(second for second, _ in answers)
+    columns = zip(*(seconds for seconds, error in answers if not error), strict=True)
+    spread = [{"median": statistics.median(column), "95 %": float(np.quantile(column, 0.95))} for column in columns]
     return {
-        "clients": clients,
+        "at once": count,
         "pictures": len(answers),
         "errors": [error for _, error in answers if error],
-        "latency_s": {"median": statistics.median(seconds), "95 %": float(np.quantile(seconds, 0.95))},
+        "seconds": dict(zip(KINDS[kind], spread, strict=False)),
         "pictures_per_s": len(answers) / (time.perf_counter() - started),
     }
 
 
-def measure(checkpoint: str, clients: int, pictures: int) -> dict:
+KINDS = {program: ("boxes",), visitor: ("first token", "whole sentence")}  # who comes, and waits for what
+
+
+def measure(checkpoint: str, visitors: int, pictures: int) -> dict:
+    found = {}
     with served(checkpoint) as (url, process), tempfile.TemporaryDirectory() as folder:
-        visit(url, clients, WARM_UP, Path(folder))
+        for kind in KINDS:
+            visit(kind, url, visitors, WARM_UP, Path(folder))
         memory = {"before": process.memory_info().rss / 1e6}
-        alone = rush(url, 1, pictures, Path(folder))
-        together = rush(url, clients, pictures, Path(folder))
+        for kind in KINDS:
+            found[kind.__name__] = [rush(kind, url, count, pictures, Path(folder)) for count in (1, visitors)]
         memory["after"] = process.memory_info().rss / 1e6
-        rush(url, clients, pictures, Path(folder))
+        for kind in KINDS:
+            rush(kind, url, visitors, pictures, Path(folder))
         memory["after as many again"] = process.memory_info().rss / 1e6
-    return {"alone": alone, "together": together, "memory_mb": memory}
+    return found | {"memory_mb": memory}
+
+
+def fill(page: str, record: dict) -> str:
+    """The page, with what was measured between its marks, `<!-- load -->` and `<!-- end -->`."""
+    where = record["environment"]
+    lines = [
+        f"{where['processor']}, load average {record['load_average_before']:.1f} before, from other work "
+        "([record](results/demo_load.json)). Seconds, the median and what 95 % stay within:",
+        "",
+        "| at once | pictures | errors | until | median | 95 % | pictures/s |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for kind in KINDS:
+        for part in record[kind.__name__]:
+            count = part["at once"]
+            for until, seconds in part["seconds"].items():
+                cells = [f"{count} {kind.__name__}{'s' * (count > 1)}", part["pictures"], len(part["errors"]), until]
+                cells += [f"{seconds['median']:.2f}", f"{seconds['95 %']:.2f}", f"{part['pictures_per_s']:.1f}"]
+                lines.append(f"| {' | '.join(map(str, cells))} |")
+    memory = [f"{record['memory_mb'][when]:.0f} MB" for when in ("before", "after", "after as many again")]
+    lines += ["", "The server held {} before, {} after, and {} after as many again.".format(*memory)]
+    before, mark, rest = page.partition(MARK)
+    return "\n".join([before + mark.rstrip(), *lines, END + rest.partition(END)[2]])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure the demo page under load.")
     parser.add_argument("--checkpoint", required=True, help="folder of a trained detector")
-    parser.add_argument("--clients", type=int, default=8)
-    parser.add_argument("--pictures", type=int, default=20, help="of each client")
+    parser.add_argument("--visitors", type=int, default=8)
+    parser.add_argument("--pictures", type=int, default=20, help="of each visitor")
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
+    parser.add_argument("--page", type=Path, help="Markdown file whose figures to fill in")
     args = parser.parse_args()
     # Whatever else the machine does makes visitors wait.
     record = {"environment": environment(torch.device("cpu")), "load_average_before": os.getloadavg()[0]}
-    record |= measure(args.checkpoint, args.clients, args.pictures)
+    record |= measure(args.checkpoint, args.visitors, args.pictures)
     args.output.write_text(json.dumps(record, indent=1) + "\n")
+    if args.page:
+        args.page.write_text(fill(args.page.read_text(), record))
     print(args.output)
 
 

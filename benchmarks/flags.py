@@ -19,7 +19,7 @@ from pix2seq.config import (
     TrainArguments,
 )
 from pix2seq.data.commands import ShardArguments, ShowArguments, convert_parser
-from pix2seq.demo import DemoArguments
+from pix2seq.demo.__main__ import DemoArguments
 from pix2seq.evaluation.commands import compare_parser, tokens_parser
 from plan import PlanArguments
 from predict import PredictArguments

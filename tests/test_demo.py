@@ -1,5 +1,6 @@
 """The demo page: the sentence while it is written, strangers' files, and the page in a browser, without a network."""
 
+import asyncio
 import io
 import shutil
 import signal
@@ -10,7 +11,10 @@ import time
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from types import SimpleNamespace
 
+import gradio
 import httpx
 import numpy as np
 import pytest
@@ -19,14 +23,19 @@ from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from PIL import Image
 
-from pix2seq import Pix2Seq, Pix2SeqImageProcessor, demo
+from benchmarks import demo_load
+from pix2seq import Pix2Seq, Pix2SeqImageProcessor
 from pix2seq.command_line import parse, write_flags
+from pix2seq.data.images import Picture
 from pix2seq.decoding import write
 from pix2seq.decoding.sentences import Sentences
-from pix2seq.demo import DemoArguments, find_examples, frames, watch
+from pix2seq.demo.__main__ import EXAMPLES, PROGRAM, DemoArguments, find_examples, serve
+from pix2seq.demo.desk import FAILED, FULL, Desk, Line, beginning, lines_of
+from pix2seq.demo.page import boxes_html, build_page, sentence_html, watch
 from pix2seq.errors import UserError
 from pix2seq.shapes import SHAPES
 from pix2seq.tokenizer import TOKENS_PER_OBJECT
+from pix2seq.visualize import GREY
 from tests.runs import arguments
 
 
@@ -46,12 +55,50 @@ def detector(folder):
     return Pix2Seq.from_pretrained(folder, device="cpu")
 
 
+@pytest.fixture
+def desk(detector):
+    with closing(Desk(detector, max_side=8192, max_queue=2)) as desk:
+        yield desk
+
+
+@pytest.fixture
+def picture(tmp_path):
+    path = str(tmp_path / "photo.png")
+    photo(80, 48).save(path)
+    return path
+
+
 def noise(height: int = 48, width: int = 80, seed: int = 0) -> torch.Tensor:
     return torch.from_numpy(np.random.default_rng(seed).integers(0, 256, (3, height, width), dtype=np.uint8))
 
 
-def flags(folder, *words) -> DemoArguments:
-    return parse(DemoArguments, ["--checkpoint", str(folder), "--pace", "0", *words], demo.PROGRAM)
+def photo(width: int = 90, height: int = 40) -> Image.Image:
+    return Image.fromarray(np.ascontiguousarray(noise(height, width).permute(1, 2, 0)))
+
+
+def frames(desk: Desk, path: str, pace: int = 0) -> list[tuple[str, str]]:
+    """All that a page shows."""
+
+    async def run():
+        return [frame async for frame in watch(desk, desk.ask(path), pace)]
+
+    return asyncio.run(run())
+
+
+def slowed(monkeypatch, detector, seconds: float = 0.02) -> list:
+    """From now on a token takes so long; grows by one with each."""
+    steps, step = [], detector.model.step
+
+    def slow(*args):
+        steps.append(time.sleep(seconds))
+        return step(*args)
+
+    monkeypatch.setattr(detector.model, "step", slow)
+    return steps
+
+
+def count(lines: list[Line]) -> int:
+    return sum(len(line.words) for line in lines)
 
 
 # -- the sentence ----------------------------------------------------------------------------------
@@ -73,49 +120,96 @@ def test_who_looks_on_sees_each_token_as_it_is_written(detector):
         assert (tokens[count:] == model.tokenizer.eos_id).all()
 
 
-def test_the_sentence_grows_and_ends_as_the_detector_writes_it(detector):
+def test_the_sentence_grows_and_ends_as_the_detector_writes_it(desk, detector, picture, monkeypatch):
     """Each part begins as the whole; a box appears with its object's last word, where the detector says it is."""
-    pixels = noise()
-    *parts, whole = watch(detector, pixels, pace=100)
-    words = [word for line in whole for word in line.words]
-    counts = []
+    parts = []
+    monkeypatch.setattr("pix2seq.demo.desk.lines_of", lambda *args: parts.append(lines_of(*args)) or parts[-1])
+    sentence = desk.ask(picture)
+    sentence.work.result()
+    whole = sentence.lines
+    assert [count(part) for part in parts] == list(range(TOKENS_PER_OBJECT * len(whole) + 1))
     for part in parts:
-        said = [word for line in part for word in line.words]
-        assert said == words[: len(said)]
+        assert [line.words for line in part] == [line.words for line in beginning(whole, count(part))]
         assert [line.box is not None for line in part] == [len(line.words) == TOKENS_PER_OBJECT for line in part]
-        counts.append(len(said))
-    assert counts == sorted(counts)
-    assert len(set(counts)) > TOKENS_PER_OBJECT
-    found = detector(pixels.permute(1, 2, 0).numpy(), threshold=0)
+    found = detector(picture, threshold=0)
     order = np.argsort([-line.score for line in whole], kind="stable")
     np.testing.assert_allclose([whole[place].box for place in order], found.boxes)
     assert [whole[place].name for place in order] == found.names
     assert {word for line in whole for word in line.words[4:]} <= {*SHAPES, "NOISE"}
 
 
-def test_the_pace_is_kept(detector):
+def test_the_pace_is_kept(desk, picture):
     started = time.monotonic()
-    whole = list(watch(detector, noise(), pace=100))[-1]
-    assert time.monotonic() - started > 0.9 * (sum(len(line.words) for line in whole) - 1) / 100
+    sentences = [sentence for _, sentence in frames(desk, picture, pace=60)]
+    tokens = [sentence.count("<td>") for sentence in sentences]
+    assert time.monotonic() - started > 0.9 * (tokens[-1] - 1) / 60
+    assert tokens == sorted(tokens)
+    assert len(set(tokens)) > TOKENS_PER_OBJECT
 
 
-def test_who_leaves_ends_the_writing(detector, monkeypatch):
-    """What is not watched would hold the next visitor up."""
-    steps = []
-    monkeypatch.setattr(detector.model, "step", lambda *args, do=detector.model.step: steps.append(1) or do(*args))
-    watching = watch(detector, noise(), pace=20)
-    next(watching)
-    watching.close()
-    assert len(steps) < 5
+def test_what_is_shown_slowly_holds_nobody_up(desk, picture):
+    async def run():
+        showing = watch(desk, desk.ask(picture), pace=1)
+        while "<td>" not in (await anext(showing))[1]:
+            pass
+        other = desk.ask(picture)
+        await asyncio.wait_for(asyncio.wrap_future(other.work), 10)
+        return count(other.lines), (await anext(showing))[1].count("<td>")
+
+    whole, shown = asyncio.run(run())
+    assert whole == 20
+    assert shown < 5
 
 
-def test_a_detector_that_says_nan_is_told(folder, tmp_path):
+def test_who_waits_is_told_how_long(desk, picture, monkeypatch):
+    slowed(monkeypatch, desk.detector, 0.05)
+    desk.ask(picture)
+    told = [sentence for _, sentence in frames(desk, picture)]
+    assert "1 picture comes before yours" in told[0]
+    assert told[-1].count("<td>") == 20
+
+
+def test_who_leaves_ends_the_writing(desk, picture, monkeypatch):
+    """What is not watched would hold the next visitor up, and need not even be begun."""
+    steps = slowed(monkeypatch, desk.detector)
+    first, waiting, last = (desk.ask(picture) for _ in range(3))
+    while not first.lines:
+        time.sleep(0.001)
+    first.leave()
+    waiting.leave()
+    last.work.result()
+    assert count(last.lines) == 20
+    assert waiting.preview is None
+    assert len(steps) < 20 + 5
+
+
+def test_too_many_are_told_to_come_back(desk, picture, monkeypatch):
+    slowed(monkeypatch, desk.detector)
+    taken = [desk.ask(picture) for _ in range(3)]
+    assert frames(desk, picture) == [("", f'<p class="fault">{FULL}</p>')]
+    taken[2].leave()
+    desk.ask(picture).work.result()
+
+
+def test_a_failure_is_told_and_logged_and_the_next_picture_is_written(desk, picture, monkeypatch, caplog):
+    def out_of_memory(*args):
+        raise torch.OutOfMemoryError(f"CUDA out of memory, says {picture}")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(desk.detector.model, "step", out_of_memory)
+        shown = frames(desk, picture)
+    assert shown[-1] == ("", f'<p class="fault">{FAILED.replace(chr(39), "&#x27;")}</p>')
+    assert "CUDA out of memory" in caplog.text
+    assert frames(desk, picture)[-1][1].count("<td>") == 20
+
+
+def test_a_detector_that_says_nan_is_told(folder, picture):
     broken = Pix2Seq.from_pretrained(folder, device="cpu")
     with torch.no_grad():
         broken.model.decoder.lm_head.weight.fill_(torch.nan)
-    photo().save(tmp_path / "photo.png")
-    *_, (picture, sentence) = frames(broken, str(tmp_path / "photo.png"), flags(folder))
-    assert picture == ""
+    with closing(Desk(broken, 8192, 2)) as desk:
+        *_, (shown, sentence) = frames(desk, picture)
+    assert shown == ""
     assert "not finite" in sentence
 
 
@@ -144,10 +238,6 @@ def saved(image: Image.Image, kind: str = "PNG", **how) -> bytes:
     return data.getvalue()
 
 
-def photo(width: int = 90, height: int = 40) -> Image.Image:
-    return Image.fromarray(np.ascontiguousarray(noise(height, width).permute(1, 2, 0)))
-
-
 # Name, content, what the page says.
 BAD = [
     ("bomb.png", png_that_claims(60000, 60000), "pixels"),
@@ -165,43 +255,141 @@ GOOD = [
 
 
 @pytest.mark.parametrize(("name", "content", "message"), BAD, ids=[name for name, *_ in BAD])
-def test_bad_files_are_told(detector, folder, tmp_path, name, content, message):
+def test_bad_files_are_told(desk, tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
-    ((picture, sentence),) = frames(detector, str(tmp_path / name), flags(folder))
+    ((picture, sentence),) = frames(desk, str(tmp_path / name))
     assert picture == ""
     assert message in sentence
+    assert "/" not in sentence.replace("</p>", "")  # no path
 
 
-def test_a_bomb_is_refused_from_its_header(detector, folder, tmp_path, monkeypatch):
+def test_a_bomb_is_refused_from_its_header(desk, tmp_path, monkeypatch):
     monkeypatch.setattr("pix2seq.data.images.Picture.pixels", lambda *args: pytest.fail("it was decoded"))
     (tmp_path / "bomb.png").write_bytes(png_that_claims(8000, 8193))
-    ((_, sentence),) = frames(detector, str(tmp_path / "bomb.png"), flags(folder))
+    ((_, sentence),) = frames(desk, str(tmp_path / "bomb.png"))
     assert "8000 x 8193 pixels" in sentence
 
 
 @pytest.mark.parametrize(("name", "content"), GOOD, ids=[name for name, _ in GOOD])
-def test_other_files_are_shown(detector, folder, tmp_path, name, content):
+def test_other_files_are_shown(desk, tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
-    *_, (picture, sentence) = frames(detector, str(tmp_path / name), flags(folder))
-    assert picture.count('class="box') == sentence.count("<tr class=") == detector.options.max_objects
-    assert sentence.count("<td>") == TOKENS_PER_OBJECT * detector.options.max_objects
+    *_, (picture, sentence) = frames(desk, str(tmp_path / name))
+    assert picture.count('class="box') == sentence.count("<tr class=") == desk.detector.options.max_objects
+    assert sentence.count("<td>") == TOKENS_PER_OBJECT * desk.detector.options.max_objects
 
 
-def test_a_turned_picture_is_upright(detector, folder, tmp_path):
+def test_a_turned_picture_is_upright(desk, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     (tmp_path / "turned.jpg").write_bytes(saved(photo(90, 40), "JPEG", exif=exif))
-    assert demo.open_upload(str(tmp_path / "turned.jpg"), 100).shape == (3, 90, 40)
+    sentence = desk.ask(str(tmp_path / "turned.jpg"))
+    sentence.work.result()
+    assert sentence.size == (90, 40)
+    assert sentence.preview.size == (40, 90)
 
 
-def test_what_grows_is_only_added_to(detector, folder, tmp_path):
+def test_what_grows_is_only_added_to(desk, picture):
     """The picture is sent once, boxes follow; names of classes are text."""
-    photo().save(tmp_path / "a.png")
-    pictures = [picture for picture, _ in frames(detector, str(tmp_path / "a.png"), flags(folder, "--pace", "200"))]
+    pictures = [shown for shown, _ in frames(desk, picture, pace=200)]
     assert all(after.startswith(before) for before, after in zip(pictures, pictures[1:], strict=False))
-    line = demo.Line(["<b>"] * TOKENS_PER_OBJECT, "#E69F00", "<script>", 0.5, np.array([0.0, 1, 2, 3]))
-    assert "<b>&lt;script&gt; 0.50</b>" in demo.boxes_html([line], (10, 10))
-    assert demo.sentence_html([line]).count("<td>&lt;b&gt;</td>") == TOKENS_PER_OBJECT
+    line = Line(["<b>"] * TOKENS_PER_OBJECT, "#E69F00", "<script>", 0.5, np.array([0.0, 1, 2, 3]))
+    assert "<b>&lt;script&gt; 0.50</b>" in boxes_html([line], (10, 10))
+    assert sentence_html([line]).count("<td>&lt;b&gt;</td>") == TOKENS_PER_OBJECT
+
+
+def test_noise_is_called_noise():
+    line = Line(["1", "2", "3", "4", "NOISE"], GREY, "ellipse", 0.2, np.array([0.0, 1, 2, 3]))
+    box = boxes_html([line], (10, 10))
+    assert '<div class="box noise' in box
+    assert "<b>noise</b>" in box
+    assert "ellipse" not in box + sentence_html([line])
+
+
+# -- what is asked of the page ---------------------------------------------------------------------
+
+
+def asked(desk: Desk, examples: list[str]) -> dict:
+    """What the page calls: first and foremost at its opening, for an upload, for an example; and "detect"."""
+    page = build_page(desk, examples, 0.5, 0)
+    functions = [function for function in page.fns.values() if function.fn]
+    return dict(zip(("open", "upload", "example", "detect"), (function.fn for function in functions), strict=True))
+
+
+def visitor(name: str) -> SimpleNamespace:
+    return SimpleNamespace(session_hash=name)
+
+
+async def last(showing) -> tuple[str, str] | None:
+    shown = [frame async for frame in showing]
+    return shown[-1] if shown else None
+
+
+def test_an_example_is_written_once(desk, picture, monkeypatch):
+    """Also if the first who wants to see it leaves; and again after a failure."""
+    steps, page = slowed(monkeypatch, desk.detector, 0.005), asked(desk, [picture])
+
+    async def run():
+        leaving = page["open"](0, visitor("a"))
+        await anext(leaving)
+        await leaving.aclose()
+        return await asyncio.gather(last(page["open"](0, visitor("b"))), last(page["example"](0, visitor("c"))))
+
+    first, second = asyncio.run(run())
+    assert first == second
+    assert first[1].count("<td>") == len(steps) == 20
+
+
+def test_an_example_that_failed_is_written_anew(desk, picture, monkeypatch):
+    page = asked(desk, [picture])
+    with monkeypatch.context() as patch:
+        patch.setattr("pix2seq.demo.desk.write", lambda *args: 1 / 0)
+        assert "failed" in asyncio.run(last(page["open"](0, visitor("a"))))[1]
+    assert asyncio.run(last(page["open"](0, visitor("a"))))[1].count("<td>") == 20
+
+
+@pytest.mark.parametrize("closes", [True, False])
+def test_who_closes_the_page_or_asks_for_something_else_ends_the_writing(desk, picture, monkeypatch, closes):
+    steps, page = slowed(monkeypatch, desk.detector), asked(desk, [])
+
+    async def run():
+        first = page["upload"](picture, visitor("a"))
+        await anext(first)
+        if closes:
+            await first.aclose()
+        second = asyncio.create_task(last(page["upload"](picture, visitor("a"))))
+        await asyncio.sleep(0)
+        assert await last(first) is None
+        return (await second)[1]
+
+    assert asyncio.run(run()).count("<td>") == 20
+    assert len(steps) < 20 + 15
+
+
+def test_a_program_is_answered_by_one_decoding(desk, detector, picture, monkeypatch):
+    decoded, pixels = [], Picture.pixels
+    monkeypatch.setattr(Picture, "pixels", lambda self, *args: decoded.append(self) or pixels(self, *args))
+    detect = asked(desk, [])["detect"]
+    objects = asyncio.run(detect(picture, 0))
+    assert len(decoded) == 1
+    found = detector(picture, threshold=0)
+    assert [one["class"] for one in objects] == found.names
+    np.testing.assert_allclose([one["score"] for one in objects], found.scores)
+    middle = float(np.median(found.scores))
+    assert asyncio.run(detect(picture, middle)) == objects[: int((found.scores > middle).sum())]
+
+
+@pytest.mark.parametrize("threshold", [None, "0.5", float("nan"), 1.1, -1, [0.5]])
+def test_a_threshold_that_is_none_is_told(desk, picture, threshold):
+    with pytest.raises(gradio.Error, match="threshold: must be a number from 0 to 1"):
+        asyncio.run(asked(desk, [])["detect"](picture, threshold))
+
+
+def test_a_program_is_told_no_path(desk, tmp_path):
+    detect = asked(desk, [])["detect"]
+    for path, why in ((None, "none was sent"), (tmp_path / "gone.png", "No such file"), (tmp_path, "regular file")):
+        with pytest.raises(gradio.Error, match=why) as told:
+            asyncio.run(detect(path and str(path), 0.5))
+        assert str(tmp_path) not in told.value.message
 
 
 # -- examples and flags ----------------------------------------------------------------------------
@@ -212,7 +400,7 @@ def test_examples_are_of_the_detectors_own_dataset(tmp_path, shapes_root):
     write_flags(args, tmp_path)
     (tmp_path / "config.json").write_text("{}")
     files = find_examples(str(tmp_path), tmp_path)
-    assert len(files) == demo.EXAMPLES == 5
+    assert len(files) == EXAMPLES == 5
     for path, own in zip(files, sorted((shapes_root / "images" / "val2017").iterdir()), strict=True):
         np.testing.assert_array_equal(np.asarray(Image.open(path)), np.asarray(Image.open(own).convert("RGB")))
 
@@ -222,7 +410,7 @@ def test_examples_are_drawn_where_it_is_gone(tmp_path, flags_file):
     if flags_file:
         (tmp_path / "training.yaml").write_text(flags_file)
     files = find_examples(str(tmp_path), tmp_path)
-    assert len(files) == demo.EXAMPLES
+    assert len(files) == EXAMPLES
     assert all(Image.open(path).size == (320, 320) for path in files)
 
 
@@ -239,20 +427,23 @@ def test_examples_are_drawn_where_it_is_gone(tmp_path, flags_file):
 )
 def test_mistakes_in_the_flags(capsys, words, message):
     with pytest.raises(SystemExit) as exit:
-        parse(DemoArguments, words, demo.PROGRAM)
+        parse(DemoArguments, words, PROGRAM)
     assert exit.value.code == 2
     assert message in capsys.readouterr().err
 
 
 def test_mistakes_that_take_a_look(folder, monkeypatch):
+    def flags(folder, *words) -> DemoArguments:
+        return parse(DemoArguments, ["--checkpoint", str(folder), *words], PROGRAM)
+
     with pytest.raises(UserError, match="--checkpoint /no/such: no such folder"):
-        demo.serve(flags("/no/such"))
+        serve(flags("/no/such"))
     with pytest.raises(UserError, match="--device nonsense"):
-        demo.serve(flags(folder, "--device", "nonsense"))
+        serve(flags(folder, "--device", "nonsense"))
     monkeypatch.setattr("signal.signal", lambda *args: None)
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(UserError, match="needs gradio: pip install"):
-        demo.serve(flags(folder))
+        serve(flags(folder))
 
 
 # -- the page --------------------------------------------------------------------------------------
@@ -265,7 +456,7 @@ def server(folder, tmp_path_factory):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     log = tmp_path_factory.mktemp("server") / "log"
-    words = ["--checkpoint", folder, "--port", port, "--threshold", 0, "--max_mb", 1, "--max_queue", 4, "--pace", 60]
+    words = ["--checkpoint", folder, "--port", port, "--threshold", 0, "--max_mb", 1, "--max_queue", 4, "--pace", 30]
     with log.open("w") as file:
         process = subprocess.Popen(
             [sys.executable, "-m", "pix2seq.demo", *map(str, words)], stdout=file, stderr=subprocess.STDOUT
@@ -344,7 +535,7 @@ def test_an_example_is_written_token_by_token(page):
 def test_the_slider_hides_boxes(page):
     """By their scores, and nothing is asked of the server."""
     asked, slider = [], page.locator("input[type=number]")
-    scores = [float(text.split()[-1]) for text in page.locator(".picture .box b").all_inner_texts()]
+    scores = [float(text) for text in page.locator("#sentence td.score").all_inner_texts()]
     assert opacities(page) == [1.0] * 4
     page.on("request", lambda request: asked.append(request.url))
     middle = round((max(scores) + min(scores)) / 2, 2)
@@ -386,6 +577,19 @@ def test_a_program_asks_the_page(server, detector, tmp_path):
             call = httpx.post(f"{server[0]}/gradio_api/call/detect", json={"data": [{"path": path, **kind}, 0]}).json()
             answer = httpx.get(f"{server[0]}/gradio_api/call/detect/{call['event_id']}", timeout=30).text
             assert answer.startswith("event: error"), answer
+
+
+@pytest.mark.slow
+def test_the_benchmark_sees_what_a_browser_sees(server, tmp_path):
+    """At its pace: 20 tokens, 30 a second."""
+    photo().save(tmp_path / "photo.png")
+    first, whole = demo_load.visitor(server[0])(tmp_path / "photo.png")
+    assert whole - first > 0.9 * 19 / 30
+    (boxes,) = demo_load.program(server[0])(tmp_path / "photo.png")
+    assert boxes > 0
+    (tmp_path / "broken.png").write_bytes(zipped())
+    with pytest.raises(RuntimeError, match="not an image"):
+        demo_load.visitor(server[0])(tmp_path / "broken.png")
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from benchmarks import curves, flags
+from benchmarks import curves, demo_load, flags
 from benchmarks.reliability import fill
 from benchmarks.writing import markdown
 from export import ExportArguments
@@ -19,7 +19,7 @@ from pix2seq.config import Arguments, EvaluateArguments
 from pix2seq.data.commands import COMMANDS as COMMANDS_OF_DATA
 from pix2seq.data.commands import ShardArguments, ShowArguments, convert_parser
 from pix2seq.data.faults import KINDS
-from pix2seq.demo import DemoArguments
+from pix2seq.demo.__main__ import DemoArguments
 from pix2seq.evaluation.commands import COMMANDS as COMMANDS_OF_EVALUATION
 from pix2seq.evaluation.commands import compare_parser, tokens_parser
 from pix2seq.metrics import NAMES
@@ -317,16 +317,8 @@ def test_figures_of_decoding_come_from_their_records():
 
 
 def test_figures_of_the_load_come_from_their_record():
-    page = " ".join(Path("docs/demo.md").read_text().split())
-    found = json.loads(Path("docs/results/demo_load.json").read_text())
-    for part in (found["alone"], found["together"]):
-        latency = part["latency_s"]
-        row = [part["clients"], part["pictures"], len(part["errors"]), f"{latency['median']:.2f} s"]
-        row += [f"{latency['95 %']:.2f} s", f"{part['pictures_per_s']:.1f}"]
-        assert f"| {' | '.join(map(str, row))} |" in page
-    memory = [f"{found['memory_mb'][when]:.0f} MB" for when in ("before", "after", "after as many again")]
-    assert "held {} before, {} after, and {} after as many again".format(*memory) in page
-    assert f"load average {found['load_average_before']:.1f}" in page
+    page = Path("docs/demo.md").read_text()
+    assert demo_load.fill(page, json.loads(Path("docs/results/demo_load.json").read_text())) == page
 
 
 def test_the_python_of_the_demo_page_parses():

@@ -1,0 +1,1 @@
+"""A page on which a detector shows what it writes, while it writes it."""
