@@ -4,8 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 # From the command line or config.env, and never from an environment that has such names for reasons of its own.
-SETTINGS := IMAGE CACHE DATA WORKSPACE RESOURCE_GROUP COMPUTE AZURE_ROOT \
-	cmd in args exp port processes nodes build_args docker_args
+SETTINGS := IMAGE CACHE DATA WORKSPACE RESOURCE_GROUP COMPUTE AZURE_ROOT cmd in args exp port processes nodes build_args docker_args
 $(foreach name,$(SETTINGS),$(eval $(name) :=))
 IMAGE := pix2seq
 CACHE := ~/.cache/huggingface
