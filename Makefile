@@ -115,7 +115,7 @@ new-exp:
 	@mkdir experiments/$(new_exp)
 	@for name in recipe.yaml notes.md; do \
 		sed 's/NAME/$(experiment)/g' experiments/template/$$name > experiments/$(experiment)/$$name; done
-	@echo "write experiments/$(experiment)/recipe.yaml and notes.md; then: make local exp=$(experiment) args=\"--root /data/coco\""
+	@echo "write experiments/$(experiment)/recipe.yaml and notes.md; then: make local exp=$(experiment) DATA=/path/to args=\"--root /data/coco\""
 
 ## build-exp: the Docker image: what the code needs, without the code
 #      IMAGE      its name (pix2seq)

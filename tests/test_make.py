@@ -214,6 +214,8 @@ def test_an_environment_with_the_names_of_settings_changes_nothing(checkout):
     assert outputs[0] == outputs[1]
     assert calls[0] == calls[1]
     assert len(calls[0]) == 7
+    for call, word in ((1, "--env=PROCESSES=1"), (3, "--port=8888"), (6, "resources.instance_count=1")):
+        assert word in calls[0][call]
     checkout.configure()
     assert "RESOURCE_GROUP: missing" in checkout.make("job", "exp=tried", **environment).stderr
 
