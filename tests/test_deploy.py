@@ -26,6 +26,7 @@ from accelerate.utils import patch_environment
 from accelerate.utils.launch import prepare_multi_gpu_env
 from packaging.requirements import Requirement
 from torch.distributed.fsdp import StateDictType
+from torch.distributed.launcher.api import LaunchConfig
 
 from pix2seq.command_line import parse
 from pix2seq.config import Arguments
@@ -36,6 +37,7 @@ SCRIPT = ROOT / "deploy" / "slurm" / "train.sbatch"
 TORCHRUN = ROOT / "deploy" / "torchrun.sh"
 DOCKER = ROOT / "deploy" / "docker"
 AZUREML = ROOT / "deploy" / "azureml"
+JOB = AZUREML / "train.yaml"
 CONFIGS = {path.stem: path for path in (ROOT / "deploy" / "accelerate").glob("*.yaml")}
 
 SRUN = """#!{python}
@@ -222,6 +224,7 @@ def test_the_devcontainer_is_the_image():
     assert (folder / config["build"]["context"]).resolve() == DOCKER
     assert config["build"].keys() == {"dockerfile", "context"}
     assert config["hostRequirements"] == {"gpu": "optional"}
+    assert (config["init"], config["runArgs"]) == (True, ["--ipc=host"])  # as make local does it
     assert config["remoteUser"] != "root"
     assert all(isinstance(port, int) for port in config["forwardPorts"])
     python = config["customizations"]["vscode"]["settings"]["python.defaultInterpreterPath"]
@@ -232,28 +235,23 @@ def test_the_devcontainer_is_the_image():
     assert config["containerEnv"] == {"PYTHONPATH": "${containerWorkspaceFolder}"}
 
 
-def job(name: str) -> dict:
-    return yaml.safe_load((AZUREML / f"{name}.yaml").read_text())
-
-
-def words_of_a_job(name: str, **values: str) -> list[str]:
+def words_of_a_job(**values: str) -> list[str]:
     """The job's command, with `values` in the places of inputs and outputs."""
-    command = re.sub(r"\$\{\{(?:inputs|outputs)\.(\w+)\}\}", lambda found: values[found[1]], job(name)["command"])
-    return shlex.split(command)
+    command = yaml.safe_load(JOB.read_text())["command"]
+    return shlex.split(re.sub(r"\$\{\{(?:inputs|outputs)\.(\w+)\}\}", lambda found: values[found[1]], command))
 
 
-def test_azureml_reads_its_jobs_as_they_are_meant():
+def test_azureml_reads_its_job_as_it_is_meant():
     """Keys and allowed values are those of commandJob.schema.json, which knows no others."""
-    one, two = job("one_node"), job("two_nodes")
-    assert (one["resources"].pop("instance_count"), two["resources"].pop("instance_count")) == (1, 2)
-    assert one == two
+    one = yaml.safe_load(JOB.read_text())
     required = {"$schema", "type", "experiment_name", "code", "environment", "command", "inputs", "outputs"}
     assert one.keys() == required | {"compute", "distribution", "resources"}
     assert one["type"] == "command"
     assert (AZUREML / one["code"]).resolve() == ROOT
     assert one["distribution"] == {"type": "pytorch", "process_count_per_instance": 8}
-    assert one["resources"].keys() == {"shm_size", "docker_args"}
-    assert re.fullmatch(r"\d+[bkmg]", one["resources"]["shm_size"])
+    assert one["resources"].keys() == {"instance_count", "shm_size", "docker_args"}
+    assert one["resources"]["instance_count"] == 1
+    assert int(re.fullmatch(r"(\d+)g", one["resources"]["shm_size"])[1]) >= 32  # for the workers of eight GPUs
     assert one["inputs"]["root"].keys() == {"type", "path", "mode"}
     assert one["inputs"]["root"]["mode"] in ("ro_mount", "download", "direct")
     assert one["outputs"] == {"run": {"type": "uri_folder", "mode": "rw_mount"}}
@@ -269,10 +267,48 @@ def test_azureml_reads_its_jobs_as_they_are_meant():
 
 
 def test_a_job_on_azureml_trains_with_flags_that_exist():
-    program, script, *words = words_of_a_job("one_node", recipe="configs/coco_r50.yaml", root="/data", run="/run")
+    program, script, *words = words_of_a_job(recipe="configs/coco_r50.yaml", root="/data", run="/run")
     assert (program, script) == ("python", "train.py")
     args = parse(Arguments, words)
     assert (args.root, args.output_dir, args.resume, args.report_to) == ("/data", "/run", "auto", ["mlflow"])
+
+
+def seconds(pattern: str, file: Path) -> int:
+    return int(re.search(pattern, file.read_text())[1])
+
+
+def stand_in(folder: Path, **programs: str) -> str:
+    """A PATH on which the scripts `programs` are found first."""
+    folder.mkdir(exist_ok=True)
+    for name, text in programs.items():
+        (folder / name).write_text(f"#!/bin/bash\n{text}\n")
+        (folder / name).chmod(0o755)
+    return f"{folder}{os.pathsep}{os.environ['PATH']}"
+
+
+def test_torchrun_and_docker_let_a_save_take_its_time(tmp_path):
+    path = stand_in(tmp_path / "bin", torchrun='echo "$TORCH_ELASTIC_SHUTDOWN_TIMEOUT"')
+    told = subprocess.run([TORCHRUN], env=os.environ | {"PATH": path}, capture_output=True, text=True, timeout=30)
+    with patch_environment(TORCH_ELASTIC_SHUTDOWN_TIMEOUT=told.stdout.strip()):
+        config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=1)
+    waits = getattr(config, "shutdown_timeout", int(told.stdout))  # PyTorch before 2.12 reads no such variable
+    assert waits >= 240
+    assert seconds(r"--stop-timeout=(\d+)", ROOT / "Makefile") >= waits + 30  # before Docker kills the launcher
+
+
+def test_slurm_lets_a_save_take_its_time(tmp_path):
+    slurm = Slurm(tmp_path, 1, False)
+    accelerate = f"""echo "$TORCH_ELASTIC_SHUTDOWN_TIMEOUT" > {tmp_path}/told
+        echo '"state": "finished"' > {tmp_path}/status.json"""
+    stand_in(tmp_path / "bin", accelerate=accelerate, python=f"echo {tmp_path}")
+    job = slurm.submit("--root", "anywhere")
+    try:
+        assert job.wait(timeout=60) == 0, slurm.log.read_text()
+    finally:
+        kill_all(job)
+    waits = int((tmp_path / "told").read_text())
+    assert waits >= 240
+    assert seconds(r"#SBATCH --signal=B:USR1@(\d+)", SCRIPT) >= waits + 30
 
 
 def port_of(job: int) -> int:
@@ -509,7 +545,7 @@ def test_the_processes_of_a_job_on_azureml_find_each_other(shapes_root, tmp_path
     recipe = tmp_path / "recipe.yaml"
     flags = words_of_a_run(shapes_root, output, nodes=2)
     recipe.write_text(yaml.safe_dump({name[2:]: value for name, value in zip(flags[::2], flags[1::2], strict=True)}))
-    words = words_of_a_job("two_nodes", recipe=str(recipe), root=str(shapes_root), run=str(output))
+    words = words_of_a_job(recipe=str(recipe), root=str(shapes_root), run=str(output))
     words[0] = sys.executable
     words[words.index("bf16")], words[words.index("mlflow")] = "no", "none"
     world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
