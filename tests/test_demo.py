@@ -19,7 +19,7 @@ from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from PIL import Image
 
-from pix2seq import Pix2Seq, Pix2SeqImageProcessor, demo
+from pix2seq import Pix2Seq, demo
 from pix2seq.command_line import parse, write_flags
 from pix2seq.decoding import write
 from pix2seq.decoding.sentences import Sentences
@@ -28,22 +28,6 @@ from pix2seq.errors import UserError
 from pix2seq.shapes import SHAPES
 from pix2seq.tokenizer import TOKENS_PER_OBJECT
 from tests.runs import arguments
-
-
-@pytest.fixture(scope="module")
-def folder(make_model, tmp_path_factory):
-    folder, model = tmp_path_factory.mktemp("detector"), make_model(seed=5)
-    with torch.no_grad():  # opinions strong enough to differ from slot to slot
-        for parameter in model.parameters():
-            parameter *= 3
-    model.save_pretrained(folder)
-    Pix2SeqImageProcessor.for_detector(model.config).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def detector(folder):
-    return Pix2Seq.from_pretrained(folder, device="cpu")
 
 
 def noise(height: int = 48, width: int = 80, seed: int = 0) -> torch.Tensor:
