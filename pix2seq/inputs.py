@@ -25,8 +25,8 @@ def find_inputs(words: Sequence[str], output: Path) -> tuple[list[str], list[str
     """What the words name, each once and in their order: files, pictures in folders and below them, what globs match,
     and numbers of webcams. And what else is in these folders, but for the `output`'s. Raises UserError."""
     found, left_out = {}, {}
-    if not words:
-        raise UserError("no pictures: name files, folders, globs, videos or the number of a webcam")
+    if not words or "" in words:
+        raise UserError("no pictures: name files, folders, globs, videos or the number of a webcam, before any flag")
     for word in words:
         paths = [word] if os.path.exists(word) or is_camera(word) else sorted(glob.glob(word, recursive=True))
         if not paths:

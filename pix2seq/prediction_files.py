@@ -5,6 +5,7 @@ import csv
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -42,8 +43,8 @@ class PredictionFolder:
                 raise self._refusal(there, "is there already; name another folder, or say --overwrite")
             for folder in {path, *((path / file).parent for file in files)}:
                 folder.mkdir(parents=True, exist_ok=True)
-                if not os.access(folder, os.W_OK):
-                    raise PermissionError(None, "no permission to write")
+                with tempfile.TemporaryFile(dir=folder):
+                    pass
             for file in earlier:
                 (path / file).unlink()
             (path / LIST).write_text("".join(_line(*entry) for entry in noted.items() if not overwrite))

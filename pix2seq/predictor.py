@@ -205,17 +205,17 @@ def open_picture(source: Source) -> Picture | torch.Tensor:
 
 
 def _check_numbers(options: dict) -> None:
-    """Raises UserError for one that must be a number and is none."""
+    """Raises UserError for one that must be a number and is none, as NaN."""
     for name, value in options.items():
         kind = NUMBERS.get(name)  # decoding has others, too
-        if kind and not isinstance(value, Integral if kind is int else Real):
+        if kind and (not isinstance(value, Integral if kind is int else Real) or value != value):
             raise UserError(f"{name} {value!r}: must be a {'whole ' * (kind is int)}number")
 
 
 def _device(name: str | None) -> torch.device:
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.zeros(1, dtype=torch.float64, device=name)  # boxes are made of these; Apple's GPUs have none
+        torch.zeros(1, dtype=torch.float64, device=name).item()  # boxes are made of these; Apple's GPUs have none
     except Exception as error:  # each backend makes an error of its own
         raise UserError(f"device {name}: cannot be used ({str(error).splitlines()[0]})") from None
     return torch.device(name)
