@@ -30,17 +30,9 @@ from pix2seq.data.images import BadImage
 from pix2seq.errors import UserError
 from pix2seq.inputs import find_inputs, is_camera, is_video, name_inputs
 from pix2seq.model import load_detector
-from pix2seq.prediction_files import (
-    FORMATS,
-    PredictionFolder,
-    coco_rows,
-    write_classes,
-    write_coco,
-    write_csv,
-    write_yolo,
-)
 from pix2seq.predictor import Pix2Seq, Precision
 from pix2seq.progress import progress
+from pix2seq.result_files import FORMATS, ResultFolder, coco_rows, write_labels, write_results
 from pix2seq.video import Video, opencv, video_writer
 
 MOST_JPEG_PIXELS = 65500  # of a side
@@ -88,7 +80,7 @@ def files_of(args: PredictArguments, pictures: list[str], videos: list[str], nam
 
 
 def predict_pictures(
-    args: PredictArguments, detector: Pix2Seq, pictures: list[str], names: dict[str, str], folder: PredictionFolder
+    args: PredictArguments, detector: Pix2Seq, pictures: list[str], names: dict[str, str], folder: ResultFolder
 ) -> Iterator[str]:
     """What cannot be read. Whatever ends the work, what was found so far is written."""
     done = []
@@ -100,24 +92,19 @@ def predict_pictures(
                 yield found.unreadable
                 continue
             if "yolo" in args.format:
-                write_yolo(folder, found, names[found.source])
+                write_labels(folder, found, names[found.source])
             if args.pictures:
                 drawn = found.draw()
                 drawn.thumbnail((MOST_JPEG_PIXELS, MOST_JPEG_PIXELS))
                 with folder.writing(f"{names[found.source]}.jpg") as path:
                     drawn.save(path, quality=92)
     finally:
-        if "coco" in args.format:
-            write_coco(folder, done, names, detector.model.config.category_ids)
-        if "yolo" in args.format:
-            write_classes(folder, detector.names)
-        if "csv" in args.format:
-            write_csv(folder, done)
+        write_results(folder, args.format, done, names, detector.model.config)
     print(f"{len(done)} pictures, {sum(map(len, done))} objects")
 
 
 def predict_video(
-    args: PredictArguments, detector: Pix2Seq, source: str, name: str, folder: PredictionFolder
+    args: PredictArguments, detector: Pix2Seq, source: str, name: str, folder: ResultFolder
 ) -> Iterator[str]:
     """Writes a line of JSON for each frame, and the video with its boxes. What cannot be read."""
     camera, count = is_camera(source), 0
@@ -132,14 +119,15 @@ def predict_video(
         if args.pictures:
             write = files.enter_context(video_writer(files.enter_context(folder.writing(f"{name}.mp4")), video.rate))
         try:
-            # A camera is shown as it goes.
-            while batch := list(itertools.islice(frames, 1 if camera else args.batch_size)):
-                for found in detector(batch, args.threshold, args.classes, args.batch_size):
-                    objects = coco_rows(found, count, detector.model.config.category_ids)
-                    lines.write(json.dumps({"frame": count, "time": count / video.rate, "objects": objects}) + "\n")
-                    count += 1
-                    if args.pictures:
-                        write(found.draw())
+            size = 1 if camera else args.batch_size  # a camera is shown as it goes
+            batches = iter(lambda: list(itertools.islice(frames, size)), [])
+            stream = (detector(batch, args.threshold, args.classes, size) for batch in batches)
+            for found in itertools.chain.from_iterable(stream):
+                objects = coco_rows(found, count, detector.model.config.category_ids)
+                lines.write(json.dumps({"frame": count, "time": count / video.rate, "objects": objects}) + "\n")
+                count += 1
+                if args.pictures:
+                    write(found.draw())
         except KeyboardInterrupt:
             if not camera:  # which nothing else ends
                 raise
@@ -169,7 +157,7 @@ def main(args: PredictArguments) -> int:
         raise UserError(f"--{error}") from None
 
     files = files_of(args, pictures, videos, names)
-    folder = PredictionFolder(Path(args.output_dir), files, inputs, args.overwrite)
+    folder = ResultFolder(Path(args.output_dir), files, inputs, args.overwrite)
     if left_out:
         first = f"{', '.join(map(shown, left_out[:3]))}{', ...' if len(left_out) > 3 else ''}"
         print(f"left out, no pictures by their names: {len(left_out)} files: {first}", file=sys.stderr)

@@ -96,7 +96,7 @@ ALLOWED = {
     # what predict.py is asked about, and what it leaves behind
     "inputs": {"data.images", "errors"},
     "video": {"data.images", "errors"},
-    "prediction_files": {"errors", "evaluation", "predictor"},
+    "result_files": {"errors", "evaluation", "model", "predictor"},
     "evaluation.predictions": {
         "data",
         "data.images",

@@ -221,13 +221,13 @@ AS_CSV = {"dot.jpg", "predictions.csv", "written.ndjson"}
 
 def test_only_what_an_earlier_run_wrote_is_removed(folder, pictures, earlier):
     (earlier / "grey.jpg").write_text("changed")
-    (earlier / "labels" / "plain.txt").unlink()
-    (earlier / "labels" / "plain.txt").symlink_to(pictures / "plain.png")
+    (earlier / "labels" / "plain.txt").rename(earlier / "moved.txt")
+    (earlier / "labels" / "plain.txt").symlink_to(earlier / "moved.txt")
     assert run(folder, pictures / "dot.png", "--output_dir", earlier, "--overwrite") == 0
     new = {"dot.jpg", "predictions.json", "images.json", "written.ndjson"}
-    assert files_in(earlier) == FOREIGN | new | {"grey.jpg", "labels/plain.txt"}
+    assert files_in(earlier) == FOREIGN | new | {"grey.jpg", "labels/plain.txt", "moved.txt"}
     assert run(folder, pictures / "dot.png", "--output_dir", earlier, "--overwrite", "--format", "csv") == 0
-    assert files_in(earlier) == FOREIGN | AS_CSV | {"grey.jpg", "labels/plain.txt"}
+    assert files_in(earlier) == FOREIGN | AS_CSV | {"grey.jpg", "labels/plain.txt", "moved.txt"}
     assert {(earlier / name).read_text() for name in FOREIGN} == {"somebody else's"}
 
 
@@ -238,10 +238,20 @@ def test_runs_that_do_not_collide_are_removed_together(folder, pictures, earlier
     assert files_in(earlier) == FOREIGN | {"predictions.json", "images.json", "written.ndjson"}
 
 
-def test_what_a_killed_run_left_is_removed(folder, pictures, earlier):
-    with (earlier / "written.ndjson").open("a") as lines:
-        lines.write('["turned.jpg", null]\n["wide.j')
+def test_what_a_killed_run_left_is_removed(folder, pictures, earlier, monkeypatch):
+    left, save = [], Image.Image.save
+
+    def killed(image, path, **how):
+        left.append((earlier / "written.ndjson").read_text() + '["half a li')
+        save(image, path, **how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Image.Image, "save", killed)
+        assert run(folder, pictures / "turned.jpg", "--output_dir", earlier) == 0
+    (earlier / "written.ndjson").write_text(left[0])
     (earlier / "turned.jpg").write_text("half of it")
+    for name in ("predictions.json", "images.json"):
+        (earlier / name).unlink()
     assert run(folder, pictures / "dot.png", "--output_dir", earlier, "--overwrite", "--format", "csv") == 0
     assert files_in(earlier) == FOREIGN | AS_CSV
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from pix2seq.errors import UserError
 from pix2seq.evaluation import coco_results
+from pix2seq.model import Pix2SeqConfig
 from pix2seq.predictor import Found
 
 FORMATS = {"coco": ("predictions.json", "images.json"), "yolo": ("classes.txt",), "csv": ("predictions.csv",)}
@@ -18,7 +19,7 @@ COLUMNS = ("file_name", "class", "score", "x1", "y1", "x2", "y2")
 LIST = "written.ndjson"  # no file of an input has this suffix
 
 
-class PredictionFolder:
+class ResultFolder:
     """Where predictions are written. LIST in it tells of each file [its name, null] before it is written, and [its
     name, its SHA-256] after that: this is how one that an earlier prediction wrote is known from anybody else's.
 
@@ -33,7 +34,8 @@ class PredictionFolder:
         self.path = path
         try:
             noted, there = self._noted(), [file for file in files if os.path.lexists(path / file)]
-            earlier = {file for file in (noted if overwrite else there) if self._is_own(file, noted)}
+            digests = {file: _digest(path / file) for file in (noted if overwrite else there) if file in noted}
+            earlier = {file for file, digest in digests.items() if digest and noted[file] in (None, digest)}
             sources = {os.path.realpath(file) for file in inputs}
             if lost := [file for file in (*there, *earlier) if os.path.realpath(path / file) in sources]:
                 raise self._refusal(lost[:1], "would take the place of an input; name another folder")
@@ -47,7 +49,7 @@ class PredictionFolder:
                     pass
             for file in earlier:
                 (path / file).unlink()
-            (path / LIST).write_text("".join(_line(*entry) for entry in noted.items() if not overwrite))
+            (path / LIST).write_text("".join(f"{json.dumps(entry)}\n" for entry in noted.items() if not overwrite))
         except OSError as error:
             raise UserError(f"--output_dir {path}: cannot be written to ({error.strerror})") from None
 
@@ -62,7 +64,7 @@ class PredictionFolder:
 
     def _note(self, file: str, digest: str | None) -> None:
         with (self.path / LIST).open("a") as lines:
-            lines.write(_line(file, digest))
+            lines.write(f"{json.dumps([file, digest])}\n")
 
     def _noted(self) -> dict[str, str | None]:
         """LIST, but for a last line that is torn."""
@@ -76,17 +78,9 @@ class PredictionFolder:
             raise self._refusal([LIST], f"names {outside[0]!r}, which lies elsewhere; name another folder")
         return noted
 
-    def _is_own(self, file: str, noted: dict[str, str | None]) -> bool:
-        digest = _digest(self.path / file)
-        return file in noted and digest is not None and noted[file] in (None, digest)
-
     def _refusal(self, files: Sequence[str], why: str) -> UserError:
         more = f" and {len(files) - 1} more" if len(files) > 1 else ""
         return UserError(f"--output_dir {self.path}: {files[0]}{more} {why}")
-
-
-def _line(file: str, digest: str | None) -> str:
-    return f"{json.dumps([file, digest])}\n"
 
 
 def _digest(path: Path) -> str | None:
@@ -102,22 +96,8 @@ def coco_rows(found: Found, image_id: int, category_ids: Sequence[int]) -> list[
     return [row | {"category_name": name} for row, name in zip(rows, found.names, strict=True)]
 
 
-def write_coco(folder: PredictionFolder, done: Sequence[Found], names: dict[str, str], ids: Sequence[int]) -> None:
-    """A COCO results file, and of which pictures it is. `names`: of what was written for each picture. `ids`: of the
-    categories, by label."""
-    rows, images = [], []
-    for number, found in enumerate(done, start=1):
-        size = {"height": found.size[0], "width": found.size[1]}
-        more = {"unreadable": found.unreadable} if found.unreadable else size
-        images.append({"id": number, "file_name": found.source, "name": names[found.source]} | more)
-        rows += [row | {"file_name": found.source} for row in coco_rows(found, number, ids)]
-    for file, content in zip(FORMATS["coco"], (rows, images), strict=True):
-        with folder.writing(file) as path:
-            path.write_text(json.dumps(content))
-
-
-def write_yolo(folder: PredictionFolder, found: Found, name: str) -> None:
-    """For each object: class, centre and size as fractions of the picture, score."""
+def write_labels(folder: ResultFolder, found: Found, name: str) -> None:
+    """For YOLO, of each object: class, centre and size as fractions of the picture, score."""
     height, width = found.size
     lines = []
     for label, (x1, y1, x2, y2), score in zip(found.labels, found.boxes, found.scores, strict=True):
@@ -127,19 +107,33 @@ def write_yolo(folder: PredictionFolder, found: Found, name: str) -> None:
         path.write_text("".join(lines))
 
 
-def write_classes(folder: PredictionFolder, names: Sequence[str]) -> None:
-    """A class of YOLO's is the number of its line, from 0 on."""
-    with folder.writing("classes.txt") as path:
-        path.write_text("".join(f"{name}\n" for name in names), "utf-8")
-
-
-def write_csv(folder: PredictionFolder, done: Sequence[Found]) -> None:
-    with (
-        folder.writing("predictions.csv") as path,
-        path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
-    ):
-        table = csv.writer(file)
-        table.writerow(COLUMNS)
-        for found in done:
-            for class_name, score, box in zip(found.names, found.scores, found.boxes, strict=True):
-                table.writerow((found.source, class_name, float(score), *box.tolist()))
+def write_results(
+    folder: ResultFolder,
+    formats: Sequence[str],
+    done: Sequence[Found],
+    names: dict[str, str],
+    config: Pix2SeqConfig,
+) -> None:
+    """What the formats say of all pictures together. `names`: of the files that belong to each. `config`: the
+    detector's."""
+    rows, images, table = [], [], [COLUMNS]
+    for number, found in enumerate(done, start=1):
+        image = {"id": number, "file_name": found.source, "name": names[found.source]}
+        size = {"height": found.size[0], "width": found.size[1]}
+        images.append(image | ({"unreadable": found.unreadable} if found.unreadable else size))
+        rows += [row | {"file_name": found.source} for row in coco_rows(found, number, config.category_ids)]
+        for class_name, score, box in zip(found.names, found.scores, found.boxes, strict=True):
+            table.append((found.source, class_name, float(score), *box.tolist()))
+    if "coco" in formats:
+        for file, content in zip(FORMATS["coco"], (rows, images), strict=True):
+            with folder.writing(file) as path:
+                path.write_text(json.dumps(content))
+    if "yolo" in formats:
+        with folder.writing("classes.txt") as path:
+            path.write_text("".join(f"{name}\n" for name in config.class_names), "utf-8")
+    if "csv" in formats:
+        with (
+            folder.writing("predictions.csv") as path,
+            path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+        ):
+            csv.writer(file).writerows(table)
