@@ -1,8 +1,6 @@
 """A trained detector in Python: pictures as one has them go in, boxes with names come out."""
 
 import contextlib
-import glob
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
@@ -12,20 +10,19 @@ from typing import Literal, get_args
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
+from torchvision.transforms.v2.functional import to_pil_image
 
 from pix2seq.command_line import nearest
 from pix2seq.data import EvalDataset, eval_loader
-from pix2seq.data.images import FORMATS_OF_SUFFIX, BadImage, Folder, Picture, as_rgb
+from pix2seq.data.images import BadImage, Picture, open_file
 from pix2seq.decoding import DecodingOptions, NonFiniteLogits
 from pix2seq.errors import UserError
 from pix2seq.model import Pix2SeqForObjectDetection, load_detector
-from pix2seq.transforms import EvalTransform, to_original_pixels
+from pix2seq.transforms import EvalTransform, from_pil, pixels_of, to_original_pixels
 from pix2seq.visualize import CELL, color_of, draw_boxes, enlarge
 
 Source = str | Path | Image.Image | np.ndarray
 Precision = Literal["float32", "bfloat16", "float16"]
-NOT_REGULAR = "not a regular file, and only these are opened"
 NUMBERS = {option.name: option.type for option in fields(DecodingOptions) if option.type in (int, float)}
 NUMBERS |= {"threshold": float, "batch_size": int, "num_workers": int}
 
@@ -54,7 +51,7 @@ class Found:
 
     def draw(self) -> Image.Image:
         """The picture with its boxes. Small ones are enlarged, so that names are legible."""
-        image = to_pil_image(_pixels(open_picture(self.source)))
+        image = to_pil_image(pixels_of(open_picture(self.source)))
         image, boxes = enlarge(image, self.boxes, max(CELL, *image.size))
         captions = [f"{name} {score:.2f}" for name, score in zip(self.names, self.scores, strict=True)]
         colors = [color_of(label) for label in self.labels]
@@ -188,56 +185,11 @@ class _Pictures:
         return str(source) if isinstance(source, str | Path) else f"picture {index}"
 
 
-def find_files(words: Sequence[str], output: Path) -> tuple[list[str], list[str]]:
-    """What the words name, each once and in their order: files, pictures in folders and below them, what globs match,
-    and numbers of webcams. And what else is in these folders, but for the `output`'s. Raises UserError."""
-    found, left_out = {}, {}
-    if not words:
-        raise UserError("no pictures: name files, folders, globs, videos or the number of a webcam")
-    for word in words:
-        paths = [word] if os.path.exists(word) or is_camera(word) else sorted(glob.glob(word, recursive=True))
-        if not paths:
-            raise UserError(f"{word}: {'matches nothing' if glob.has_magic(word) else 'no such file or folder'}")
-        files = []
-        for path in paths:
-            pictures, others = _in_folder(Path(path), output) if os.path.isdir(path) else ([path], [])
-            files += pictures
-            left_out |= {os.path.realpath(file): file for file in others}
-        if not files:
-            raise UserError(f"{word}: holds no pictures, which are {' '.join(FORMATS_OF_SUFFIX)}")
-        for file in files:
-            found.setdefault(os.path.realpath(file), file)
-    return list(found.values()), [file for place, file in left_out.items() if place not in found]
-
-
-def _in_folder(folder: Path, output: Path) -> tuple[list[str], list[str]]:
-    """Pictures by their names, and other files."""
-    pictures, others, output = [], [], output.resolve()
-    for path in sorted(folder.rglob("*")):
-        if path.is_dir() or (output != folder.resolve() and output in path.resolve().parents):
-            continue
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        is_picture = path.suffix.lower() in FORMATS_OF_SUFFIX and not hidden
-        (pictures if is_picture else others).append(str(path))
-    return pictures, others
-
-
-def is_camera(word: str) -> bool:
-    return word.isdecimal() and not os.path.exists(word)
-
-
-def is_not_regular(path: str | Path) -> bool:
-    """There, but a pipe, device, socket or folder: opening it may take for ever."""
-    return os.path.exists(path) and not os.path.isfile(path)
-
-
 def open_picture(source: Source) -> Picture | torch.Tensor:
     """A file of which the header is read, or pixels uint8 (3, H, W); upright, as viewers show it. Raises BadImage for
-    a file, ValueError for what is no picture."""
+    what cannot be read, ValueError for what is no picture."""
     if isinstance(source, str | Path):
-        if is_not_regular(source):
-            raise BadImage("unreadable-file", NOT_REGULAR)
-        return Picture(Folder(Path(source).parent).read(Path(source).name), upright=True)
+        return open_file(source)
     if isinstance(source, np.ndarray):
         if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3 or not source.size:
             raise ValueError(f"an array of shape {source.shape} and type {source.dtype}: must be uint8 (H, W, 3), RGB")
@@ -246,25 +198,24 @@ def open_picture(source: Source) -> Picture | torch.Tensor:
         raise ValueError(f"a picture of type {type(source).__name__}: must be a path, PIL or an array")
     if 0 in source.size:
         raise ValueError(f"a picture of {source.width} x {source.height} pixels: must have some")
-    return pil_to_tensor(as_rgb(ImageOps.exif_transpose(source)))
+    try:
+        return from_pil(ImageOps.exif_transpose(source))
+    except Exception as error:  # PIL reads a file's pixels as late as here, and each decoder makes an error of its own
+        raise BadImage("unreadable-file", error) from None
 
 
 def _check_numbers(options: dict) -> None:
-    """Raises UserError for one that must be a number and is none."""
+    """Raises UserError for one that must be a number and is none, as NaN."""
     for name, value in options.items():
         kind = NUMBERS.get(name)  # decoding has others, too
-        if kind and not isinstance(value, Integral if kind is int else Real):
+        if kind and (not isinstance(value, Integral if kind is int else Real) or value != value):
             raise UserError(f"{name} {value!r}: must be a {'whole ' * (kind is int)}number")
-
-
-def _pixels(picture: Picture | torch.Tensor) -> torch.Tensor:
-    return picture.pixels() if isinstance(picture, Picture) else picture
 
 
 def _device(name: str | None) -> torch.device:
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.zeros(1, dtype=torch.float64, device=name)  # boxes are made of these; Apple's GPUs have none
+        torch.zeros(1, dtype=torch.float64, device=name).item()  # boxes are made of these; Apple's GPUs have none
     except Exception as error:  # each backend makes an error of its own
         raise UserError(f"device {name}: cannot be used ({str(error).splitlines()[0]})") from None
     return torch.device(name)

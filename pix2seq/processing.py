@@ -3,16 +3,16 @@
 import numpy as np
 import torch
 from PIL import Image
-from torchvision.transforms.v2.functional import pil_to_tensor
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 
 from pix2seq.sequence import SequenceBuilder
 from pix2seq.tokenizer import Tokenizer
-from pix2seq.transforms import EvalTransform, fitted_size, to_original_pixels
+from pix2seq.transforms import EvalTransform, fitted_size, from_pil, to_original_pixels
 
 
 class Pix2SeqImageProcessor(BaseImageProcessor):
     """Fits pictures into the square canvas. Pixels stay uint8: the detector normalises them itself, on its device.
+    Pictures are taken as they are stored: who loads a photo turns it as its EXIF tag says, as pipelines do.
 
     image_size      side of the canvas
     category_ids    original id of each label, for COCO annotations
@@ -123,7 +123,7 @@ class Pix2SeqImageProcessor(BaseImageProcessor):
 def as_tensor(image) -> torch.Tensor:
     """A picture as uint8 RGB (3, H, W). Raises ValueError if it is none."""
     if isinstance(image, Image.Image):
-        return pil_to_tensor(image.convert("RGB"))
+        return from_pil(image)
     tensor = torch.as_tensor(image)
     if tensor.ndim == 3 and tensor.shape[0] != 3 and tensor.shape[-1] == 3:
         tensor = tensor.permute(2, 0, 1)

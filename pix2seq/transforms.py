@@ -8,12 +8,23 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from PIL import Image
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 from torchvision.tv_tensors import BoundingBoxes
 
 # The authors fill the canvas with 0.3 of white and normalise nothing; filling before the normalisation is the same.
 PAD_VALUE = int(0.3 * 255)
+
+
+def from_pil(image: Image.Image) -> torch.Tensor:
+    """Pixels uint8 RGB (3, H, W) of a picture of any mode, as they are stored: an EXIF tag turns nothing. Raises
+    ValueError for 32 bits a pixel, and what Pillow raises for a damaged file."""
+    if image.mode.startswith("I;16"):  # Pillow would cut these off at 255
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise ValueError("32 bits a pixel, of which nobody knows what is white")
+    return F.pil_to_tensor(image.convert("RGB"))
 
 
 @dataclass
@@ -66,7 +77,7 @@ class TrainTransform:
 
         target = side * rng.uniform(self.scale_min, self.scale_max)
         size = fitted_size(image.shape[-2:], target)
-        pixels = F.resize(_pixels(image, size), size, antialias=False)
+        pixels = F.resize(pixels_of(image, size), size, antialias=False)
         boxes = F.resize(boxes, size)
 
         offsets = rng.random(2) if self.independent_crop else [rng.random()] * 2
@@ -92,7 +103,7 @@ class EvalTransform:
         boxes = BoundingBoxes(boxes, format="XYXY", canvas_size=tuple(image.shape[-2:]))
         size = fitted_size(image.shape[-2:], self.image_size)
         # All of the file: who comes with a decoded picture has no other pixels, and its boxes should be the same.
-        pixels = F.resize(_pixels(image), size, antialias=True)
+        pixels = F.resize(pixels_of(image), size, antialias=True)
         return _pad(pixels, F.resize(boxes, size), self.image_size)
 
 
@@ -117,7 +128,8 @@ def to_original_pixels(
     return np.clip(boxes * np.array([scale[1], scale[0]] * 2), 0, limit)
 
 
-def _pixels(image, at_least: tuple[int, int] | None = None) -> torch.Tensor:
+def pixels_of(image, at_least: tuple[int, int] | None = None) -> torch.Tensor:
+    """Those of what a transform takes, which may be decoded smaller if not below (height, width) `at_least`."""
     return image if isinstance(image, torch.Tensor) else image.pixels(at_least)
 
 
@@ -131,7 +143,7 @@ def _iou_crop(image, boxes: BoundingBoxes, rng: np.random.Generator) -> tuple[to
     centre_inside = crop.pop("is_within_crop_area")
     boxes = F.crop(boxes, **crop)
     boxes[~centre_inside] = 0  # without area: `_pad` leaves it out
-    return F.crop(_pixels(image), **crop), boxes
+    return F.crop(pixels_of(image), **crop), boxes
 
 
 def _pad(image: torch.Tensor, boxes: BoundingBoxes, side: int) -> Canvas:

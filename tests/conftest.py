@@ -17,6 +17,7 @@ from hypothesis import settings  # noqa: E402
 from transformers import LlamaConfig  # noqa: E402
 
 import train  # noqa: E402
+from pix2seq import Pix2Seq, Pix2SeqImageProcessor  # noqa: E402
 from pix2seq.model import Pix2SeqConfig, Pix2SeqForObjectDetection  # noqa: E402
 from pix2seq.shapes import CATEGORY_IDS, SHAPES, draw_dataset  # noqa: E402
 from pix2seq.tokenizer import TOKENS_PER_OBJECT, Tokenizer  # noqa: E402
@@ -93,3 +94,20 @@ def make_model():
             ).eval()
 
     return make
+
+
+@pytest.fixture(scope="session")
+def folder(make_model, tmp_path_factory) -> Path:
+    """A tiny detector's, as a run leaves it behind. Read it, do not write to it."""
+    folder, model = tmp_path_factory.mktemp("detector"), make_model(seed=5)
+    with torch.no_grad():  # opinions strong enough to differ from slot to slot
+        for parameter in model.parameters():
+            parameter *= 3
+    model.save_pretrained(folder)
+    Pix2SeqImageProcessor.for_detector(model.config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def detector(folder) -> Pix2Seq:
+    return Pix2Seq.from_pretrained(folder, device="cpu")

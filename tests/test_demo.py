@@ -24,7 +24,7 @@ from gradio_client.exceptions import AppError
 from PIL import Image
 
 from benchmarks import demo_load
-from pix2seq import Pix2Seq, Pix2SeqImageProcessor
+from pix2seq import Pix2Seq
 from pix2seq.command_line import parse, write_flags
 from pix2seq.data.images import Picture
 from pix2seq.decoding import write
@@ -37,22 +37,6 @@ from pix2seq.shapes import SHAPES
 from pix2seq.tokenizer import TOKENS_PER_OBJECT
 from pix2seq.visualize import GREY
 from tests.runs import arguments
-
-
-@pytest.fixture(scope="module")
-def folder(make_model, tmp_path_factory):
-    folder, model = tmp_path_factory.mktemp("detector"), make_model(seed=5)
-    with torch.no_grad():  # opinions strong enough to differ from slot to slot
-        for parameter in model.parameters():
-            parameter *= 3
-    model.save_pretrained(folder)
-    Pix2SeqImageProcessor.for_detector(model.config).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def detector(folder):
-    return Pix2Seq.from_pretrained(folder, device="cpu")
 
 
 @pytest.fixture

@@ -3,10 +3,12 @@
 import csv
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,29 +19,15 @@ from transformers import pipeline
 import evaluate
 import pix2seq.predictor
 import predict
-from pix2seq import Pix2Seq, Pix2SeqImageProcessor
+from pix2seq import Pix2Seq
 from pix2seq.command_line import parse
 from pix2seq.config import EvaluateArguments
 from pix2seq.data.images import BadImage
 from pix2seq.errors import UserError
+from pix2seq.predictor import Found
 from pix2seq.scoring import coco_metrics
 from pix2seq.shapes import CATEGORY_IDS, SHAPES
-
-
-@pytest.fixture(scope="module")
-def folder(make_model, tmp_path_factory):
-    folder, model = tmp_path_factory.mktemp("detector"), make_model(seed=5)
-    with torch.no_grad():  # opinions strong enough to differ from slot to slot
-        for parameter in model.parameters():
-            parameter *= 3
-    model.save_pretrained(folder)
-    Pix2SeqImageProcessor.for_detector(model.config).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def detector(folder):
-    return Pix2Seq.from_pretrained(folder, device="cpu")
+from pix2seq.video import Video, opencv
 
 
 def photo(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -213,6 +201,79 @@ def test_nothing_that_is_there_is_lost(folder, tmp_path, monkeypatch, capsys):
     assert sorted(path.name for path in (tmp_path / "predictions").glob("*.jpg")) == ["x.jpg", "y.jpg"]
 
 
+@pytest.fixture
+def earlier(folder, pictures, tmp_path):
+    """What a run of other pictures and formats left, among files of somebody else's."""
+    words = [pictures / "plain.png", pictures / "grey.jpg", "--format", "yolo", "csv", "--output_dir", tmp_path]
+    assert run(folder, *words) == 0
+    for name in FOREIGN:
+        (tmp_path / name).write_text("somebody else's")
+    return tmp_path
+
+
+def files_in(folder) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()}
+
+
+FOREIGN = {"notes.txt", "dot.jpeg", "labels/dot.txt", "images.json.bak"}
+AS_CSV = {"dot.jpg", "predictions.csv", "written.ndjson"}
+
+
+def test_only_what_an_earlier_run_wrote_is_removed(folder, pictures, earlier):
+    (earlier / "grey.jpg").write_text("changed")
+    (earlier / "labels" / "plain.txt").rename(earlier / "moved.txt")
+    (earlier / "labels" / "plain.txt").symlink_to(earlier / "moved.txt")
+    assert run(folder, pictures / "dot.png", "--output_dir", earlier, "--overwrite") == 0
+    new = {"dot.jpg", "predictions.json", "images.json", "written.ndjson"}
+    assert files_in(earlier) == FOREIGN | new | {"grey.jpg", "labels/plain.txt", "moved.txt"}
+    assert run(folder, pictures / "dot.png", "--output_dir", earlier, "--overwrite", "--format", "csv") == 0
+    assert files_in(earlier) == FOREIGN | AS_CSV | {"grey.jpg", "labels/plain.txt", "moved.txt"}
+    assert {(earlier / name).read_text() for name in FOREIGN} == {"somebody else's"}
+
+
+def test_runs_that_do_not_collide_are_removed_together(folder, pictures, earlier):
+    assert run(folder, pictures / "wide.png", "--output_dir", earlier) == 0
+    assert {"plain.jpg", "predictions.csv", "wide.jpg", "images.json"} < files_in(earlier)
+    assert run(folder, pictures / "large.jpg", "--output_dir", earlier, "--overwrite", "--no_pictures") == 0
+    assert files_in(earlier) == FOREIGN | {"predictions.json", "images.json", "written.ndjson"}
+
+
+def test_what_a_killed_run_left_is_removed(folder, pictures, earlier, monkeypatch):
+    left, save = [], Image.Image.save
+
+    def killed(image, path, **how):
+        left.append((earlier / "written.ndjson").read_text() + '["half a li')
+        save(image, path, **how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Image.Image, "save", killed)
+        assert run(folder, pictures / "turned.jpg", "--output_dir", earlier) == 0
+    (earlier / "written.ndjson").write_text(left[0])
+    (earlier / "turned.jpg").write_text("half of it")
+    for name in ("predictions.json", "images.json"):
+        (earlier / name).unlink()
+    assert run(folder, pictures / "dot.png", "--output_dir", earlier, "--overwrite", "--format", "csv") == 0
+    assert files_in(earlier) == FOREIGN | AS_CSV
+
+
+def test_mistakes_about_earlier_files_remove_nothing(folder, pictures, earlier, capsys):
+    dot, own = pictures / "dot.png", (earlier / "written.ndjson").read_text()
+    for words, written, said in (
+        ([dot, "--format", "yolo"], own, "labels/dot.txt is there already, and not as predictions left it"),
+        ([earlier / "grey.jpg", "--no_pictures"], own, "grey.jpg would take the place of an input"),
+        ([dot], "not JSON\n", "written.ndjson is not what predict.py writes"),
+        ([dot], '["a", "b", "c"]\n', "written.ndjson is not what predict.py writes"),
+        ([dot], '["../notes.txt", null]\n', "written.ndjson names '../notes.txt', which lies elsewhere"),
+        ([dot], '["labels/../notes.txt", null]\n', "which lies elsewhere"),
+        ([dot], f'["{earlier}/notes.txt", null]\n', "which lies elsewhere"),
+    ):
+        (earlier / "written.ndjson").write_text(written)
+        before = {name: (earlier / name).read_bytes() for name in files_in(earlier)}
+        assert run(folder, *words, "--output_dir", earlier, "--overwrite") == 2
+        assert said in capsys.readouterr().err
+        assert {name: (earlier / name).read_bytes() for name in files_in(earlier)} == before
+
+
 # -- what cannot be read ---------------------------------------------------------------------------
 
 
@@ -259,6 +320,25 @@ def test_only_regular_files_are_opened(folder, tmp_path, capsys):
     assert (tmp_path / "out" / "y.jpg").exists()
 
 
+NAMES = ("new\nline.jpg", "100%d %s.jpg", "[x].jpg", "-dash.jpg", "é 日本.jpg", "\udcff.jpg", "5")
+
+
+def test_any_name_is_a_name(folder, tmp_path, monkeypatch, capsys):
+    (tmp_path / "in").mkdir()
+    for name in NAMES:
+        photo(20, 20).save(tmp_path / "in" / name, "JPEG")
+    (tmp_path / "in" / "bro\nken.jpg").touch()
+    monkeypatch.chdir(tmp_path / "in")
+    words = [*NAMES, "bro\nken.jpg", "--format", "coco", "yolo", "csv", "--output_dir", tmp_path / "out\n%s"]
+    for more in ([], ["--overwrite"]):
+        assert run(folder, *words, *more) == 2
+        said, told = capsys.readouterr()
+        assert (len(said.splitlines()), len(told.splitlines())) == (2, 2)
+    images = read(tmp_path / "out\n%s" / "images.json")
+    assert [image["file_name"] for image in images if "unreadable" not in image] == list(NAMES)
+    assert all((tmp_path / "out\n%s" / f"{image['name']}.jpg").exists() for image in images[:-1])
+
+
 def test_only_we_speak_of_many_pixels(folder, tmp_path, capsys):
     (tmp_path / "x.ppm").write_bytes(b"P5 11000 11000 255\n")
     with warnings.catch_warnings(record=True) as others:
@@ -273,6 +353,7 @@ def test_mistakes_are_told_in_one_line_before_any_work(folder, pictures, tmp_pat
     picture, output = pictures / "dot.png", ["--output_dir", tmp_path / "out"]
     for words, said in (
         ([], "no pictures: name files"),
+        ([""], "no pictures: name files"),
         ([tmp_path / "empty"], f"{tmp_path}/empty: holds no pictures"),
         ([pictures / "*.bmp"], "*.bmp: matches nothing"),
         ([tmp_path / "gone.jpg"], "gone.jpg: no such file or folder"),
@@ -280,6 +361,7 @@ def test_mistakes_are_told_in_one_line_before_any_work(folder, pictures, tmp_pat
         ([picture, "--classes", "cat"], "--classes cat: the detector knows no such class"),
         ([picture, "--device", "cuda:77"], "--device cuda:77: cannot be used"),
         ([picture, "--device", "toaster"], "--device toaster: cannot be used"),
+        ([picture, "--device", "meta"], "--device meta: cannot be used"),
         ([picture, "--dtype", "float16"], "--dtype float16: needs a GPU"),
         ([picture, "--draft", "exact"], "--draft exact: this detector has no drafter"),
         ([picture, "--output_dir", tmp_path / "file"], f"--output_dir {tmp_path}/file: cannot be written to"),
@@ -297,6 +379,7 @@ def test_mistakes_are_told_in_one_line_before_any_work(folder, pictures, tmp_pat
     ("words", "said"),
     [
         (["--threshold", "2"], "--threshold 2.0: must be 0 to 1"),
+        (["--threshold", "nan"], "--threshold nan: must be 0 to 1"),
         (["--format", "voc"], "--format voc: must be coco, yolo, csv"),
         (["--batch_size", "0"], "--batch_size 0"),
         (["--top_p", "2"], "--top_p 2.0: must be 0 (greedy) to 1"),
@@ -345,7 +428,7 @@ def sigterm() -> None:
 @pytest.mark.usefixtures("_sigterm")
 @pytest.mark.parametrize(("interrupt", "code"), [(ctrl_c, 130), (sigterm, 143)])
 def test_what_was_found_before_an_interruption_is_kept(folder, pictures, tmp_path, monkeypatch, interrupt, code):
-    whole, seen, write = predict.Found.draw, [], predict.Path.write_text
+    whole, seen, write = Found.draw, [], Path.write_text
 
     def interrupted(found):
         seen.append(found)
@@ -353,13 +436,13 @@ def test_what_was_found_before_an_interruption_is_kept(folder, pictures, tmp_pat
             interrupt()
         return whole(found)
 
-    def told_again(*args):
-        if interrupt is sigterm:  # as `timeout` does
+    def told_again(path, *args):
+        if interrupt is sigterm and path.name == "predictions.json":  # as `timeout` does
             sigterm()
-        return write(*args)
+        return write(path, *args)
 
-    monkeypatch.setattr(predict.Found, "draw", interrupted)
-    monkeypatch.setattr(predict.Path, "write_text", told_again)
+    monkeypatch.setattr(Found, "draw", interrupted)
+    monkeypatch.setattr(Path, "write_text", told_again)
     assert run(folder, pictures, "--output_dir", tmp_path, "--threshold", "0") == code
     assert len({row["image_id"] for row in read(tmp_path / "predictions.json")}) == 3
     assert len(read(tmp_path / "images.json")) == 3
@@ -408,6 +491,10 @@ def test_what_is_no_picture_is_refused(detector, tmp_path):
     (found,) = detector.stream([tmp_path / "broken.jpg"], threshold=0)
     assert "not an image" in found.unreadable
     assert len(found) == 0
+    photo(64, 64).save(tmp_path / "cut.jpg")
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:-300])
+    with pytest.raises(BadImage, match="truncated"):
+        detector(Image.open(tmp_path / "cut.jpg"))
     for bad in (np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3)), np.zeros((0, 4, 3), np.uint8), 7, None):
         with pytest.raises(ValueError, match="must be"):
             detector(bad)
@@ -422,6 +509,7 @@ def test_what_is_no_picture_is_refused(detector, tmp_path):
         ({"batch_size": 2.5}, "batch_size 2.5: must be a whole number"),
         ({"threshold": None}, "threshold None: must be a number"),
         ({"threshold": "a"}, "threshold 'a': must be a number"),
+        ({"threshold": float("nan")}, "threshold nan: must be a number"),
         ({"classes": "crux"}, "classes crux: the detector knows no such class"),
         ({"classes": [3]}, "classes 3: the detector knows no such class"),
     ],
@@ -482,7 +570,7 @@ def test_the_package_has_no_other_names():
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
-    cv2 = predict.opencv("clip.avi")
+    cv2 = opencv("clip.avi")
     path = tmp_path_factory.mktemp("clip") / "clip.avi"
     writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"MJPG"), 5, (96, 64))
     for seed in range(7):
@@ -492,9 +580,7 @@ def clip(tmp_path_factory):
 
 
 def frames(path) -> list[np.ndarray]:
-    import cv2
-
-    return list(predict.frames_of(cv2.VideoCapture(str(path))))
+    return list(Video(str(path)))
 
 
 def test_a_video(folder, detector, clip, tmp_path):
@@ -530,6 +616,17 @@ def test_videos_that_cannot_be_read_are_told(folder, clip, pictures, tmp_path, c
     assert not list((tmp_path / "out").glob("*.mp4"))
 
 
+def test_a_video_that_cannot_be_written_whole_is_told(folder, clip, tmp_path, capfd):
+    """OpenCV says nothing of it."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        assert run(folder, clip, "--output_dir", tmp_path / "out") == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert capfd.readouterr().err == f"predict.py: error: {tmp_path}/out/clip.mp4: OpenCV could not write all of it\n"
+
+
 def test_videos_need_a_package_that_is_named(folder, clip, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "cv2", None)
     assert run(folder, clip, "--output_dir", tmp_path) == 2
@@ -543,8 +640,10 @@ def test_a_webcam(folder, tmp_path, monkeypatch, interrupt, code):
     import cv2
 
     class Camera:
+        def __new__(cls, source):  # what was written is a file
+            return super().__new__(cls) if source == 0 else whole(source)
+
         def __init__(self, number):
-            assert number == 0
             self.frames, self.released = [np.asarray(photo(48, 32, seed)) for seed in range(4)], False
             cameras.append(self)
 
@@ -559,7 +658,7 @@ def test_a_webcam(folder, tmp_path, monkeypatch, interrupt, code):
         def release(self):
             self.released = True
 
-    cameras = []
+    cameras, whole = [], cv2.VideoCapture
     monkeypatch.setattr(cv2, "VideoCapture", Camera)
     assert run(folder, "0", "--output_dir", tmp_path) == code
     assert cameras[0].released

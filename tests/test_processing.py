@@ -148,6 +148,11 @@ def test_what_is_no_picture_is_refused(bad):
         as_tensor(bad)
 
 
+def test_16_bits_are_scaled_to_8():
+    levels = Image.fromarray(np.array([[0, 256, 65535]], dtype=np.uint16))
+    assert as_tensor(levels).tolist() == [[[0, 1, 255]]] * 3
+
+
 def test_the_config_is_known_to_transformers(folder):
     config = AutoConfig.from_pretrained(folder)
     assert isinstance(config, pix2seq.Pix2SeqConfig)

@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torchvision.io import ImageReadMode, decode_jpeg
-from torchvision.transforms.v2.functional import pil_to_tensor
 
 from pix2seq.errors import UserError
+from pix2seq.transforms import from_pil
 
 # Kinds of files that are opened. Pillow knows more, some of which start other programs.
 Image.init()
@@ -106,20 +106,21 @@ class Picture:
                     return decode_jpeg(torch.from_numpy(self._data), mode=ImageReadMode.RGB)
                 image = self._open()  # a picture may be decoded more than once, at other sizes
                 image.draft("RGB", (at_least[1], at_least[0]))
-            return pil_to_tensor(as_rgb(ImageOps.exif_transpose(image) if self.turned else image))
-        except BadImage:
-            raise
+            return from_pil(ImageOps.exif_transpose(image) if self.turned else image)
         except Exception as error:  # of damaged files, each decoder makes an error of its own
             raise BadImage("unreadable-file", error) from None
 
 
-def as_rgb(image: Image.Image) -> Image.Image:
-    """Raises BadImage."""
-    if image.mode.startswith("I;16"):  # Pillow would cut these off at 255
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-    if image.mode in ("I", "F"):
-        raise BadImage("unreadable-file", "32 bits a pixel, of which nobody knows what is white")
-    return image.convert("RGB")
+def open_file(path: str | Path) -> Picture:
+    """A picture that nobody has annotated, upright as viewers show it. Raises BadImage."""
+    check_regular(path)
+    return Picture(Folder(Path(path).parent).read(Path(path).name), upright=True)
+
+
+def check_regular(path: str | Path) -> None:
+    """Raises BadImage for a pipe, device, socket or folder: opening one may take for ever."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise BadImage("unreadable-file", "not a regular file, and only these are opened")
 
 
 def check_size(size: int) -> None:

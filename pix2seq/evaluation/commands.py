@@ -12,13 +12,12 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 from torchvision.transforms.v2.functional import to_pil_image
 from transformers.utils import logging as transformers_logging
 
 from pix2seq.data.coco import read_json
 from pix2seq.data.faults import tally
-from pix2seq.data.images import BadImage, Picture
+from pix2seq.data.images import BadImage, open_file
 from pix2seq.errors import UserError
 from pix2seq.evaluation.compare import FEWEST_RESAMPLES, common_truth, compare, table, verdict
 from pix2seq.evaluation.output_folder import read_truth
@@ -123,9 +122,7 @@ def tokens_parser() -> argparse.ArgumentParser:
 def _tokens(words: list[str]) -> int:
     args = tokens_parser().parse_args(words)
     try:
-        pixels = Picture(np.frombuffer(bytearray(args.image.read_bytes()), np.uint8), upright=True).pixels()
-    except OSError as error:
-        raise UserError(f"--image {args.image}: cannot be read ({error.strerror})") from None
+        pixels = open_file(args.image).pixels()
     except BadImage as error:
         raise UserError(f"--image {args.image}: cannot be read ({error})") from None
     if args.output.suffix.lower() not in ("", ".png"):
