@@ -28,12 +28,12 @@ from pix2seq.config import DecodingArguments, flag
 from pix2seq.data.faults import shown
 from pix2seq.data.images import BadImage
 from pix2seq.errors import UserError
-from pix2seq.inputs import find_inputs, is_camera, is_video, name_inputs
 from pix2seq.model import load_detector
-from pix2seq.predictor import Pix2Seq, Precision
+from pix2seq.prediction.inputs import find_inputs, is_camera, is_video, name_inputs
+from pix2seq.prediction.predictor import Pix2Seq, Precision
+from pix2seq.prediction.result_files import FORMATS, ResultFolder, coco_rows, write_labels, write_results
+from pix2seq.prediction.video import Video, opencv, video_writer
 from pix2seq.progress import progress
-from pix2seq.result_files import FORMATS, ResultFolder, coco_rows, write_labels, write_results
-from pix2seq.video import Video, opencv, video_writer
 
 MOST_JPEG_PIXELS = 65500  # of a side
 

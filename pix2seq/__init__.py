@@ -21,7 +21,7 @@ MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES["pix2seq"] = "Pix2SeqForObjectDetection
 def __getattr__(name: str):
     """Pix2Seq comes with what reads files and draws, which transformers' routes do without."""
     if name == "Pix2Seq":
-        from pix2seq.predictor import Pix2Seq
+        from pix2seq.prediction import Pix2Seq
 
         return Pix2Seq
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

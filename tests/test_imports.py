@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Module -> modules of ours it may import. "pix2seq" is the package itself (its version); a module's own package is
 # spelt out, so that its rooms have an order too.
 ALLOWED = {
-    "__init__": {"model", "predictor", "processing"},
+    "__init__": {"model", "prediction", "processing"},
     # level 0
     "errors": set(),
     "tokenizer": set(),
@@ -90,13 +90,13 @@ ALLOWED = {
         *("tokenizer", "trackers", "visualize"),
     },
     "evaluation": {"evaluation.pictures", "evaluation.predictions"},
-    "predictor": {
+    "prediction": {"prediction.predictor"},
+    "prediction.predictor": {
         *("command_line", "data", "data.images", "decoding", "errors", "model", "transforms", "visualize"),
     },
-    # what predict.py is asked about, and what it leaves behind
-    "inputs": {"data.images", "errors"},
-    "video": {"data.images", "errors"},
-    "result_files": {"errors", "evaluation", "model", "predictor"},
+    "prediction.inputs": {"data.images", "errors"},
+    "prediction.video": {"data.images", "errors"},
+    "prediction.result_files": {"errors", "evaluation", "model", "prediction"},
     "evaluation.predictions": {
         "data",
         "data.images",
@@ -146,11 +146,12 @@ ALLOWED = {
     # the page, an entry point too
     "demo": set(),
     "demo.desk": {
-        *("data.images", "decoding", "decoding.sentences", "predictor", "tokenizer", "transforms", "visualize"),
+        *("data.images", "decoding", "decoding.sentences", "prediction.predictor", "tokenizer", "transforms"),
+        "visualize",
     },
     "demo.page": {"errors", "tokenizer", "demo.desk"},
     "demo.__main__": {
-        *("command_line", "config", "data", "errors", "model", "predictor", "shapes", "demo.desk", "demo.page"),
+        *("command_line", "config", "data", "errors", "model", "prediction", "shapes", "demo.desk", "demo.page"),
     },
 }
 LEVEL_0 = (
@@ -229,7 +230,7 @@ def test_outside_packages_stay_in_their_place(module):
     packages = outside(module)
     if module != "trackers":  # and there only while it runs, for what Accelerate's tracker does not know
         assert "wandb" not in packages
-    if module != "video":  # and there only while there is one
+    if module != "prediction.video":  # and there only while there is one
         assert "cv2" not in packages
     if module != "demo.page":  # and there only while it serves
         assert "gradio" not in packages

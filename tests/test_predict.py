@@ -17,17 +17,17 @@ from PIL import Image
 from transformers import pipeline
 
 import evaluate
-import pix2seq.predictor
+import pix2seq
 import predict
 from pix2seq import Pix2Seq
 from pix2seq.command_line import parse
 from pix2seq.config import EvaluateArguments
 from pix2seq.data.images import BadImage
 from pix2seq.errors import UserError
-from pix2seq.predictor import Found
+from pix2seq.prediction import Found, predictor
+from pix2seq.prediction.video import Video, opencv
 from pix2seq.scoring import coco_metrics
 from pix2seq.shapes import CATEGORY_IDS, SHAPES
-from pix2seq.video import Video, opencv
 
 
 def photo(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -460,7 +460,7 @@ def test_a_list_gives_a_list(detector, pictures):
     assert isinstance(detector(paths[:1]), list)
     drawn = together[1].draw()
     assert drawn.size == (142, 320)  # enlarged, and upright
-    plain = pix2seq.predictor.enlarge(_upright(Image.open(paths[1])), together[1].boxes, 320)[0]
+    plain = predictor.enlarge(_upright(Image.open(paths[1])), together[1].boxes, 320)[0]
     assert (np.asarray(drawn) != np.asarray(plain)).any()
 
 
@@ -555,7 +555,7 @@ def test_logits_that_are_not_finite_name_their_pictures(folder, pictures):
 
 @pytest.mark.slow  # for a second Python that imports everything
 def test_importing_the_package_does_not_load_it():
-    code = "import sys, pix2seq; assert not {'pix2seq.predictor', 'pix2seq.data', 'cv2'} & set(sys.modules); "
+    code = "import sys, pix2seq; assert not {'pix2seq.prediction', 'pix2seq.data', 'cv2'} & set(sys.modules); "
     code += "from pix2seq import Pix2Seq; assert not {'matplotlib', 'cv2'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 

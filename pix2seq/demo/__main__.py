@@ -25,7 +25,7 @@ from pix2seq.demo.desk import LEAST_SIDE, Desk
 from pix2seq.demo.page import build_page, launch
 from pix2seq.errors import UserError
 from pix2seq.model import load_detector
-from pix2seq.predictor import Pix2Seq
+from pix2seq.prediction import Pix2Seq
 from pix2seq.shapes import draw_picture
 
 PROGRAM = "python -m pix2seq.demo"

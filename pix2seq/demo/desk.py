@@ -15,7 +15,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 from pix2seq.data.images import BadImage
 from pix2seq.decoding import Interrupted, NonFiniteLogits, write
 from pix2seq.decoding.sentences import Sentences
-from pix2seq.predictor import Pix2Seq, open_picture
+from pix2seq.prediction.predictor import Pix2Seq, open_picture
 from pix2seq.tokenizer import TOKENS_PER_OBJECT
 from pix2seq.transforms import EvalTransform, fitted_size, to_original_pixels
 from pix2seq.visualize import GREY, color_of

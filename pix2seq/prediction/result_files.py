@@ -12,7 +12,7 @@ from pathlib import Path
 from pix2seq.errors import UserError
 from pix2seq.evaluation import coco_results
 from pix2seq.model import Pix2SeqConfig
-from pix2seq.predictor import Found
+from pix2seq.prediction import Found
 
 FORMATS = {"coco": ("predictions.json", "images.json"), "yolo": ("classes.txt",), "csv": ("predictions.csv",)}
 COLUMNS = ("file_name", "class", "score", "x1", "y1", "x2", "y2")
