@@ -52,7 +52,7 @@ def fill(page: str, record: dict) -> str:
             where = record["environment"]
             line = (
                 f"Measured on {where['device']} ({where['processor']}, torch {where['torch']}) at commit "
-                f"{where['commit'][:8]}: [record](results/reliability.json). On a GPU: not run."
+                f"{where['commit'][:8]}: [record](results/reliability.json). On a GPU: [below](#on-a-gpu)."
             )
         lines.append(line)
     return "\n".join([*lines, ""])

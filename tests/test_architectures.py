@@ -8,7 +8,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoConfig, ResNetConfig, ResNetForImageClassification, ViTImageProcessor
+from transformers import (
+    AutoBackbone,
+    AutoConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    ResNetConfig,
+    ResNetForImageClassification,
+    ViTImageProcessor,
+)
+from transformers.modeling_outputs import BackboneOutput
 
 from pix2seq.decoding import DecodingOptions
 from pix2seq.errors import UserError
@@ -17,7 +26,36 @@ from pix2seq.model.backbone import VisionBackbone, choose_backbone
 from pix2seq.optimizer import parameter_groups
 
 VIT = "hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2, patch_size: 16, image_size: 32"
+
+
+class OwnConfig(PretrainedConfig):
+    model_type = "own"
+
+    def __init__(self, width: int = 8, **kwargs):
+        self.width = width
+        super().__init__(**kwargs)
+
+
+class OwnBackbone(PreTrainedModel):
+    """One that only this file knows, as docs/extending.md says to make it known."""
+
+    config_class = OwnConfig
+
+    def __init__(self, config: OwnConfig):
+        super().__init__(config)
+        self.channels = (config.width,)
+        self.patches = nn.Conv2d(3, config.width, 16, stride=16)
+        self.post_init()
+
+    def forward(self, pixel_values: torch.Tensor) -> BackboneOutput:
+        return BackboneOutput(feature_maps=(self.patches(pixel_values),))
+
+
+AutoConfig.register("own", OwnConfig)
+AutoBackbone.register(OwnConfig, OwnBackbone)
+
 BACKBONES = {
+    "own": "{model_type: own, width: 8}",
     "resnet": "{model_type: resnet, embedding_size: 8, hidden_sizes: [8, 16], depths: [1, 1], layer_type: basic}",
     "resnet_bottleneck": "{model_type: resnet, embedding_size: 8, hidden_sizes: [8, 8, 16, 16], depths: [1, 1, 1, 2]}",
     "vit": f"{{model_type: vit, intermediate_size: 32, {VIT}}}",

@@ -5,6 +5,7 @@ import itertools
 import json
 import re
 import shlex
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -30,12 +31,22 @@ from train_drafter import DrafterArguments
 
 README = Path("README.md").read_text()
 DOCUMENTS = {str(path): path.read_text() for path in sorted((*Path().glob("*.md"), *Path("docs").glob("*.md")))}
-BLOCKS = [block for page in DOCUMENTS.values() for block in re.findall(r"```bash\n(.*?)```", page, flags=re.DOTALL)]
-COMMANDS = {line: None for block in BLOCKS for line in block.replace("\\\n", " ").splitlines() if line.strip()}
+BLOCKS = [
+    (name, *block)
+    for name, page in DOCUMENTS.items()
+    for block in re.findall(r"^ *```(.*)\n((?:.*\n)*?) *```$", page, flags=re.MULTILINE)
+]
+SCRIPTS = [block for _, kind, block in BLOCKS if kind == "bash"]
+COMMANDS = {line: None for block in SCRIPTS for line in block.replace("\\\n", " ").splitlines() if line.strip()}
 
 
-def test_there_are_commands():
-    assert len(COMMANDS) >= 8
+def test_every_block_says_what_it_is():
+    """So that no command escapes. What is Python is run or compiled by a test of its page."""
+    assert 2 * len(BLOCKS) == sum(page.count("```") for page in DOCUMENTS.values())
+    assert {kind for _, kind, _ in BLOCKS} == {"bash", "python", "text", "bibtex"}
+    tested = {"README.md", "docs/predict.md", "docs/demo.md", "docs/export.md"}
+    assert {name for name, kind, _ in BLOCKS if kind == "python"} == tested
+    assert len(COMMANDS) >= 50
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -72,6 +83,13 @@ def test_every_command_parses(command):
         parse(Arguments, words[1:])
     elif words[0] == "git":
         assert words[1] in ("add", "commit")
+    elif words[0] == "source":
+        assert words[1:] == [".venv/bin/activate"]
+    elif words[:2] == ["pip", "install"]:
+        known = tomllib.loads(Path("pyproject.toml").read_text())["project"]["optional-dependencies"]
+        extras = {f".[{name}]" for name in known}
+        packages = {re.match(r"[\w-]+", needed)[0] for several in known.values() for needed in several}
+        assert set(words[2:]) - {"-e"} <= extras | packages
     elif words[0] == "cp":
         assert Path(words[1]).exists()
     elif words[:3] == ["python", "-m", "pytest"]:

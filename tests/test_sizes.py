@@ -16,6 +16,7 @@ def test_the_classic_ones_have_the_papers_parameters(size):
     assert counted["visual_tokens"] == (400 if size == "r50" else 1600)
     recorded = json.loads(Path("docs/results/models.json").read_text())["sizes"]
     assert counted in recorded
+    assert measure(size, "llama") in recorded
 
 
 def test_the_page_is_made_of_the_record():

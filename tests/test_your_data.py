@@ -55,6 +55,6 @@ def test_the_page_is_literal(yolo, tmp_path):
             ["bash", "-c", script], cwd=place, env=environment, capture_output=True, text=True, timeout=600
         )
         assert done.returncode == 0, (script, done.stderr[-2000:])
-    for name in ("runs/pix2seq/data/check.png", "show.png", "runs/overfit/best", "out/report.html"):
+    for name in ("runs/pix2seq/data/check.png", "show.png", "runs/mine-by-heart/best", "out/report.html"):
         assert (place / name).exists(), name
     assert len(list((place / "boxes").glob("*.jpg"))) == len(list((yolo / "images" / "val").iterdir()))

@@ -13,7 +13,7 @@ import yaml
 from torch import nn
 from transformers import AutoBackbone, AutoConfig, AutoImageProcessor, AutoModel, TimmBackboneConfig
 from transformers.configuration_utils import PretrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING
 from transformers.models.resnet.modeling_resnet import ResNetConvLayer, ResNetShortCut
 from transformers.utils import cached_file
 
@@ -113,7 +113,7 @@ class VisionBackbone(nn.Module):
 
     def __init__(self, config: PretrainedConfig, dilated: bool = False):
         super().__init__()
-        self.is_pyramid = config.model_type in MODEL_FOR_BACKBONE_MAPPING_NAMES
+        self.is_pyramid = type(config) in MODEL_FOR_BACKBONE_MAPPING  # and so what anybody has registered
         self.dilated = dilated
         self.frozen = False
         config = copy.deepcopy(config)  # AutoBackbone writes into what it is given
