@@ -21,6 +21,7 @@ KINDS = {
     "expected": "averaged bins",
     "top_p": "sampling",
     "samples": "merged",
+    "beams": "beam search",
 }
 
 
@@ -52,7 +53,7 @@ def trades(axis, record: dict) -> None:
     for row, (kind, label) in enumerate(KINDS.items()):
         ways = [way for name, way in record["ways"].items() if re.match(rf"(\d )?{kind}", name)]
         passes, aps = ([way[key] for way in ways] for key in ("passes", "ap"))
-        axis.scatter(passes, aps, color=PALETTE[(row + 1) % len(PALETTE)], marker="osD^v"[row], s=30, label=label)
+        axis.scatter(passes, aps, color=PALETTE[(row + 1) % len(PALETTE)], marker="osD^vP"[row], s=30, label=label)
     axis.axhline(greedy["ap"], color="grey", linewidth=0.8, linestyle=":")
     axis.set_xscale("log")
     axis.set_xlabel("decoder passes an image")
