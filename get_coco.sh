@@ -43,13 +43,14 @@ count() { # the free space it needs
 }
 
 download() { # to FILE; not with curl's own --retry, which throws away what an attempt has brought
-    local attempts=0 before code url=${COCO_URL:-http://images.cocodataset.org}/$path
+    local attempts=0 most code url=${COCO_URL:-http://images.cocodataset.org}/$path
+    most=$(size "$1")
     while (($(size "$1") < bytes)); do
-        before=$(size "$1") code=0
+        code=0
         curl -fL "$progress" --connect-timeout 20 --speed-limit 1000 --speed-time 60 -C - -o "$1" "$url" || code=$?
         if ((code == 0)); then break; fi
+        if (($(size "$1") > most)); then attempts=0 most=$(size "$1"); else attempts=$((attempts + 1)); fi
         if ((code == 33)); then rm -f "$1"; fi # the server sends files from their beginning only
-        if (($(size "$1") > before)); then attempts=0; else attempts=$((attempts + 1)); fi
         if ((code == 23 || attempts > ${COCO_RETRIES:-5})); then # 23: the disk does not take it
             say "error: $url: cannot be downloaded (curl's error $code); start again to go on from byte $(size "$1")"
             return 1

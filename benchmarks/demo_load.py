@@ -92,7 +92,7 @@ def _shown(browser: httpx.Client, function: int, argument: object) -> Iterator[N
     with browser.stream("GET", "/gradio_api/queue/data", params={"session_hash": call["session_hash"]}) as events:
         for line in filter(None, events.iter_lines()):
             message = json.loads(line.removeprefix("data: "))
-            if "fault" in line or not message.get("success", True):
+            if 'class=\\"fault\\"' in line or not message.get("success", True):
                 raise RuntimeError(line)
             begun = begun or "<td>" in line
             if begun:
@@ -128,7 +128,7 @@ def rush(kind: Callable, url: str, count: int, pictures: int, folder: Path) -> d
         "pictures": len(answers),
         "errors": [error for _, error in answers if error],
         "seconds": dict(zip(KINDS[kind], spread, strict=False)),
-        "pictures_per_s": len(answers) / (time.perf_counter() - started),
+        "pictures_per_s": sum(not error for _, error in answers) / (time.perf_counter() - started),
     }
 
 
@@ -169,8 +169,8 @@ def fill(page: str, record: dict) -> str:
                 lines.append(f"| {' | '.join(map(str, cells))} |")
     memory = [f"{record['memory_mb'][when]:.0f} MB" for when in ("before", "after", "after as many again")]
     lines += ["", "The server held {} before, {} after, and {} after as many again.".format(*memory)]
-    before, mark, rest = page.partition(MARK)
-    return "\n".join([before + mark.rstrip(), *lines, END + rest.partition(END)[2]])
+    (before, _), (_, after) = page.split(MARK), page.split(END)  # or there is no place for them
+    return "\n".join([before + MARK.rstrip(), *lines, END + after])
 
 
 def main() -> None:

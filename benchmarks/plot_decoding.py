@@ -51,7 +51,7 @@ def trades(axis, record: dict) -> None:
         greedy["passes"], greedy["ap"], color="black", marker="*", s=90, zorder=3, label="greedy, token by token"
     )
     for row, (kind, label) in enumerate(KINDS.items()):
-        ways = [way for name, way in record["ways"].items() if re.match(rf"(\d )?{kind}", name)]
+        ways = [way for name, way in record["ways"].items() if re.match(rf"(\d+ )?{kind}", name)]
         passes, aps = ([way[key] for way in ways] for key in ("passes", "ap"))
         axis.scatter(passes, aps, color=PALETTE[(row + 1) % len(PALETTE)], marker="osD^vP"[row], s=30, label=label)
     axis.axhline(greedy["ap"], color="grey", linewidth=0.8, linestyle=":")

@@ -16,12 +16,12 @@ TEMPERATURES = (0.25, 0.5, 0.7, 0.85, 1.0, 1.2, 1.5, 2.0, 3.0, 5.0)
 
 @torch.inference_mode()
 def beam_search(
-    model, pixel_values: torch.Tensor, width: int, options: DecodingOptions
-) -> tuple[list[Detections], list[torch.Tensor]]:
+    model, pixel_values: torch.Tensor, width: int, options: DecodingOptions, heard: torch.Tensor | None = None
+) -> list[Detections]:
     """The likeliest of the sentences that come of keeping the `width` likeliest beginnings at each token; 1 is greedy.
 
-    Of pixels (B, 3, S, S) and a model that was trained with noise objects, whose sentences all have one length. Also
-    the logits (N, V) at each sentence's class tokens.
+    Of pixels (B, 3, S, S) and a model that was trained with noise objects, whose sentences all have one length. A
+    single beam fills `heard` (B, N, V) with the logits at class tokens.
     """
     batch, tokenizer = len(pixel_values), model.tokenizer
     grammar = Grammar(tokenizer, allow_eos=False, device=pixel_values.device)
@@ -30,7 +30,6 @@ def beam_search(
     steps = model.start(pixel_values, TOKENS_PER_OBJECT * options.max_objects)
     first = width * torch.arange(batch, device=pixel_values.device)[:, None]
     token = torch.full_like(writing.rows, tokenizer.bos_id)
-    heard = torch.zeros(len(token), options.max_objects, tokenizer.vocab_size, device=token.device)
     likely = torch.full((batch, width), -torch.inf, device=token.device)
     likely[:, 0] = 0  # all begin as one
     for position in range(TOKENS_PER_OBJECT * options.max_objects):
@@ -41,27 +40,25 @@ def beam_search(
         likely, chosen = (likely[..., None] + allowed.view(batch, width, -1)).flatten(1).topk(width)
         parents = (first + chosen // allowed.shape[1]).flatten()
         token = (chosen % allowed.shape[1]).flatten() + grammar.rows[slot].start
-        writing, heard = writing.of(parents), heard[parents]
+        writing = writing.of(parents)
         steps.keep(parents)
         writing.tokens[:, position] = token
         if slot == CLASS_SLOT:
-            heard[:, number] = logits[parents]
+            if heard is not None:
+                heard[:, number] = logits
             writing.scores[:, number], writing.labels[:, number] = grammar.best_class(logits[parents])
     writing.passes += width * TOKENS_PER_OBJECT * options.max_objects
-    best = first[:, 0]  # topk sorts
-    return writing.of(best).detections(tokenizer), list(heard[best].cpu())
+    return writing.of(first[:, 0]).detections(tokenizer)  # topk sorts
 
 
 def scored_anew(found: Detections, heard: torch.Tensor, first_class_id: int, temperature: float) -> Detections:
     """With the probabilities of its classes at another temperature, of their logits (N, V)."""
-    rows = np.arange(len(found.labels))
-    return replace(
-        found, scores=(heard / temperature).softmax(-1).double().numpy()[rows, found.labels + first_class_id]
-    )
+    rows, likely = np.arange(len(found.labels)), (heard / temperature).softmax(-1).double().cpu().numpy()
+    return replace(found, scores=likely[rows, found.labels + first_class_id])
 
 
 def are_right(found: Detections, boxes: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Which objects (N,) have one of their class (M,) under them, at an IoU of 0.5; boxes (M, 4) in [0, 1]."""
+    """Which objects (N,) have one of their class (M,) under them, at an IoU of 0.5; boxes (M, 4) in the same unit."""
     overlap = box_iou(torch.from_numpy(found.boxes), torch.from_numpy(boxes)).numpy()
     return ((overlap >= 0.5) & (found.labels[:, None] == labels)).any(1)
 

@@ -121,17 +121,22 @@ class Bench:
     def image_ids(self) -> list[int]:
         return [image_id for batch in self.batches for image_id in batch["image_id"].tolist()]
 
-    def beams(self, width: int) -> tuple[list[Detections], list[torch.Tensor]]:
-        found, heard = [], []
+    def beams(self, width: int, heard: list[torch.Tensor] | None = None) -> list[Detections]:
+        """Of all pictures; see beam_search. The logits (N, V) of each go to `heard`."""
+        found, options = [], DecodingOptions(self.most, top_p=0.0)
         for batch in self.batches:
-            pixels = batch["pixel_values"].to(self.model.device)
-            ours, logits = beam_search(self.model, pixels, width, DecodingOptions(self.most, top_p=0.0))
-            found, heard = found + ours, heard + logits
-        return found, heard
+            pixels, logits = batch["pixel_values"].to(self.model.device), None
+            if heard is not None:
+                shape = len(pixels), self.most, self.model.tokenizer.vocab_size
+                logits = torch.zeros(shape, device=pixels.device)
+                heard.extend(logits)
+            found += beam_search(self.model, pixels, width, options, logits)
+        return found
 
     def temperature(self) -> dict:
         """Of the scores: fitted to every other picture, and what it does on the rest."""
-        found, heard = self.beams(1)
+        heard = []
+        found = self.beams(1, heard)
         first = self.model.tokenizer.first_class_id
         right = [are_right(one, *objects) for one, objects in zip(self.in_pixels(found), self.objects, strict=True)]
         fitted = fitted_temperature(found[::2], heard[::2], right[::2], first)
@@ -176,7 +181,7 @@ def measure(args: argparse.Namespace) -> dict:
             found[f"{count} samples of top_p {top_p} merged"] = {"ap": bench.ap(boxes), "passes": passes}
     if bench.model.config.noise_objects:
         for width in args.beams:
-            boxes = bench.beams(width)[0]
+            boxes = bench.beams(width)
             passes = float(np.mean([one.passes for one in boxes]))
             found[f"{width} beams"] = {"ap": bench.ap(boxes), "passes": passes}
         fitted = bench.temperature()

@@ -583,6 +583,11 @@ def linked_folder(root: Path) -> None:
         (root / name / "val/more").symlink_to(root.parent / "elsewhere" / name)
 
 
+def linked_config(root: Path) -> None:
+    (root / "data.yaml").rename(root.parent / "elsewhere/data.yaml")
+    (root / "data.yaml").symlink_to(root.parent / "elsewhere/data.yaml")
+
+
 def listed_picture(root: Path) -> None:
     text(root / "list.txt", f"{root}/images/train/a.png\n{root.parent}/elsewhere/images/x.png\n")
     text(root / "data.yaml", CONFIG.replace("images/val", "list.txt"))
@@ -592,7 +597,34 @@ def other_folder(root: Path) -> None:
     text(root / "data.yaml", CONFIG.replace("images/val", "../elsewhere/images"))
 
 
-@pytest.mark.parametrize("plant", [linked_folder, listed_picture, other_folder])
+def test_links_out_of_the_dataset_are_not_walked(tmp_path, monkeypatch):
+    (yolo(tmp_path / "data") / "images/train/all").symlink_to("/usr")
+    walk, walked = os.walk, []
+    monkeypatch.setattr(os, "walk", lambda *a, **k: (walked.append(step[0]) or step for step in walk(*a, **k)))
+    assert complaint(tmp_path / "data").startswith(f"{tmp_path}/data/images/train/all: lies outside")
+    assert walked == [str(tmp_path / "data/images/train")]
+
+
+@pytest.mark.parametrize(
+    "name", ["labels.txt", "ImageSets/Main/train.txt", "Annotations/a.xml", "JPEGImages/a.png", "JPEGImages"]
+)
+def test_voc_nothing_elsewhere_is_opened(tmp_path, name):
+    """Nor is a word of it told, also not the size of a picture that the XML does not say."""
+    root = voc(tmp_path / "data", xml(obj("dog"), size=""))
+    text(root / "labels.txt", "dog\ncat\n")
+    elsewhere = tmp_path / "elsewhere"
+    (root / name).rename(elsewhere)
+    (root / name).symlink_to(elsewhere)
+    opened, whole = [], Path.read_bytes
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "read_bytes", lambda path: opened.append(path) or whole(path))
+        patch.setattr(Image, "open", lambda path, **_: pytest.fail(f"{path} was opened"))
+        assert complaint(root).startswith(f"{root}/{name}: lies outside {root}")
+    assert root / name not in opened
+    assert [split.name for split in convert(root, tmp_path / "out", follow_links=True)] == ["train", "val"]
+
+
+@pytest.mark.parametrize("plant", [linked_folder, listed_picture, other_folder, linked_config])
 def test_pictures_elsewhere_are_opened_if_one_says_so(tmp_path, plant):
     picture(tmp_path / "elsewhere/images/x.png")
     text(tmp_path / "elsewhere/labels/x.txt", "1 0.5 0.5 0.5 0.2\n")
@@ -601,7 +633,15 @@ def test_pictures_elsewhere_are_opened_if_one_says_so(tmp_path, plant):
         tmp_path / "data"
     )
     val = convert(tmp_path / "data", tmp_path / "out", follow_links=True)[1]
-    assert any(name.endswith("x.png") for name in files(json.loads(val.json.read_text())))
+    last = "c.png" if plant == linked_config else "x.png"
+    assert any(name.endswith(last) for name in files(json.loads(val.json.read_text())))
+
+
+def test_a_list_behind_a_link_is_not_quoted(tmp_path):
+    text(tmp_path / "elsewhere/secret.txt", "password\n")
+    (yolo(tmp_path / "data") / "link").symlink_to(text(tmp_path / "elsewhere/images/x").parent)
+    text(tmp_path / "data/data.yaml", CONFIG.replace("images/val", "link/../secret.txt"))
+    assert "password" not in complaint(tmp_path / "data")
 
 
 def test_the_whole_disk_is_no_folder_of_images(tmp_path):
@@ -680,3 +720,26 @@ def test_voc_without_lists_takes_folders_at_any_depth(tmp_path):
 
 def test_a_split_that_is_null_is_none(tmp_path):
     assert list(converted(yolo(tmp_path, CONFIG.replace("images/val", "null")))) == ["train"]
+
+
+def test_what_systems_put_into_folders_changes_nothing(tmp_path):
+    """macOS, for one: .DS_Store, and a shadow of every file on disks that are not its own."""
+    root = voc(tmp_path / "data")
+    for name in ("JPEGImages/._a.png", "Annotations/._a.xml"):
+        text(root / name, "shadow")
+    shutil.rmtree(root / "ImageSets")
+    convert(root, tmp_path / "out")
+    text(tmp_path / "out/images/.DS_Store")
+    (split,) = convert(root, tmp_path / "out")
+    assert split.linked
+    assert split.num_images == 3
+
+
+def test_a_link_that_is_somebodys_stays(tmp_path):
+    mine = tmp_path / "out/images/train2017"
+    mine.parent.mkdir(parents=True)
+    mine.symlink_to(tmp_path)
+    for _ in "12":
+        train, val = convert(yolo(tmp_path / "data"), tmp_path / "out")
+        assert (train.linked, val.linked) == (False, True)
+        assert mine.readlink() == tmp_path

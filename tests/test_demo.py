@@ -172,7 +172,19 @@ def test_too_many_are_told_to_come_back(desk, picture, monkeypatch):
     taken = [desk.ask(picture) for _ in range(3)]
     assert frames(desk, picture) == [("", f'<p class="fault">{FULL}</p>')]
     taken[2].leave()
-    desk.ask(picture).work.result()
+    for _ in range(4):  # who is done, too, makes room
+        sentence = desk.ask(picture)
+        sentence.work.result()
+        assert (sentence.fault, count(sentence.lines)) == ("", 20)
+
+
+def test_a_desk_that_closes_waits_for_no_sentence(detector, picture, monkeypatch):
+    steps = slowed(monkeypatch, detector)
+    with closing(Desk(detector, 8192, 2)) as desk:
+        asked = [desk.ask(picture) for _ in range(2)]
+        while not asked[0].lines:
+            time.sleep(0.001)
+    assert len(steps) < 10
 
 
 def test_a_failure_is_told_and_logged_and_the_next_picture_is_written(desk, picture, monkeypatch, caplog):
@@ -349,6 +361,53 @@ def test_who_closes_the_page_or_asks_for_something_else_ends_the_writing(desk, p
     assert len(steps) < 20 + 15
 
 
+def test_what_ended_at_once_disturbs_nothing_before_it(desk, picture, tmp_path, monkeypatch):
+    """A file that is no picture, while the sentence of another is being shown."""
+    slowed(monkeypatch, desk.detector)
+    (tmp_path / "empty.png").touch()
+    page = asked(desk, [])
+
+    async def run():
+        first = page["upload"](picture, visitor("a"))
+        await anext(first)
+        assert "it is empty" in (await last(page["upload"](str(tmp_path / "empty.png"), visitor("a"))))[1]
+        return await last(first)
+
+    assert asyncio.run(run()) is None
+
+
+def test_programs_leave_room_for_visitors(desk, picture, monkeypatch):
+    """Of two lines of two, each with one more who does not wait: theirs is full, and the other is not."""
+    slowed(monkeypatch, desk.detector, 0.002)
+    page = asked(desk, [])
+
+    async def run():
+        programs = [asyncio.create_task(page["detect"](picture, 0)) for _ in range(6)]
+        await asyncio.sleep(0)
+        shown = await last(page["upload"](picture, visitor("a")))
+        assert [program.done() for program in programs].count(False) >= 2  # one at a time came before
+        return shown, await asyncio.gather(*programs, return_exceptions=True)
+
+    shown, answers = asyncio.run(run())
+    assert shown[1].count("<td>") == 20
+    assert [getattr(answer, "message", len(answer)) for answer in answers[:3]] == [4, 4, 4]
+    assert [answer.message for answer in answers[3:]] == [FULL] * 3
+    assert asyncio.run(page["detect"](picture, 0))
+
+
+def test_programs_get_the_best_first(desk, tmp_path):
+    detect, seeds = asked(desk, [])["detect"], iter(range(100))
+    for seed in seeds:
+        Image.fromarray(noise(seed=seed).permute(1, 2, 0).numpy()).save(tmp_path / "noise.png")
+        sentence = desk.ask(str(tmp_path / "noise.png"))
+        sentence.work.result()
+        said = [line.score for line in sentence.lines]
+        if said != sorted(said, reverse=True):
+            break
+    assert next(seeds)
+    assert [one["score"] for one in asyncio.run(detect(str(tmp_path / "noise.png"), 0))] == sorted(said, reverse=True)
+
+
 def test_a_program_is_answered_by_one_decoding(desk, detector, picture, monkeypatch):
     decoded, pixels = [], Picture.pixels
     monkeypatch.setattr(Picture, "pixels", lambda self, *args: decoded.append(self) or pixels(self, *args))
@@ -383,17 +442,19 @@ def test_examples_are_of_the_detectors_own_dataset(tmp_path, shapes_root):
     args = arguments(shapes_root, tmp_path / "out")
     write_flags(args, tmp_path)
     (tmp_path / "config.json").write_text("{}")
-    files = find_examples(str(tmp_path), tmp_path)
+    files = find_examples(str(tmp_path), tmp_path, "127.0.0.1")
     assert len(files) == EXAMPLES == 5
     for path, own in zip(files, sorted((shapes_root / "images" / "val2017").iterdir()), strict=True):
         np.testing.assert_array_equal(np.asarray(Image.open(path)), np.asarray(Image.open(own).convert("RGB")))
+    # Strangers are shown none of it.
+    assert {Image.open(path).size for path in find_examples(str(tmp_path), tmp_path, "0.0.0.0")} == {(320, 320)}
 
 
 @pytest.mark.parametrize("flags_file", ["root: /no/such/folder\n", None])
 def test_examples_are_drawn_where_it_is_gone(tmp_path, flags_file):
     if flags_file:
         (tmp_path / "training.yaml").write_text(flags_file)
-    files = find_examples(str(tmp_path), tmp_path)
+    files = find_examples(str(tmp_path), tmp_path, "localhost")
     assert len(files) == EXAMPLES
     assert all(Image.open(path).size == (320, 320) for path in files)
 
@@ -577,15 +638,20 @@ def test_the_benchmark_sees_what_a_browser_sees(server, tmp_path):
 
 
 @pytest.mark.slow
-def test_what_is_too_much_is_refused(server):
-    """A file by its size whoever sends it, visitors by their number; and the next one is served."""
+def test_what_is_too_much_is_refused(server, tmp_path):
+    """A file by its size whoever sends it, programs by their number; visitors and the next one are served."""
     url, _ = server
     large = httpx.post(f"{url}/gradio_api/upload", files={"files": ("a.png", bytes(2**20 + 1))})
     assert large.status_code == 413
-    with ThreadPoolExecutor(8) as pool:
-        data = {"data": [None, 0]}
-        asked = [pool.submit(httpx.post, f"{url}/gradio_api/call/detect", json=data, timeout=30) for _ in range(60)]
-        codes = {call.result().status_code for call in asked}
-    assert codes == {200, 503}
-    time.sleep(2)
-    assert httpx.post(f"{url}/gradio_api/call/detect", json=data).status_code == 200
+    photo().save(tmp_path / "photo.png")
+    (place,) = httpx.post(f"{url}/gradio_api/upload", files={"files": (tmp_path / "photo.png").open("rb")}).json()
+    call, data = f"{url}/gradio_api/call/detect", {"data": [{"path": place, "meta": {"_type": "gradio.FileData"}}, 0]}
+    with ThreadPoolExecutor(16) as pool:
+        asked = [pool.submit(httpx.post, call, json=data, timeout=30) for _ in range(60)]
+        shown = demo_load.visitor(url)(tmp_path / "photo.png")  # meanwhile
+        events = [asking.result().json()["event_id"] for asking in asked]
+        answers = list(pool.map(lambda event: httpx.get(f"{call}/{event}", timeout=60).text, events))
+    assert len(shown) == 2
+    told = {answer for answer in answers if not answer.startswith("event: complete")}
+    assert all(FULL in answer for answer in told)
+    assert demo_load.program(url)(tmp_path / "photo.png")

@@ -279,3 +279,17 @@ def test_an_empty_folder_is_not_what_was_to_be_unpacked(get, tmp_path):
     (tmp_path / "coco/images/val2017").mkdir(parents=True)
     assert get()[0] == 0
     assert listing(tmp_path / "coco") == UNPACKED
+
+
+def test_a_server_that_always_breaks_off_is_given_up(server, get):
+    """Also one that sends files from their beginning only, and never gets further than before."""
+
+    class Always(dict):
+        def pop(self, path, default=None):
+            return 100 if path == TRAIN else default
+
+    server.has_ranges, server.cut = False, Always()
+    code, said = get(COCO_RETRIES="1")
+    assert code == 1
+    assert "train2017.zip: cannot be downloaded" in said
+    assert sum(path == TRAIN for path, *_ in server.requests) <= 4

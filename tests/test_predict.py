@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,6 +26,8 @@ from pix2seq.config import EvaluateArguments
 from pix2seq.data.images import BadImage
 from pix2seq.errors import UserError
 from pix2seq.prediction import Found, predictor
+from pix2seq.prediction.inputs import find_inputs, name_inputs
+from pix2seq.prediction.result_files import ResultFolder
 from pix2seq.prediction.video import Video, opencv
 from pix2seq.scoring import coco_metrics
 from pix2seq.shapes import CATEGORY_IDS, SHAPES
@@ -254,6 +257,19 @@ def test_what_a_killed_run_left_is_removed(folder, pictures, earlier, monkeypatc
         (earlier / name).unlink()
     assert run(folder, pictures / "dot.png", "--output_dir", earlier, "--overwrite", "--format", "csv") == 0
     assert files_in(earlier) == FOREIGN | AS_CSV
+
+
+def test_a_torn_line_costs_no_other(folder, pictures, earlier):
+    """And what could not be written is not taken for ours when somebody else puts it there."""
+    with (earlier / "written.ndjson").open("a") as file:
+        file.write('["half a li')
+    files = ResultFolder(earlier, ["own.jpg"], [], overwrite=False)
+    with pytest.raises(OSError, match="full"), files.writing("own.jpg"):
+        raise OSError("full")
+    (earlier / "own.jpg").write_text("somebody else's")
+    assert run(folder, pictures / "wide.png", "--output_dir", earlier) == 0
+    assert run(folder, pictures / "dot.png", "--output_dir", earlier, "--overwrite", "--format", "csv") == 0
+    assert files_in(earlier) == FOREIGN | AS_CSV | {"own.jpg"}
 
 
 def test_mistakes_about_earlier_files_remove_nothing(folder, pictures, earlier, capsys):
@@ -665,3 +681,21 @@ def test_a_webcam(folder, tmp_path, monkeypatch, interrupt, code):
     assert len((tmp_path / "webcam_0.jsonl").read_text().splitlines()) == 4
     monkeypatch.undo()
     assert len(frames(tmp_path / "webcam_0.mp4")) == 4
+
+
+def test_a_folder_may_lie_in_the_output_folder(pictures, tmp_path):
+    folder = tmp_path / "pictures"
+    shutil.copytree(pictures, folder)
+    expected = find_inputs([str(folder)], tmp_path / "elsewhere")
+    assert find_inputs([str(folder)], tmp_path) == find_inputs([str(folder)], folder) == expected
+    shutil.copytree(pictures, folder / "out")
+    assert find_inputs([str(folder)], folder / "out") == expected
+    assert len(find_inputs([str(folder)], tmp_path / "elsewhere")[0]) == 2 * len(expected[0])
+
+
+def test_many_pictures_of_one_name(monkeypatch):
+    paths = [f"{number}/rgb.png" for number in range(50_000)]
+    monkeypatch.setattr(os.path, "exists", lambda path: True)
+    names = name_inputs([*paths, "x/RGB_7.png", "y/rgb.jpg"])
+    assert len({name.casefold() for name in names.values()}) == 50_002
+    assert (names["0/rgb.png"], names["1/rgb.png"], names["x/RGB_7.png"]) == ("rgb", "rgb_2", "RGB_7_2")

@@ -11,6 +11,7 @@ from benchmarks.search import TEMPERATURES, are_right, beam_search, fitted_tempe
 from pix2seq.decoding import DecodingOptions, Detections
 from pix2seq.decoding.grammar import Grammar
 from pix2seq.tokenizer import Tokenizer
+from tests.test_architectures import build
 
 TOKENIZER = Tokenizer(num_classes=2, num_bins=4)
 
@@ -50,12 +51,13 @@ class Chain:
 
 def test_many_beams_find_the_likeliest_sentence():
     model, pixels = Chain(), torch.arange(3.0)[:, None, None, None].expand(3, 3, 4, 4)
-    found, heard = beam_search(model, pixels, 1000, DecodingOptions(1, top_p=0.0))
+    found = beam_search(model, pixels, 1000, DecodingOptions(1, top_p=0.0))
     for picture, one in enumerate(found):
         *corners, word = model.likeliest(picture)
         boxes = TOKENIZER.dequantize(np.array([corners])[:, [1, 0, 3, 2]])
         np.testing.assert_array_equal(one.boxes, boxes)
-        assert torch.equal(heard[picture][0], model.logits[picture, 4, corners[3]])
+        classes = model.logits[picture, 4, corners[3]].softmax(-1)[TOKENIZER.first_class_id : TOKENIZER.first_bin_id]
+        assert (one.labels[0], one.scores[0]) == (classes.argmax(), pytest.approx(float(classes.max())))
         assert word in (TOKENIZER.noise_id, TOKENIZER.first_class_id + one.labels[0])
     assert {one.passes for one in found} == {5000}
 
@@ -63,13 +65,59 @@ def test_many_beams_find_the_likeliest_sentence():
 def test_one_beam_is_greedy(make_model):
     model = make_model(seed=3)
     pixels = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    options = DecodingOptions(4, top_p=0.0)
-    found, heard = beam_search(model, pixels, 1, options)
+    options, heard = DecodingOptions(4, top_p=0.0), torch.zeros(3, 4, model.tokenizer.vocab_size)
+    found = beam_search(model, pixels, 1, options, heard)
     for ours, theirs, logits in zip(found, model.detect(pixels, options), heard, strict=True):
         np.testing.assert_array_equal(ours.boxes, theirs.boxes)
         np.testing.assert_array_equal(ours.labels, theirs.labels)
         same = scored_anew(ours, logits, model.tokenizer.first_class_id, 1.0)
         np.testing.assert_allclose(same.scores, theirs.scores, rtol=1e-5)
+
+
+@pytest.mark.parametrize("decoder", ["llama", "transformer"])
+def test_a_beam_goes_on_with_its_own_past(decoder):
+    """What is said of the winning sentence is what the model says when it reads it as a whole."""
+    model = build(decoder, drop_path=0.0).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter *= 3
+    generator, tokenizer = torch.Generator().manual_seed(1), model.tokenizer
+    side, options = model.config.image_size, DecodingOptions(2, top_p=0.0)
+    pixels = torch.randint(0, 256, (4, 3, side, side), dtype=torch.uint8, generator=generator)
+    wide, narrow = (beam_search(model, pixels, width, options) for width in (3, 1))
+    differ, first_bin = 0, tokenizer.first_bin_id
+    for picture, one, greedy in zip(pixels, wide, narrow, strict=True):
+        totals = []
+        for found in (one, greedy):
+            # Which word was said of the first object's class, a score does not tell; only one leads to the second's.
+            readings = [whole_reading(model, picture, found, word) for word in range(tokenizer.noise_id, first_bin)]
+            total, scores = min(readings, key=lambda reading: abs(reading[1][1] - found.scores[1]))
+            np.testing.assert_allclose(found.scores, scores, rtol=1e-4)
+            totals.append(total)
+        assert totals[0] > totals[1] - 1e-3
+        differ += not np.array_equal(one.boxes, greedy.boxes)
+    assert differ
+
+
+def whole_reading(model, picture: torch.Tensor, found: Detections, first_class: int) -> tuple[float, np.ndarray]:
+    """The log-likelihood of a sentence of two objects under the grammar, and their scores."""
+    tokenizer = model.tokenizer
+    grammar = Grammar(tokenizer, allow_eos=False)
+    bins = np.rint(found.boxes * (tokenizer.num_bins - 1)).astype(int)[:, [1, 0, 3, 2]] + tokenizer.first_bin_id
+    sentence, total, scores = [], 0.0, []
+    for corners, label in zip(bins.tolist(), found.labels.tolist(), strict=True):
+        for slot in range(5):
+            with torch.no_grad():
+                logits = model(picture[None], torch.tensor([[tokenizer.bos_id, *sentence]])).logits[0, -1].float()
+            rows = grammar.rows[slot]
+            corner = torch.tensor([sentence[-2]]) if slot in (2, 3) else None
+            allowed = grammar(logits[None, rows], slot, corner).log_softmax(-1)[0]
+            word = rows.start + int(allowed.argmax()) if len(sentence) > 5 else first_class
+            word = corners[slot] if slot < 4 else word
+            total += float(allowed[word - rows.start])
+            sentence.append(word)
+        scores.append(float(logits.softmax(-1)[tokenizer.first_class_id + label]))
+    return total, np.array(scores)
 
 
 def test_the_temperature_at_which_the_logits_were_true_is_found():

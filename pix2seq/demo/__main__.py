@@ -60,8 +60,11 @@ class DemoArguments(DecodingArguments):
         super().__post_init__()
 
 
-def find_examples(checkpoint: str, folder: Path) -> list[str]:
-    """Files of pictures the detector was evaluated on, if its dataset is there, else of drawn shapes."""
+def find_examples(checkpoint: str, folder: Path, host: str) -> list[str]:
+    """Files of pictures the detector was evaluated on, if its dataset is there and no other machine sees the page: it
+    may be nobody else's business. Else of drawn shapes."""
+    if host not in ("127.0.0.1", "localhost", "::1"):
+        return draw_examples(folder)
     flags = read_flags(checkpoint, "--checkpoint")
     try:
         where = (flags.get(name) for name in ("root", "val_images", "val_json"))
@@ -104,10 +107,7 @@ def serve(args: DemoArguments) -> None:
         os.environ["GRADIO_TEMP_DIR"] = folder  # read when gradio is imported
         examples = Path(folder) / "examples"
         examples.mkdir()
-        # The dataset may be nobody else's business.
-        local = args.host in ("127.0.0.1", "localhost", "::1")
-        files = find_examples(args.checkpoint, examples) if local else draw_examples(examples)
-        page = build_page(desk, files, args.threshold, args.pace)
+        page = build_page(desk, find_examples(args.checkpoint, examples, args.host), args.threshold, args.pace)
         try:
             launch(page, args.host, args.port, args.max_mb, args.threshold)
         except OSError as error:

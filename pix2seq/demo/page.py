@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pix2seq.demo.desk import Desk, Line, Sentence, beginning
+from pix2seq.demo.desk import FULL, Desk, Line, Sentence, beginning
 from pix2seq.errors import UserError
 from pix2seq.tokenizer import SLOTS
 
@@ -153,6 +153,7 @@ def build_page(desk: Desk, examples: list[str], threshold: float, pace: int):
     gradio = _gradio()
     of_examples: dict[int, Sentence] = {}
     newest: dict[str, object] = {}  # of each visitor who is shown something: what was asked for last
+    programs, turn = [], asyncio.Lock()
 
     def ask_example(index: int) -> Sentence:
         if index not in of_examples or of_examples[index].fault:
@@ -167,7 +168,7 @@ def build_page(desk: Desk, examples: list[str], threshold: float, pace: int):
             newest[visitor.session_hash] = mine
             try:
                 async for frame in watch(desk, sentence, pace):
-                    if newest[visitor.session_hash] is not mine:
+                    if newest.get(visitor.session_hash) is not mine:
                         return
                     yield frame
             finally:
@@ -184,8 +185,15 @@ def build_page(desk: Desk, examples: list[str], threshold: float, pace: int):
             raise gradio.Error("picture: none was sent", print_exception=False)
         if not (isinstance(threshold, Real) and 0 <= threshold <= 1):
             raise gradio.Error("threshold: must be a number from 0 to 1", print_exception=False)
-        sentence = desk.ask(picture)
-        await asyncio.wrap_future(sentence.work)
+        if len(programs) > desk.max_queue:
+            raise gradio.Error(FULL, print_exception=False)
+        programs.append(picture)
+        try:
+            async with turn:  # one of them at a time stands in the visitors' line
+                sentence = desk.ask(picture)
+                await asyncio.wrap_future(sentence.work)
+        finally:
+            programs.remove(picture)
         if sentence.fault:
             raise gradio.Error(sentence.fault, print_exception=False)
         lines = [line for line in sentence.lines if line.score > threshold]
@@ -216,10 +224,10 @@ def build_page(desk: Desk, examples: list[str], threshold: float, pace: int):
         samples.click(show_example, samples, **how)
         slider.change(None, slider, js=HIDE, api_visibility="private")
         # Not gradio.api, which lets its callers name any file of the server's; and no slider, which has errors of its
-        # own. Programs wait in a line of their own, and the first of them in that of the visitors.
+        # own.
         anything, answer = (gradio.JSON(text, visible=False) for text in (str(threshold), None))
-        gradio.on([], detect, [upload, anything], answer, api_name="detect", concurrency_limit=1)
-    return page.queue(max_size=desk.max_queue)
+        gradio.on([], detect, [upload, anything], answer, api_name="detect", concurrency_limit=None)
+    return page.queue()  # gradio's line is one for all who want anything; ours are of the desk, and of programs
 
 
 def launch(page, host: str, port: int, max_mb: int, threshold: float) -> None:

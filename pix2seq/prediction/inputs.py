@@ -46,8 +46,9 @@ def find_inputs(words: Sequence[str], output: Path) -> tuple[list[str], list[str
 def _in_folder(folder: Path, output: Path) -> tuple[list[str], list[str]]:
     """Pictures by their names, and other files."""
     pictures, others, output = [], [], output.resolve()
+    has_output = folder.resolve() in output.parents
     for path in sorted(folder.rglob("*")):
-        if path.is_dir() or (output != folder.resolve() and output in path.resolve().parents):
+        if path.is_dir() or (has_output and output in path.resolve().parents):
             continue
         hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
         is_picture = path.suffix.lower() in FORMATS_OF_SUFFIX and not hidden
@@ -57,11 +58,12 @@ def _in_folder(folder: Path, output: Path) -> tuple[list[str], list[str]]:
 
 def name_inputs(paths: Sequence[str]) -> dict[str, str]:
     """What is written for each is called as it is, without suffix; numbered where that is taken."""
-    names, taken = {}, set()
+    names, taken, numbers = {}, set(), {}
     for path in paths:
         stem = f"webcam_{path}" if is_camera(path) else Path(path).stem
-        choices = (stem if number == 1 else f"{stem}_{number}" for number in itertools.count(1))
         # Some file systems do not tell large letters from small ones.
+        counter = numbers.setdefault(stem.casefold(), itertools.count(1))
+        choices = (stem if number == 1 else f"{stem}_{number}" for number in counter)
         names[path] = next(choice for choice in choices if choice.casefold() not in taken)
         taken.add(names[path].casefold())
     return names

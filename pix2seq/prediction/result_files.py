@@ -17,6 +17,7 @@ from pix2seq.prediction import Found
 FORMATS = {"coco": ("predictions.json", "images.json"), "yolo": ("classes.txt",), "csv": ("predictions.csv",)}
 COLUMNS = ("file_name", "class", "score", "x1", "y1", "x2", "y2")
 LIST = "written.ndjson"  # no file of an input has this suffix
+GONE = ""  # in place of a file's SHA-256: it could not be written
 
 
 class ResultFolder:
@@ -49,7 +50,10 @@ class ResultFolder:
                     pass
             for file in earlier:
                 (path / file).unlink()
-            (path / LIST).write_text("".join(f"{json.dumps(entry)}\n" for entry in noted.items() if not overwrite))
+            if overwrite:
+                (path / LIST).unlink(missing_ok=True)
+            elif (path / LIST).exists():  # without its torn line: others follow it
+                os.truncate(path / LIST, (path / LIST).read_bytes().rfind(b"\n") + 1)
         except OSError as error:
             raise UserError(f"--output_dir {path}: cannot be written to ({error.strerror})") from None
 
@@ -60,14 +64,14 @@ class ResultFolder:
         try:
             yield self.path / file
         finally:
-            self._note(file, _digest(self.path / file))
+            self._note(file, _digest(self.path / file) or GONE)
 
     def _note(self, file: str, digest: str | None) -> None:
         with (self.path / LIST).open("a") as lines:
             lines.write(f"{json.dumps([file, digest])}\n")
 
     def _noted(self) -> dict[str, str | None]:
-        """LIST, but for a last line that is torn."""
+        """LIST, but for a last line that is torn: a run was killed at it, or the disk was full."""
         path = self.path / LIST
         lines = path.read_bytes().split(b"\n")[:-1] if os.path.lexists(path) else []
         try:

@@ -69,12 +69,12 @@ def convert(
         folder.mkdir(parents=True, exist_ok=True)
         for name, target in targets.items():
             target.with_suffix(".unfinished").write_text(json.dumps(contents[name][1]))
-        # All of the old ones go before the first of the new ones comes: no split is of another dataset than the other.
+        # Old ones go before the first of the new ones comes: no split is ever of another dataset than the other.
         for old in filter(_is_ours, folder.glob("instances_*2017.json")):
-            old.unlink()
             link = output / "images" / old.stem.removeprefix("instances_")
-            if link.is_symlink():
+            if link.is_symlink() and os.readlink(link) == _folder_of(old):
                 link.unlink()
+            old.unlink()
         for target in targets.values():
             os.replace(target.with_suffix(".unfinished"), target)
     except OSError as error:
@@ -114,7 +114,7 @@ def _content(name: str, pictures: list[SourceImage], categories: Classes) -> tup
                 }
             )
     content = {
-        "info": {"description": MARKER},
+        "info": {"description": MARKER, "images": str(folder)},
         "images": images,
         "annotations": annotations,
         "categories": [{"id": category_id, "name": name} for category_id, name in categories.values()],
@@ -123,13 +123,13 @@ def _content(name: str, pictures: list[SourceImage], categories: Classes) -> tup
 
 
 def _link(link: Path, folder: Path) -> bool:
-    """Whether the link leads to the folder now. It is put neither into the folder nor beside anything but links."""
+    """Whether the link leads to the folder now. It takes nobody's place, and is put neither into the folder nor beside
+    anything but links."""
     try:
         link.parent.mkdir(exist_ok=True)
-        if folder in link.parents or not all(path.is_symlink() for path in link.parent.iterdir()):
+        beside = (path for path in link.parent.iterdir() if not path.name.startswith("."))
+        if folder in link.parents or not all(path.is_symlink() for path in beside) or link.is_symlink():
             return False
-        if link.is_symlink():
-            link.unlink()
         link.symlink_to(folder, target_is_directory=True)
     except OSError:  # the disk has no links
         return False
@@ -137,7 +137,16 @@ def _link(link: Path, folder: Path) -> bool:
 
 
 def _is_ours(path: Path) -> bool:
+    return _info(path).get("description") == MARKER
+
+
+def _folder_of(path: Path) -> str | None:
+    """Where the images of an earlier conversion lie."""
+    return _info(path).get("images")
+
+
+def _info(path: Path) -> dict:
     try:
-        return json.loads(path.read_bytes())["info"]["description"] == MARKER
+        return dict(json.loads(path.read_bytes())["info"])
     except (OSError, ValueError, LookupError, TypeError):
-        return False
+        return {}

@@ -10,8 +10,6 @@ from PIL import Image
 from pix2seq.data.images import EXIF_ORIENTATION, FORMATS, FORMATS_OF_SUFFIX
 from pix2seq.errors import UserError
 
-SUFFIXES = set(FORMATS_OF_SUFFIX)
-
 
 @dataclass(frozen=True)
 class SourceImage:
@@ -28,7 +26,7 @@ Classes = dict[int | str, tuple[int, str]]
 
 @dataclass
 class Source:
-    """The folder of a dataset.
+    """The folder of a dataset, which opens what is in it.
 
     follow_links   also open what lies elsewhere: behind symbolic links, or where the dataset's lists lead
     tell           is given a line about whatever is left out
@@ -46,6 +44,8 @@ class Source:
         return path
 
     def holds(self, path: Path) -> bool:
+        if path == self.folder:
+            return True
         if path.parent not in self._inside:
             self._inside[path.parent] = self._is_inside(path.parent)
         return self._inside[path.parent] and (not path.is_symlink() or self._is_inside(path))
@@ -54,9 +54,29 @@ class Source:
         base = os.path.realpath(self.folder)
         return os.path.commonpath([base, os.path.realpath(path)]) == base
 
+    def lines(self, path: Path) -> Iterator[tuple[int, str]]:
+        return read_lines(self.own(path))
+
+    def size(self, path: Path) -> tuple[int, int]:
+        return upright_size(self.own(path))
+
+    def pictures(self, folder: Path) -> Iterator[Path]:
+        """Those in a folder, at any depth."""
+        seen = set()  # links may lead back to where they are
+        for place, folders, names in os.walk(self.own(folder), followlinks=True):
+            seen.add(os.path.realpath(place))
+            folders[:] = sorted(f for f in folders if os.path.realpath(os.path.join(place, f)) not in seen)
+            for name in folders:
+                self.own(Path(place, name))
+            yield from (Path(place, name) for name in sorted(names) if is_picture(name))
+
     def left_out(self, what: str, paths: Collection[Path]) -> None:
         if paths:
             self.tell(f"{len(paths)} {what}, the first of them {min(paths)}")
+
+
+def is_picture(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in FORMATS_OF_SUFFIX and not name.startswith(".")
 
 
 def upright_size(path: Path) -> tuple[int, int]:

@@ -12,14 +12,12 @@ from xml.etree.ElementTree import Element, TreeBuilder
 from xml.parsers import expat
 
 from pix2seq.data.convert.files import (
-    SUFFIXES,
     Classes,
     Source,
     SourceImage,
     absolute,
+    is_picture,
     read_bytes,
-    read_lines,
-    upright_size,
 )
 from pix2seq.errors import UserError
 from pix2seq.progress import progress
@@ -33,15 +31,14 @@ def read_voc(dataset: Source) -> tuple[dict[str, list[SourceImage]], Classes]:
             "beside the pictures, there or in train/, valid/, test/)"
         )
     classes = source / "labels.txt"
-    known = list(dict.fromkeys(line for _, line in read_lines(classes))) if classes.is_file() else None
+    known = list(dict.fromkeys(line for _, line in dataset.lines(classes))) if classes.is_file() else None
     listings: dict[Path, dict[str, list[str]]] = {}
     pictures: dict[Path, SourceImage] = {}
     owners: dict[Path, Path] = {}
     for xml, folder in progress(dict.fromkeys(chain(*splits.values())), "reading"):
         if folder not in listings:
-            listings[folder] = _names_by_stem(folder)
-        picture = pictures[xml] = _voc_picture(dataset.own(xml), folder, listings[folder])
-        dataset.own(picture.path)
+            listings[folder] = _names_by_stem(dataset.own(folder))
+        picture = pictures[xml] = _voc_picture(dataset, xml, folder, listings[folder])
         if owners.setdefault(picture.path, xml) != xml:
             raise UserError(f"{xml}: is about {picture.path}, and so is {owners[picture.path]}")
     used = {name for picture in pictures.values() for name, _ in picture.objects}
@@ -66,7 +63,7 @@ def _voc_splits(dataset: Source) -> dict[str, list[tuple[Path, Path]]]:
     if not annotations.is_dir():
         splits = {}
         for name, folder in (("train", "train"), ("val", "val"), ("val", "valid"), ("test", "test"), ("train", ".")):
-            files = sorted((source / folder).glob("*.xml"))
+            files = sorted((source / folder).glob("[!.]*.xml"))
             if files and (name in splits or (folder == "." and splits)):
                 dataset.left_out(f"XML files are in no split: there are files in {' and '.join(splits)}, too", files)
             elif files:
@@ -78,7 +75,7 @@ def _voc_splits(dataset: Source) -> dict[str, list[tuple[Path, Path]]]:
     for name in ("train", "val", "trainval", "test"):
         if (lists / f"{name}.txt").is_file():
             files = {
-                absolute(annotations / f"{line}.xml"): number for number, line in read_lines(lists / f"{name}.txt")
+                absolute(annotations / f"{line}.xml"): number for number, line in dataset.lines(lists / f"{name}.txt")
             }
             for xml, number in files.items():
                 if not xml.is_file() or annotations not in xml.parents:
@@ -86,10 +83,10 @@ def _voc_splits(dataset: Source) -> dict[str, list[tuple[Path, Path]]]:
             if files:
                 splits[name] = list(files)
     if not splits:
-        splits["train"] = sorted(annotations.rglob("*.xml"))
+        splits["train"] = sorted(annotations.rglob("[!.]*.xml"))
     elif "train" not in splits and "trainval" in splits:
         splits["train"] = splits.pop("trainval")
-    dataset.left_out("XML files are in no list", set(annotations.rglob("*.xml")) - set(chain(*splits.values())))
+    dataset.left_out("XML files are in no list", set(annotations.rglob("[!.]*.xml")) - set(chain(*splits.values())))
     return {
         name: [(xml, pictures / xml.parent.relative_to(annotations)) for xml in files]
         for name, files in splits.items()
@@ -99,14 +96,13 @@ def _voc_splits(dataset: Source) -> dict[str, list[tuple[Path, Path]]]:
 def _names_by_stem(folder: Path) -> dict[str, list[str]]:
     names: dict[str, list[str]] = {}
     for name in sorted(os.listdir(folder)) if folder.is_dir() else ():
-        stem, suffix = os.path.splitext(name)
-        if suffix.lower() in SUFFIXES:
-            names.setdefault(stem, []).append(name)
+        if is_picture(name):
+            names.setdefault(os.path.splitext(name)[0], []).append(name)
     return names
 
 
-def _voc_picture(xml: Path, folder: Path, names: dict[str, list[str]]) -> SourceImage:
-    root = _read_xml(xml)
+def _voc_picture(dataset: Source, xml: Path, folder: Path, names: dict[str, list[str]]) -> SourceImage:
+    root = _read_xml(dataset.own(xml))
     if root.tag != "annotation":
         raise UserError(f"{xml}: is not Pascal VOC: it holds <{root.tag}> and not <annotation>")
     # <filename> outlives the renaming of a picture, and comes with foreign folders or without its ending.
@@ -118,11 +114,11 @@ def _voc_picture(xml: Path, folder: Path, names: dict[str, list[str]]) -> Source
         raise UserError(
             f"{xml}: {'no' if not candidates else 'more than one'} picture {xml.stem} or {said} in {folder}"
         )
-    path = folder / candidates[0]
+    path = dataset.own(folder / candidates[0])
     # The size that the boxes were drawn on, which for a picture that EXIF turns may be either.
     size = tuple(_number(root.find(f"size/{side}")) for side in ("width", "height"))
     if not all(value >= 1 and value.is_integer() for value in size):
-        size = upright_size(path)
+        size = dataset.size(path)
     objects = []
     for entry in root.findall("object"):
         name = entry.findtext("name", "").strip()

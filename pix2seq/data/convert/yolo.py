@@ -4,21 +4,18 @@ hotcoco 1.3 reads it too, but refuses polygons, and drops images without a label
 """
 
 import math
-import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import yaml
 
 from pix2seq.data.convert.files import (
-    SUFFIXES,
     Classes,
     Source,
     SourceImage,
     absolute,
-    read_lines,
     read_text,
-    upright_size,
 )
 from pix2seq.errors import UserError
 from pix2seq.progress import progress
@@ -31,7 +28,7 @@ class _Loader(yaml.BaseLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = [self.construct_object(key, deep) for key, _ in node.value]
-        if twice := [key for number, key in enumerate(keys) if key in keys[:number]]:
+        if twice := [key for key, count in Counter(map(str, keys)).items() if count > 1]:
             raise yaml.MarkedYAMLError(problem=f"{twice[0]} stands twice", problem_mark=node.start_mark)
         return super().construct_mapping(node, deep)
 
@@ -61,7 +58,8 @@ def read_yolo(config: Path, source: Source) -> tuple[dict[str, list[SourceImage]
             source.tell(f"{config}: {others[0]} is left out: there is {key}")
         paths, labels = _find(config, source, content, key, name != "test")
         splits[name] = [
-            _yolo_picture(path, labels.get(path), categories, keypoints) for path in progress(paths, f"reading {name}")
+            _yolo_picture(source, path, labels.get(path), categories, keypoints)
+            for path in progress(paths, f"reading {name}")
         ]
     if not splits:
         raise UserError(f"{config}: has none of train, val and test")
@@ -74,14 +72,14 @@ def _find(
     """The pictures of a split, and the label files of those that have one."""
     entries = content[key] if isinstance(content[key], list) else [content[key]]
     found = (path for entry in entries for path in _pictures(config, source, content, key, entry))
-    paths = [source.own(path) for path in dict.fromkeys(found)]
+    paths = list(dict.fromkeys(found))
     if not paths:
         raise UserError(f"{config}: {key}: no pictures in {entries[0]}")
     labels = {path: label for path in paths if (label := _label_file(path)).is_file()}
     if needs_labels and not labels:
         first = _label_file(paths[0])
         raise UserError(f"{config}: {key}: not one picture has a label file; the first would be {first}")
-    used = set(map(source.own, labels.values()))
+    used = set(labels.values())
     # What lists pictures or classes may lie there too.
     others = {file for folder in {label.parent for label in used} for file in folder.glob("*.txt")} - used
     others = {file for file in others if file.stem not in ("classes", *content)}
@@ -97,22 +95,17 @@ def _pictures(config: Path, source: Source, content: dict, key: str, entry: str)
     stripped = str(entry)
     while stripped.startswith("../"):
         stripped = stripped[3:]
-    candidates = [root / str(entry) for root in roots] + [config.parent / stripped]
+    candidates = [absolute(root / str(entry)) for root in roots] + [absolute(config.parent / stripped)]
     there = [path for path in candidates if path.exists()]
     found = next((path for path in there if source.holds(path)), there[0] if there else None)
     if found is None:
         raise UserError(
             f"{config}: {key}: {entry} is neither under {' nor under '.join(map(str, dict.fromkeys(roots)))}"
         )
-    if source.own(absolute(found)).is_dir():
-        seen = set()  # links may lead back to where they are
-        for folder, folders, names in os.walk(found, followlinks=True):
-            seen.add(os.path.realpath(folder))
-            folders[:] = sorted(f for f in folders if os.path.realpath(os.path.join(folder, f)) not in seen)
-            images = [n for n in sorted(names) if Path(n).suffix.lower() in SUFFIXES and not n.startswith(".")]
-            yield from (absolute(Path(folder, name)) for name in images)
+    if found.is_dir():
+        yield from source.pictures(found)
         return
-    for number, line in read_lines(found):
+    for number, line in source.lines(found):
         candidates = [root / line for root in (found.parent, *roots)]
         picture = next((path for path in candidates if path.is_file()), None)
         if picture is None:
@@ -138,10 +131,10 @@ def _numbers_of_keypoints(config: Path, content: dict) -> int:
     return points * numbers
 
 
-def _yolo_picture(path: Path, label: Path | None, categories: Classes, keypoints: int) -> SourceImage:
-    width, height = size = upright_size(path)
+def _yolo_picture(source: Source, path: Path, label: Path | None, categories: Classes, keypoints: int) -> SourceImage:
+    width, height = size = source.size(path)
     objects = []
-    for number, line in read_lines(label) if label else ():
+    for number, line in source.lines(label) if label else ():
         try:
             index, *values = map(float, line.split())
         except ValueError:
