@@ -11,8 +11,8 @@ CACHE := ~/.cache/huggingface
 port := 8888
 processes := 1
 nodes := 1
-odd := $(shell grep -nE "^ *[A-Za-z_].*[\"'\#$$]" config.env 2> /dev/null | head -n 1)
-$(if $(odd),$(error config.env:$(odd): a setting may have no quotes, # or $$ in it))
+odd := $(shell grep -nvE "^ *(\#.*)?$$|^ *($(subst $() ,|,$(SETTINGS)|PYTHON)) *=[^\"'\#$$]*$$" config.env 2> /dev/null | head -n 1)
+$(if $(odd),$(error config.env:$(odd): must be NAME=VALUE, a setting without quotes, # or $$ in it))
 -include config.env
 unknown := $(filter-out PYTHON $(SETTINGS),$(foreach name,$(.VARIABLES),$(if $(filter command,$(origin $(name))),$(name))))
 $(if $(unknown),$(error $(unknown): no such setting; make help cmd=NAME lists those of a command))

@@ -87,6 +87,7 @@ def predict_pictures(
     stream = detector.stream(pictures, args.threshold, args.classes, args.batch_size, args.num_workers)
     try:
         for found in progress(stream, "predicting", len(pictures)):
+            _check_terminated()
             done.append(found)
             if found.unreadable:
                 yield found.unreadable
@@ -123,6 +124,7 @@ def predict_video(
             batches = iter(lambda: list(itertools.islice(frames, size)), [])
             stream = (detector(batch, args.threshold, args.classes, size) for batch in batches)
             for found in itertools.chain.from_iterable(stream):
+                _check_terminated()
                 objects = coco_rows(found, count, detector.model.config.category_ids)
                 lines.write(json.dumps({"frame": count, "time": count / video.rate, "objects": objects}) + "\n")
                 count += 1
@@ -133,6 +135,7 @@ def predict_video(
                 raise
     print(f"{shown(source)}: {count} frames")
     if count == 0:
+        (folder.path / f"{name}.jsonl").unlink()
         yield f"{source}: no frame of a video in it"
     elif count < 0.95 * video.total < float("inf"):  # of some files the number is an estimate
         yield f"{source}: only {count} of its {video.total} frames"
@@ -176,14 +179,25 @@ def main(args: PredictArguments) -> int:
     return 2 if faults else 0
 
 
+terminated: list[int] = []  # signals
+
+
 def terminate(number: int, frame) -> None:
     """Handles SIGTERM, which ends a webcam's pictures and all that would come after them."""
     signal.signal(number, signal.SIG_IGN)  # `timeout` sends a second one, which would break off the writing
-    sys.exit(128 + number)
+    terminated.append(number)
+    _check_terminated()
+
+
+def _check_terminated() -> None:
+    """Also at each picture: while processes are started, what a handler raises may be dropped."""
+    if terminated:
+        sys.exit(128 + terminated[0])
 
 
 def run(args: PredictArguments) -> int:
     """`main` with mistakes of the user turned into one line and exit code 2, and signals into 128 and their number."""
+    terminated.clear()
     signal.signal(signal.SIGTERM, terminate)
     try:
         return main(args)
@@ -191,7 +205,8 @@ def run(args: PredictArguments) -> int:
         print(f"predict.py: error: {error}", file=sys.stderr)
         return 2
     except (KeyboardInterrupt, SystemExit) as ended:
-        print("predict.py: interrupted; what was found so far is written", file=sys.stderr)
+        kept = "; what was found so far is written" if Path(args.output_dir).exists() else ""
+        print(f"predict.py: interrupted{kept}", file=sys.stderr)
         return ended.code if isinstance(ended, SystemExit) else 130
 
 

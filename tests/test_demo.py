@@ -421,10 +421,16 @@ def test_a_program_is_answered_by_one_decoding(desk, detector, picture, monkeypa
     assert asyncio.run(detect(picture, middle)) == objects[: int((found.scores > middle).sum())]
 
 
-@pytest.mark.parametrize("threshold", [None, "0.5", float("nan"), 1.1, -1, [0.5]])
+@pytest.mark.parametrize("threshold", [None, "0.5", float("nan"), 1.1, -1, [0.5], True])
 def test_a_threshold_that_is_none_is_told(desk, picture, threshold):
     with pytest.raises(gradio.Error, match="threshold: must be a number from 0 to 1"):
         asyncio.run(asked(desk, [])["detect"](picture, threshold))
+
+
+@pytest.mark.parametrize("index", [7, -1, {}, None])
+def test_an_example_that_is_none_is_told(desk, picture, index):
+    with pytest.raises(gradio.Error, match="there is no such example"):
+        asyncio.run(last(asked(desk, [picture])["example"](index, visitor("a"))))
 
 
 def test_a_program_is_told_no_path(desk, tmp_path):
@@ -655,3 +661,11 @@ def test_what_is_too_much_is_refused(server, tmp_path):
     told = {answer for answer in answers if not answer.startswith("event: complete")}
     assert all(FULL in answer for answer in told)
     assert demo_load.program(url)(tmp_path / "photo.png")
+
+
+@pytest.mark.parametrize(("host", "why"), [("nope.invalid", "not known|resolution"), ("127.0.0.1", "in use")])
+def test_an_address_that_cannot_be_had_is_told(folder, host, why):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        words = ["--checkpoint", str(folder), "--host", host, "--port", str(taken.getsockname()[1])]
+        with pytest.raises(UserError, match=rf"^--host {host} --port \d+: cannot be served at \(.*({why})"):
+            serve(parse(DemoArguments, words, PROGRAM))

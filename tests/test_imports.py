@@ -92,7 +92,8 @@ ALLOWED = {
     "evaluation": {"evaluation.pictures", "evaluation.predictions"},
     "prediction": {"prediction.predictor"},
     "prediction.predictor": {
-        *("command_line", "data", "data.images", "decoding", "errors", "model", "transforms", "visualize"),
+        *("command_line", "data", "data.faults", "data.images", "decoding", "errors", "model", "transforms"),
+        "visualize",
     },
     "prediction.inputs": {"data.images", "errors"},
     "prediction.video": {"data.images", "errors"},

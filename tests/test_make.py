@@ -245,7 +245,11 @@ def test_folders_of_the_settings_are_from_home_or_from_the_checkout(checkout):
 def test_what_make_would_read_otherwise_is_refused(checkout, value):
     checkout.install("docker")
     (checkout.root / "config.env").write_text(f'# Quotes, # and $ may be said here: "it\'s $1".\n\nDATA={value}\n')
-    assert checkout.refuses("local") == f"config.env:3:DATA={value}: a setting may have no quotes, # or $ in it"
+    says = "must be NAME=VALUE, a setting without quotes, # or $ in it"
+    assert checkout.refuses("local") == f"config.env:3:DATA={value}: {says}"
+    for line in ("DTA=/datasets", "just words"):
+        (checkout.root / "config.env").write_text(f"{line}\n")
+        assert checkout.refuses("local") == f"config.env:1:{line}: {says}"
 
 
 def test_a_new_experiment_is_a_recipe_that_parses(checkout):

@@ -1,5 +1,6 @@
 """predict.py and the Pix2Seq class: any picture there is, the same boxes by every route, and nothing lost."""
 
+import contextlib
 import csv
 import json
 import os
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader
 from transformers import pipeline
 
 import evaluate
@@ -23,6 +25,7 @@ import predict
 from pix2seq import Pix2Seq
 from pix2seq.command_line import parse
 from pix2seq.config import EvaluateArguments
+from pix2seq.data import EvalDataset, eval_loader
 from pix2seq.data.images import BadImage
 from pix2seq.errors import UserError
 from pix2seq.prediction import Found, predictor
@@ -259,13 +262,16 @@ def test_what_a_killed_run_left_is_removed(folder, pictures, earlier, monkeypatc
     assert files_in(earlier) == FOREIGN | AS_CSV
 
 
-def test_a_torn_line_costs_no_other(folder, pictures, earlier):
+def test_a_torn_line_costs_no_other(folder, pictures, earlier, capsys):
     """And what could not be written is not taken for ours when somebody else puts it there."""
     with (earlier / "written.ndjson").open("a") as file:
         file.write('["half a li')
     files = ResultFolder(earlier, ["own.jpg"], [], overwrite=False)
     with pytest.raises(OSError, match="full"), files.writing("own.jpg"):
         raise OSError("full")
+    assert run(folder, pictures / "wide.png", "--output_dir", earlier) == 2  # that of another, which is at work
+    assert "written.ndjson is being written by another predict.py" in capsys.readouterr().err
+    del files
     (earlier / "own.jpg").write_text("somebody else's")
     assert run(folder, pictures / "wide.png", "--output_dir", earlier) == 0
     assert run(folder, pictures / "dot.png", "--output_dir", earlier, "--overwrite", "--format", "csv") == 0
@@ -380,7 +386,7 @@ def test_mistakes_are_told_in_one_line_before_any_work(folder, pictures, tmp_pat
         ([picture, "--device", "meta"], "--device meta: cannot be used"),
         ([picture, "--dtype", "float16"], "--dtype float16: needs a GPU"),
         ([picture, "--draft", "exact"], "--draft exact: this detector has no drafter"),
-        ([picture, "--output_dir", tmp_path / "file"], f"--output_dir {tmp_path}/file: cannot be written to"),
+        ([picture, "--output_dir", tmp_path / "file"], f"--output_dir {tmp_path}/file: is a file; name a folder"),
         ([picture, "--output_dir", tmp_path / "file" / "x"], f"{tmp_path}/file/x: cannot be written to"),
     ):
         assert run(folder, *output, *words) == 2, words
@@ -699,3 +705,51 @@ def test_many_pictures_of_one_name(monkeypatch):
     names = name_inputs([*paths, "x/RGB_7.png", "y/rgb.jpg"])
     assert len({name.casefold() for name in names.values()}) == 50_002
     assert (names["0/rgb.png"], names["1/rgb.png"], names["x/RGB_7.png"]) == ("rgb", "rgb_2", "RGB_7_2")
+
+
+def test_a_signal_that_is_dropped_is_heeded_at_the_next_picture(folder, pictures, tmp_path, monkeypatch):
+    """As by a callback of Python's own, in which what a handler raises is ignored."""
+    whole, seen = Found.draw, []
+
+    def terminated(found):
+        seen.append(found)
+        with contextlib.suppress(SystemExit):
+            signal.raise_signal(signal.SIGTERM)
+        return whole(found)
+
+    monkeypatch.setattr(Found, "draw", terminated)
+    assert run(folder, pictures, "--output_dir", tmp_path / "out", "--batch_size", 1) == 143
+    assert len(seen) == 1
+    assert len(json.loads((tmp_path / "out" / "images.json").read_text())) == 1
+
+
+def test_no_more_processes_than_batches(detector, pictures, monkeypatch):
+    monkeypatch.setattr(DataLoader, "__iter__", lambda loader: iter([loader.num_workers]))
+    loader = eval_loader(EvalDataset(range(5), None), 2, 0, 1, num_workers=10_000)
+    assert list(loader) == [3]
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ({"temprature": 2}, r"temprature: no such option \(did you mean temperature\?\)"),
+        ({"device": "nonsense"}, r"device nonsense: cannot be used here: cpu, cuda, or cuda:1 and so on \("),
+    ],
+)
+def test_mistakes_in_python_are_told(folder, words, says):
+    with pytest.raises(UserError, match=says):
+        Pix2Seq.from_pretrained(folder, **words)
+
+
+def test_mistakes_in_a_call_are_told(detector, pictures):
+    with pytest.raises(UserError, match="threshold 2: must be 0 to 1"):
+        detector(pictures / "dot.png", threshold=2)
+    with pytest.raises(UserError, match="classes zebra: the detector knows no such class; it knows ellipse"):
+        detector(pictures / "dot.png", classes="zebra")
+    assert len(detector(pictures / "dot.png", 0, classes=None)) == len(detector(pictures / "dot.png", 0))
+
+
+def test_the_message_about_bombs_names_our_limit(detector, tmp_path):
+    Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png")
+    with pytest.raises(ValueError, match="400000000 pixels, more than the 100 million allowed"):
+        detector(tmp_path / "bomb.png")

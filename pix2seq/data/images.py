@@ -67,9 +67,7 @@ class Picture:
         self.header = self._open()
         width, height = self.header.size
         if width * height > MAX_PIXELS:
-            raise BadImage(
-                "too-many-pixels", f"{width} x {height} pixels, more than the {MAX_PIXELS / 1e6:.0f} million allowed"
-            )
+            raise _too_many(f"{width} x {height}")
         swapped = self.orientation >= 5
         self.turned = self.orientation > 1 if upright else annotated == (width, height) != (height, width) and swapped
         self.shape = (3, width, height) if self.turned and swapped else (3, height, width)
@@ -77,8 +75,8 @@ class Picture:
     def _open(self) -> Image.Image:
         try:
             return Image.open(io.BytesIO(self._data), formats=FORMATS)
-        except Image.DecompressionBombError as error:
-            raise BadImage("too-many-pixels", error) from None
+        except Image.DecompressionBombError as error:  # before it has a size
+            raise _too_many(re.search(r"\d+", str(error))[0]) from None
         except Image.UnidentifiedImageError:
             raise BadImage("unreadable-file", f"not an image, or none of {', '.join(FORMATS)}") from None
         except Exception as error:  # of damaged headers, each decoder makes an error of its own
@@ -121,6 +119,10 @@ def check_regular(path: str | Path) -> None:
     """Raises BadImage for a pipe, device, socket or folder: opening one may take for ever."""
     if os.path.exists(path) and not os.path.isfile(path):
         raise BadImage("unreadable-file", "not a regular file, and only these are opened")
+
+
+def _too_many(pixels: str) -> BadImage:
+    return BadImage("too-many-pixels", f"{pixels} pixels, more than the {MAX_PIXELS / 1e6:.0f} million allowed")
 
 
 def check_size(size: int) -> None:

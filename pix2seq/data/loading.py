@@ -89,10 +89,11 @@ def eval_loader(dataset: EvalDataset, batch_size: int, rank: int, world_size: in
     """
     indices = range(len(dataset))
     batches = [list(indices[start : start + batch_size]) for start in range(0, len(dataset), batch_size)]
+    batches = batches[rank::world_size]
     return DataLoader(
         dataset,
-        batch_sampler=batches[rank::world_size],
+        batch_sampler=batches,
         collate_fn=collate,
-        num_workers=num_workers,
+        num_workers=min(num_workers, len(batches)),
         worker_init_fn=_leave_group_signals_to_the_trainer,
     )

@@ -7,6 +7,7 @@ Needs gradio, and no network.
 
 import os
 import signal
+import socket
 import sys
 import tempfile
 from contextlib import closing
@@ -63,7 +64,7 @@ class DemoArguments(DecodingArguments):
 def find_examples(checkpoint: str, folder: Path, host: str) -> list[str]:
     """Files of pictures the detector was evaluated on, if its dataset is there and no other machine sees the page: it
     may be nobody else's business. Else of drawn shapes."""
-    if host not in ("127.0.0.1", "localhost", "::1"):
+    if host not in ("127.0.0.1", "localhost"):
         return draw_examples(folder)
     flags = read_flags(checkpoint, "--checkpoint")
     try:
@@ -91,6 +92,11 @@ def _saved(image: Image.Image, folder: Path, number: int) -> str:
 
 def serve(args: DemoArguments) -> None:
     """Serves the page until it is interrupted. Raises UserError."""
+    try:
+        with socket.create_server((args.host, args.port)):
+            pass
+    except OSError as error:
+        raise UserError(f"--host {args.host} --port {args.port}: cannot be served at ({error.strerror})") from None
     transformers_logging.disable_progress_bar()
     # A draft's guesses stand in the sentence before they are checked: nothing to show.
     decoding = args.decoding() | {"draft": "off"}

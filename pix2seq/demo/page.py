@@ -156,6 +156,8 @@ def build_page(desk: Desk, examples: list[str], threshold: float, pace: int):
     programs, turn = [], asyncio.Lock()
 
     def ask_example(index: int) -> Sentence:
+        if index not in range(len(examples)):  # a program asks
+            raise gradio.Error("there is no such example", print_exception=False)
         if index not in of_examples or of_examples[index].fault:
             of_examples[index] = desk.ask(examples[index])
         return of_examples[index]
@@ -183,7 +185,7 @@ def build_page(desk: Desk, examples: list[str], threshold: float, pace: int):
         """Objects of a picture, best first: class, score, and box as x1, y1, x2, y2 in its pixels."""
         if picture is None:
             raise gradio.Error("picture: none was sent", print_exception=False)
-        if not (isinstance(threshold, Real) and 0 <= threshold <= 1):
+        if isinstance(threshold, bool) or not (isinstance(threshold, Real) and 0 <= threshold <= 1):
             raise gradio.Error("threshold: must be a number from 0 to 1", print_exception=False)
         if len(programs) > desk.max_queue:
             raise gradio.Error(FULL, print_exception=False)

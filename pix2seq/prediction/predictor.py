@@ -14,6 +14,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 from pix2seq.command_line import nearest
 from pix2seq.data import EvalDataset, eval_loader
+from pix2seq.data.faults import listed
 from pix2seq.data.images import BadImage, Picture, open_file
 from pix2seq.decoding import DecodingOptions, NonFiniteLogits
 from pix2seq.errors import UserError
@@ -23,7 +24,8 @@ from pix2seq.visualize import CELL, color_of, draw_boxes, enlarge
 
 Source = str | Path | Image.Image | np.ndarray
 Precision = Literal["float32", "bfloat16", "float16"]
-NUMBERS = {option.name: option.type for option in fields(DecodingOptions) if option.type in (int, float)}
+OPTIONS = {option.name: option.type for option in fields(DecodingOptions)}
+NUMBERS = {name: kind for name, kind in OPTIONS.items() if kind in (int, float)}
 NUMBERS |= {"threshold": float, "batch_size": int, "num_workers": int}
 
 
@@ -81,6 +83,9 @@ class Pix2Seq:
             raise UserError("dtype float16: needs a GPU; use bfloat16 or float32")
         self.dtype = dtype
         self.model = model.to(self.device).eval()
+        for name in decoding:
+            if name not in OPTIONS:
+                raise UserError(f"{name}: no such option{nearest(name, OPTIONS)}")
         _check_numbers(decoding)
         try:
             self.options = model.options_with(**decoding)
@@ -99,12 +104,13 @@ class Pix2Seq:
         """Of the classes, by label."""
         return self.model.config.class_names
 
-    def labels(self, names: str | Sequence[str]) -> list[int]:
+    def labels(self, names: str | Sequence[str] | None) -> list[int]:
         """Those of classes by their names. Raises UserError."""
-        names = [names] if isinstance(names, str) else names
+        names = [names] if isinstance(names, str) else names or ()
         for name in names:
             if name not in self.names:
-                raise UserError(f"classes {name}: the detector knows no such class{nearest(str(name), self.names)}")
+                guess = nearest(str(name), self.names) or f"; it knows {listed(self.names)}"
+                raise UserError(f"classes {name}: the detector knows no such class{guess}")
         return [label for label, name in enumerate(self.names) if name in names]
 
     def __call__(
@@ -136,6 +142,8 @@ class Pix2Seq:
         _check_numbers({"threshold": threshold, "batch_size": batch_size, "num_workers": num_workers})
         if batch_size < 1 or num_workers < 0:
             raise UserError(f"batch_size {batch_size}, num_workers {num_workers}: must be at least 1, and 0")
+        if not 0 <= threshold <= 1:
+            raise UserError(f"threshold {threshold}: must be 0 to 1")
         config, wanted = self.model.config, self.labels(classes)
         data = EvalDataset(_Pictures(sources), EvalTransform(config.image_size))
         for batch in eval_loader(data, batch_size, 0, 1, num_workers):
@@ -217,5 +225,6 @@ def _device(name: str | None) -> torch.device:
     try:
         torch.zeros(1, dtype=torch.float64, device=name).item()  # boxes are made of these; Apple's GPUs have none
     except Exception as error:  # each backend makes an error of its own
-        raise UserError(f"device {name}: cannot be used ({str(error).splitlines()[0]})") from None
+        why = str(error).splitlines()[0][:120]  # of a list of all that PyTorch can be built with
+        raise UserError(f"device {name}: cannot be used here: cpu, cuda, or cuda:1 and so on ({why})") from None
     return torch.device(name)

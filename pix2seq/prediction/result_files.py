@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import fcntl
 import hashlib
 import json
 import os
@@ -34,6 +35,8 @@ class ResultFolder:
     def __init__(self, path: Path, files: Sequence[str], inputs: Iterable[str], overwrite: bool):
         self.path = path
         try:
+            path.mkdir(parents=True, exist_ok=True)
+            self._lock()
             noted, there = self._noted(), [file for file in files if os.path.lexists(path / file)]
             digests = {file: _digest(path / file) for file in (noted if overwrite else there) if file in noted}
             earlier = {file for file, digest in digests.items() if digest and noted[file] in (None, digest)}
@@ -50,12 +53,22 @@ class ResultFolder:
                     pass
             for file in earlier:
                 (path / file).unlink()
-            if overwrite:
-                (path / LIST).unlink(missing_ok=True)
-            elif (path / LIST).exists():  # without its torn line: others follow it
-                os.truncate(path / LIST, (path / LIST).read_bytes().rfind(b"\n") + 1)
+            # Without a torn line: others follow it.
+            os.truncate(path / LIST, 0 if overwrite else (path / LIST).read_bytes().rfind(b"\n") + 1)
+        except FileExistsError:
+            raise UserError(f"--output_dir {path}: is a file; name a folder") from None
         except OSError as error:
             raise UserError(f"--output_dir {path}: cannot be written to ({error.strerror})") from None
+
+    def _lock(self) -> None:
+        """Until the process ends. Not all file systems can; then two at once are the user's to avoid."""
+        self._list = (self.path / LIST).open("a")
+        try:
+            fcntl.flock(self._list, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise self._refusal([LIST], "is being written by another predict.py; name another folder") from None
+        except OSError:
+            pass
 
     @contextlib.contextmanager
     def writing(self, file: str) -> Iterator[Path]:
