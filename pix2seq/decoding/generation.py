@@ -73,14 +73,14 @@ def token_by_token(
     length = TOKENS_PER_OBJECT * options.max_objects
     steps = model.start(pixel_values, length)
     token = torch.full_like(writing.rows, grammar.tokenizer.bos_id)
-    done = []
+    done, may_end = [], grammar.allow_eos or options.stop_after_noise > 0
     for position in range(length):
         slot = position % TOKENS_PER_OBJECT
         if interrupted():
             raise Interrupted
         token = _say(model, steps, token, position, slot, writing, grammar, options)
         writing.passes += 1
-        if not (ended := _ended(writing, token, slot, grammar, options)).any():
+        if not may_end or not (ended := _ended(writing, token, slot, grammar, options)).any():
             continue
         done.append(writing.of(ended.nonzero()[:, 0]))
         going = (~ended).nonzero()[:, 0]

@@ -135,7 +135,7 @@ class LlamaSteps:
         # The weights of norms are part of the products that read them: see Unit.
         self.layers = [
             (
-                layer.mlp.act_fn,
+                layer.mlp.act_fn.forward,
                 Product.of(own.q_proj, own.k_proj, own.v_proj, scale=root * layer.input_layernorm.weight, **shape),
                 Product.of(own.o_proj, **shape),
                 Product.of(
@@ -176,7 +176,7 @@ class LlamaSteps:
             position = (places.at - self.num_visual).flatten()
         cos, sin = self.cos[position], self.sin[position]
         for index, (act, query_key_value, out, gate_up, down) in enumerate(self.layers):
-            heads = query_key_value(self.unit(hidden)).unflatten(1, (-1, self.head_width))
+            heads = query_key_value(self.unit(hidden)).view(-1, *cos.shape[-2:])
             turned = torch.addcmul(heads * cos, heads.roll(self.head_width // 2, dims=-1), sin)
             self.seen.write(index, places, turned[:, self.num_heads :])
             hidden = hidden + out(self.seen.look(index, turned[:, : self.num_heads], places))

@@ -28,12 +28,12 @@ class Unit:
 
     def __init__(self, width: int, eps: float, like: torch.Tensor):
         self.eps, self.scale = eps, like.new_full((width,), width**-0.5)
+        self.least = like.new_tensor(math.sqrt(width * eps))
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         if hidden.is_cuda:
             return F.rms_norm(hidden, self.scale.shape, self.scale, self.eps)
-        squares = torch.linalg.vecdot(hidden, hidden).add_(len(self.scale) * self.eps)
-        return hidden * squares.rsqrt_().unsqueeze(-1)
+        return hidden / torch.linalg.vector_norm(hidden, dim=-1, keepdim=True).hypot_(self.least)
 
 
 @dataclass
@@ -76,7 +76,9 @@ class Product:
         if self.packed is not None:
             return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
         if self.split is not None:
-            product = torch.bmm(x.expand(len(self.split), *x.shape), self.split).transpose(0, 1).flatten(1)
+            rows, width = x.shape  # and not len(x), which takes longer than the product of a small layer
+            product = torch.bmm(x.expand(self.split.shape[0], rows, width), self.split)
+            product = product.view(1, -1) if rows == 1 else product.transpose(0, 1).flatten(1)
             return product if self.bias is None else product + self.bias
         return F.linear(x if x.dtype == self.weight.dtype else x.to(self.weight.dtype), self.weight, self.bias)
 
@@ -137,7 +139,8 @@ class KeyValues:
 
     def write(self, layer: int, places: Places, keys_and_values: torch.Tensor) -> None:
         """(B n, 2 H, d) of the tokens of one pass, the keys' heads first."""
-        kept, new = self.layers[layer], keys_and_values.unflatten(1, (2, -1))
+        rows, heads, width = keys_and_values.shape
+        kept, new = self.layers[layer], keys_and_values.view(rows, 2, heads // 2, width)
         if isinstance(places.at, int):
             kept.select(3, places.at).copy_(new.transpose(0, 1))
         elif places.rows is None:
@@ -148,8 +151,11 @@ class KeyValues:
     def look(self, layer: int, query: torch.Tensor, places: Places | None = None) -> torch.Tensor:
         """What queries (B n, H', d) find in the tokens up to their own, or in all of them: (B n, H' d)."""
         kept = self.layers[layer] if places is None else self.layers[layer].narrow(3, 0, places.end)
-        keys, values = kept[0], kept[1]
-        query = query.unflatten(0, (len(keys), -1)).transpose(1, 2)
+        keys, values = kept.unbind()
+        if query.shape[0] == keys.shape[0]:
+            query = query.unsqueeze(2)
+        else:
+            query = query.unflatten(0, (keys.shape[0], -1)).transpose(1, 2)
         grouped = query.shape[1] != self.num_heads
         mask = None if places is None else places.mask
         if mask is not None and mask.ndim == 2:
@@ -157,6 +163,8 @@ class KeyValues:
                 return _attention_to_one(query, keys, values, mask)
             mask = mask.expand(*query.shape[:2], -1, -1)
         found = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, enable_gqa=grouped)
+        if found.shape[2] == 1:
+            return found.flatten(1)
         return found.transpose(1, 2).flatten(0, 1).flatten(1)
 
     def keep(self, rows: torch.Tensor) -> None:
