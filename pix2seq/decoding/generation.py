@@ -164,13 +164,16 @@ def _say(
 ) -> torch.Tensor:
     """Reads the `token` (B,) at a position and writes the one after it, (B,); nothing in rows that have `ended`."""
 
-    def at(place: int | torch.Tensor) -> slice | torch.Tensor:
-        return slice(place, place + 1) if isinstance(place, int) else place.view(1)
+    def read(values: torch.Tensor, place: int | torch.Tensor) -> torch.Tensor:
+        return values[:, place] if isinstance(place, int) else values[:, place.view(1)][:, 0]
 
     def write(values: torch.Tensor, place: int | torch.Tensor, new: torch.Tensor) -> None:
         if ended is not None:
-            new = torch.where(ended, values[:, at(place)][:, 0], new)
-        values[:, at(place)] = new[:, None].to(values.dtype)
+            new = torch.where(ended, read(values, place), new)
+        if isinstance(place, int):
+            values[:, place] = new
+        else:
+            values[:, place.view(1)] = new[:, None].to(values.dtype)
 
     logits = model.step(token, position, steps, grammar.rows[slot])
     if slot == 0 and grammar.allow_eos:
@@ -180,9 +183,9 @@ def _say(
         write(writing.scores, number, score)
         write(writing.labels, number, label)
         writing.noise.copy_(torch.where(score < options.noise_score, writing.noise + 1, 0))
-    corner = writing.tokens[:, at(position - 2)][:, 0] if slot in (2, 3) else None
+    corner = read(writing.tokens, position - 2) if slot in (2, 3) else None
     allowed = grammar(logits, slot, corner)
-    uniform = None if writing.uniforms is None else writing.uniforms[:, at(position)][:, 0]
+    uniform = None if writing.uniforms is None else read(writing.uniforms, position)
     said = sample_top_p(allowed, options.top_p, options.temperature, uniform)
     if options.looks_around and slot != CLASS_SLOT:
         offsets, masses = around(allowed, said, options.expected_bins)
