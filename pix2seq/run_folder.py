@@ -77,6 +77,7 @@ class RunFolder:
             "num_processes": num_processes,
             "launcher": launcher_id(),
             "num_cpus": os.cpu_count(),
+            "num_threads": torch.get_num_threads(),
         }
         (self.path / "env.json").write_text(json.dumps(environment, indent=1))
 
