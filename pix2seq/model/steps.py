@@ -152,7 +152,7 @@ class KeyValues:
         """What queries (B n, H', d) find in the tokens up to their own, or in all of them: (B n, H' d)."""
         kept = self.layers[layer] if places is None else self.layers[layer].narrow(3, 0, places.end)
         keys, values = kept.unbind()
-        if query.shape[0] == keys.shape[0]:
+        if query.shape[0] == keys.shape[0]:  # one token a row, at each of which every view on the way counts
             query = query.unsqueeze(2)
         else:
             query = query.unflatten(0, (keys.shape[0], -1)).transpose(1, 2)
