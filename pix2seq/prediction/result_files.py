@@ -23,8 +23,8 @@ GONE = ""  # in place of a file's SHA-256: it could not be written
 
 class ResultFolder:
     """Where predictions are written. LIST in it tells of each file [its name, null] before it is written, and [its
-    name, its SHA-256] after that, or "" if it could not be: this is how one that an earlier prediction wrote is known from
-    anybody else's.
+    name, its SHA-256] after that, or "" if it could not be: this is how one that an earlier prediction wrote is known
+    from anybody else's.
 
     files       all that may be written, by their names in the folder; none of them may be there already
     inputs      files that must stay as they are
