@@ -296,7 +296,7 @@ def check(detector: Pix2SeqForObjectDetection, folder: Path) -> str:
     rounding decides, and sentences part.
     """
     exported = OnnxDetector(folder)
-    options = replace(detector.decoding_options, draft="off")
+    options = detector.decoding_options
     drawn = [draw_picture(np.random.default_rng(seed), 64, 6)[0] for seed in range(NUM_PICTURES)]
     pictures = Pix2SeqImageProcessor.for_detector(detector.config)(drawn)["pixel_values"]
     pair, same = SideBySide(detector, exported), {1: 0, TOGETHER: 0}
@@ -343,13 +343,9 @@ def main(args: ExportArguments) -> int:
         raise UserError(f"--output_dir {output}: is there already; name a new folder")
     transformers_logging.disable_progress_bar()
     detector = load_detector(args.checkpoint, "--checkpoint").float().eval().requires_grad_(False)
-    if detector.drafter is not None:
-        print("the drafter stays behind: an exported detector writes token by token")
 
     def write(folder: Path) -> None:
-        config = copy.deepcopy(detector.config)
-        config.drafter = None
-        config.decoding = {name: value for name, value in config.decoding.items() if not name.startswith("draft")}
+        config = detector.config
         config.save_pretrained(folder)
         Pix2SeqImageProcessor.for_detector(config).save_pretrained(folder)
         write_graphs(detector, folder, args.opset)

@@ -7,12 +7,10 @@ python -m benchmarks.decode --output docs/results/decode_gpu.json --mixed_precis
 The decoder of the R50 recipe (6 layers, 256 wide, 400 visual tokens), random weights, greedy, 100 objects:
 
 pix2seq      decoding.generate
-all right    the same with a drafter (not a trained one) whose guesses are all taken: the most that drafting can give
-all wrong    the same with a drafter whose guesses are nearly all wrong, random as it is: the least
 generate     transformers' generate of the same LlamaForCausalLM: its dynamic cache, our grammar as a LogitsProcessor
 loop         LlamaForCausalLM called token by token with a dynamic cache
 no cache     the whole sentence read again for every token; timed at some of the tokens, see `without_cache`
-All but "all right" write the same tokens: `equal_sentences` counts. The classic decoder is timed beside a loop with
+All write the same tokens: `equal_sentences` counts. The classic decoder is timed beside a loop with
 transformers' cache alone. Times are those of the decoder. The picture's encoder, the same
 for all, is timed by itself, and DETR's R50 as the yardstick of a detector that writes nothing.
 """
@@ -37,7 +35,7 @@ from pix2seq.model import build_detector
 from pix2seq.model.llama import CACHE
 from pix2seq.tokenizer import TOKENS_PER_OBJECT, Tokenizer
 
-OURS, ALL_RIGHT, ALL_WRONG = "pix2seq", "all right", "all wrong"
+OURS = "pix2seq"
 
 
 class GrammarProcessor(LogitsProcessor):
@@ -130,9 +128,9 @@ def encoded(model):
     return model
 
 
-def ours(model, visual: torch.Tensor, tokenizer: Tokenizer, objects: int, draft: str = "off") -> torch.Tensor:
+def ours(model, visual: torch.Tensor, tokenizer: Tokenizer, objects: int) -> torch.Tensor:
     """Boxes (B, N, 4), greedy."""
-    found = generate(encoded(model), visual, tokenizer, DecodingOptions(objects, top_p=0, draft=draft))
+    found = generate(encoded(model), visual, tokenizer, DecodingOptions(objects, top_p=0))
     return torch.stack([torch.from_numpy(one.boxes) for one in found])
 
 
@@ -149,16 +147,14 @@ def race(model, batch: int, objects: int, rounds: int, samples: int) -> dict:
     plain, length = PrefixedLlama.of(model.decoder), TOKENS_PER_OBJECT * objects
     width = model.config.decoder_config.hidden_size
     side = model.encode(torch.zeros(1, 3, model.config.image_size, model.config.image_size, device=device)).shape[1]
-    equal: dict[str, list[float]] = {ALL_WRONG: [], "generate": [], "loop": []}
-    seconds: dict[str, list[float]] = {OURS: [], ALL_RIGHT: [], **{name: [] for name in equal}, "no cache": []}
+    equal: dict[str, list[float]] = {"generate": [], "loop": []}
+    seconds: dict[str, list[float]] = {OURS: [], **{name: [] for name in equal}, "no cache": []}
     for number in tqdm(range(rounds + 1), desc=f"batch {batch}", disable=None):
         torch.manual_seed(number)
         visual = torch.randn(batch, side, width, device=device)
         written = {}
         for name, write in (
             (OURS, lambda v=visual: ours(model, v, tokenizer, objects)),
-            (ALL_RIGHT, lambda v=visual: ours(model, v, tokenizer, objects, "unverified")),
-            (ALL_WRONG, lambda v=visual: ours(model, v, tokenizer, objects, "exact")),
             ("generate", lambda v=visual: by_generate(model, plain, v, tokenizer, length)),
             ("loop", lambda v=visual: by_loop(model, plain, v, tokenizer, length)),
         ):
@@ -166,7 +162,6 @@ def race(model, batch: int, objects: int, rounds: int, samples: int) -> dict:
         tokens = written["generate"]
         for name in ("generate", "loop"):
             equal[name].append(equal_sentences(written[OURS], written[name], tokenizer))
-        equal[ALL_WRONG].append(float((written[OURS] == written[ALL_WRONG]).flatten(1).all(1).float().mean()))
         if number or device.type == "cuda":  # on a CPU there is nothing to warm up that is worth the minutes
             seconds["no cache"].append(without_cache(model, visual, tokens, samples))
     seconds = {name: values[-rounds:] for name, values in seconds.items()}  # the first round warms up
@@ -179,7 +174,6 @@ def race(model, batch: int, objects: int, rounds: int, samples: int) -> dict:
         "seconds": {name: spread(values) for name, values in seconds.items()},
         "times_as_fast": ratios,
         "tokens_per_s": batch * length / statistics.median(seconds[OURS]),
-        "passes_per_object": TOKENS_PER_OBJECT,
         "equal_sentences": {name: statistics.mean(shares) for name, shares in equal.items()},
     }
 
@@ -277,8 +271,6 @@ def measure(args: argparse.Namespace) -> dict:
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
     model, classic = (detector(args, decoder).to(device) for decoder in ("llama", "transformer"))
-    model.add_drafter()
-    model.drafter.to(device)
     half = torch.autocast(device.type, torch.bfloat16, enabled=args.mixed_precision == "bf16")
     found = {"environment": environment(device), "flags": {k: v for k, v in vars(args).items() if k != "output"}}
     with torch.inference_mode(), half:

@@ -23,7 +23,6 @@ from pix2seq.demo.__main__ import DemoArguments
 from pix2seq.evaluation.commands import compare_parser, tokens_parser
 from plan import PlanArguments
 from predict import PredictArguments
-from train_drafter import DrafterArguments
 
 OPENING = """\
 # Every flag
@@ -42,7 +41,6 @@ COMMANDS = {
     "evaluate.py": (EvaluateArguments, (("What is evaluated", EvaluateArguments), WRITING)),
     "predict.py": (PredictArguments, (("Pictures in, boxes out", PredictArguments), WRITING)),
     "python -m pix2seq.demo": (DemoArguments, (("A page in the browser", DemoArguments), WRITING)),
-    "train_drafter.py": (DrafterArguments, (("", DrafterArguments),)),
     "export.py": (ExportArguments, (("", ExportArguments),)),
     "plan.py": (PlanArguments, ((OF_TRAINING, PlanArguments),)),
     "python -m pix2seq.data check": (Arguments, (("All [flags of train.py](#trainpy).", None),)),

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from pix2seq.command_line import read_flags
-from pix2seq.decoding import DecodingOptions, Draft
+from pix2seq.decoding import DecodingOptions
 from pix2seq.sizes import SIZES
 
 # Flags that may differ from the checkpoint's when a run is resumed. A dataset may have moved. A run may be made
@@ -327,14 +327,7 @@ class DecodingArguments:
     stop_after_noise: int | None = flag(
         None, "write no more for an image after so many objects in a row that score below --noise_score (0: never)"
     )
-    noise_score: float | None = flag(None, "see --stop_after_noise and --draft tolerant (default: 0.5)")
-    draft: Draft | None = flag(
-        None,
-        "how a detector with a drafter (train_drafter.py) writes several tokens at once. exact: what it would have "
-        "written without; tolerant: up to --draft_bins off; unverified: whatever is guessed is read on "
-        "(default: off)",
-    )
-    draft_bins: int | None = flag(None, "see --draft tolerant (default: 1)")
+    noise_score: float | None = flag(None, "see --stop_after_noise (default: 0.5)")
     expected_bins: int | None = flag(
         None, "a coordinate is the mean of the bins up to so many from the one written, weighted by probability"
     )
@@ -345,7 +338,7 @@ class DecodingArguments:
     def __post_init__(self):
         _check(self, "max_objects", self.max_objects is None or self.max_objects >= 1, "at least 1")
         _check(self, "seed", self.seed is None or 0 <= self.seed < 2**32, "0 to 2^32 - 1")
-        for name in ("stop_after_noise", "draft_bins", "expected_bins", "sharpness"):
+        for name in ("stop_after_noise", "expected_bins", "sharpness"):
             value = getattr(self, name)
             _check(self, name, value is None or 0 <= value < math.inf, "at least 0")
         _check(self, "noise_score", self.noise_score is None or 0 <= self.noise_score <= 1, "0 to 1")

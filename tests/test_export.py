@@ -61,12 +61,9 @@ def new_detector(decoder: str, seed: int = 0, decoder_layers: int = 2) -> Pix2Se
 
 @pytest.fixture(scope="module", params=["llama", "transformer"])
 def pair(request, tmp_path_factory) -> tuple[Pix2SeqForObjectDetection, Path]:
-    """A detector, and the folder it was exported to. Llama comes with a drafter, which stays behind."""
+    """A detector, and the folder it was exported to."""
     folder, layers = tmp_path_factory.mktemp(request.param), {"llama": 2, "transformer": 1}[request.param]
     model = new_detector(request.param, decoder_layers=layers)
-    if request.param == "llama":
-        model.add_drafter()
-        model.config.decoding = {"draft": "exact", "draft_bins": 2}
     model.save_pretrained(folder / "best")
     assert export.main(ExportArguments(str(folder / "best"), str(folder / "onnx"))) == 0
     return load_detector(folder / "best", "--checkpoint").eval(), folder / "onnx"
@@ -89,7 +86,7 @@ def pictures(count: int = 20) -> torch.Tensor:
 @pytest.mark.parametrize("size", [1, 5])
 def test_the_boxes_are_the_detectors(pair, size, changes):
     model, folder = pair
-    options = replace(model.decoding_options, draft="off", **changes)
+    options = replace(model.decoding_options, **changes)
     expected, exported = model.detect(pictures(), options), OnnxDetector(folder)
     found = [each for part in pictures().split(size) for each in exported.detect(part, options)]
     assert len({each.boxes.tobytes() for each in expected}) >= 8
@@ -105,9 +102,7 @@ def test_the_boxes_are_the_detectors(pair, size, changes):
 def test_the_folder_says_what_it_is(pair):
     model, folder = pair
     config = OnnxDetector(folder).config
-    assert config.drafter is None
     assert config.class_names == SHAPES
-    assert "draft" not in config.decoding
     assert AutoImageProcessor.from_pretrained(folder).image_size == 64
     text = (folder / "README.md").read_text()
     assert "encoder.onnx: pixel_values (uint8) ('batch', 3, 64, 64)" in text
@@ -157,7 +152,7 @@ def test_the_programs_of_the_page(pair, tmp_path, monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()
     exec(ours.replace("image.jpg", "image.png"), found := {})
     assert len(found["found"].scores) <= OBJECTS
-    expected = model.detect(pictures(1), replace(model.decoding_options, draft="off", top_p=0.0))[0]
+    expected = model.detect(pictures(1), replace(model.decoding_options, top_p=0.0))[0]
     boxes = to_original_pixels(expected.boxes, 64, (64, 64), (64, 64))
     assert [line.split()[0] for line in lines] == [SHAPES[label] for label in expected.labels]
     corners = np.array([json.loads(line[line.index("[") :]) for line in lines]).reshape(-1, 4)

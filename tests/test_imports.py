@@ -39,20 +39,18 @@ ALLOWED = {
     "decoding.options": set(),
     "decoding.grammar": {"tokenizer"},
     "decoding.sentences": {"tokenizer", "decoding.options"},
-    "decoding.drafting": {"tokenizer", *(f"decoding.{m}" for m in ("grammar", "options", "sentences"))},
-    "decoding.generation": {"tokenizer", *(f"decoding.{m}" for m in ("drafting", "grammar", "options", "sentences"))},
+    "decoding.generation": {"tokenizer", *(f"decoding.{m}" for m in ("grammar", "options", "sentences"))},
     # level 2
     "model": {"model.build", "model.configuration", "model.detector", "model.load", "model.transfer"},
     "model.positions": set(),
     "model.steps": set(),
-    "model.drafter": {"tokenizer", "model.steps"},
     "model.llama": {"model.steps"},
     "model.transformer": {"model.steps"},
     "model.backbone": {"errors"},
     "model.loss": {"tokenizer"},
     "model.configuration": {"model.backbone", "model.positions"},
     "model.detector": {
-        *("decoding", "tokenizer", "model.backbone", "model.configuration", "model.drafter", "model.llama"),
+        *("decoding", "tokenizer", "model.backbone", "model.configuration", "model.llama"),
         "model.positions",
         *("model.loss", "model.steps", "model.transformer"),
     },
@@ -166,7 +164,7 @@ LEVEL_0 = (
     "sizes",
     "model.backbone",
 )
-ENTRY_POINTS = ("train", "evaluate", "predict", "export", "train_drafter", "plan")
+ENTRY_POINTS = ("train", "evaluate", "predict", "export", "plan")
 
 
 def module_name(path: Path) -> str:

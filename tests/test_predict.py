@@ -385,7 +385,6 @@ def test_mistakes_are_told_in_one_line_before_any_work(folder, pictures, tmp_pat
         ([picture, "--device", "toaster"], "--device toaster: cannot be used"),
         ([picture, "--device", "meta"], "--device meta: cannot be used"),
         ([picture, "--dtype", "float16"], "--dtype float16: needs a GPU"),
-        ([picture, "--draft", "exact"], "--draft exact: this detector has no drafter"),
         ([picture, "--output_dir", tmp_path / "file"], f"--output_dir {tmp_path}/file: is a file; name a folder"),
         ([picture, "--output_dir", tmp_path / "file" / "x"], f"{tmp_path}/file/x: cannot be written to"),
     ):
@@ -501,7 +500,7 @@ def test_decoding_and_precision_can_be_chosen(folder, pictures):
     assert (precise != coarse).any()
     args = parse(predict.PredictArguments, ["--checkpoint", "x", "--max_objects", "2", "--seed", "3", "--top_p", "0"])
     assert args.decoding() == dict(zip(names, (2, 3, 0), strict=True))
-    for wrong in ({"max_object": 2}, {"top_p": 3}, {"device": "toaster"}, {"dtype": "int8"}, {"draft": "exact"}):
+    for wrong in ({"max_object": 2}, {"top_p": 3}, {"device": "toaster"}, {"dtype": "int8"}):
         with pytest.raises(UserError, match=next(iter(wrong))):
             Pix2Seq.from_pretrained(folder, **({"device": "cpu"} | wrong))
 

@@ -13,7 +13,6 @@ from PIL import Image
 
 from benchmarks import curves, demo_load, flags
 from benchmarks.reliability import fill
-from benchmarks.writing import markdown
 from export import ExportArguments
 from pix2seq.command_line import parse
 from pix2seq.config import Arguments, EvaluateArguments
@@ -27,7 +26,6 @@ from pix2seq.metrics import NAMES
 from pix2seq.processing import Pix2SeqImageProcessor
 from plan import PlanArguments
 from predict import PredictArguments
-from train_drafter import DrafterArguments
 
 README = Path("README.md").read_text()
 DOCUMENTS = {str(path): path.read_text() for path in sorted((*Path().glob("*.md"), *Path("docs").glob("*.md")))}
@@ -63,8 +61,6 @@ def test_every_command_parses(command):
             parse(Arguments, shlex.split(settings["args"]))
     elif "train.py" in words:
         parse(Arguments, words[words.index("train.py") + 1 :])
-    elif "train_drafter.py" in words:
-        parse(DrafterArguments, words[words.index("train_drafter.py") + 1 :])
     elif "export.py" in words:
         parse(ExportArguments, words[words.index("export.py") + 1 :])
     elif "plan.py" in words:

@@ -9,7 +9,6 @@ from collections.abc import Callable
 
 import torch
 
-from pix2seq.decoding.drafting import with_drafts
 from pix2seq.decoding.grammar import Grammar, around, sample_top_p, unscored
 from pix2seq.decoding.options import DecodingOptions, Detections, Interrupted
 from pix2seq.decoding.sentences import Sentences
@@ -29,8 +28,7 @@ def generate(
 
     model   offers `start(pixels, length) -> steps`, `step(ids (B,), position, steps, rows) -> logits (B, V)`, of the
             `rows` of V that are asked for, and `config.noise_objects`; `steps.keep(indices)` goes on with a part of
-            the batch. On a GPU, `position` is a tensor. With a `drafter`, what drafting.py asks of it too. It should
-            be in eval mode
+            the batch. On a GPU, `position` is a tensor. It should be in eval mode
 
     At least once an object asks `interrupted`; at a yes, raises Interrupted. Raises NonFiniteLogits.
     What is sampled depends on the picture and options.seed: but for rounding, not on its batch, its place in a dataset
@@ -56,8 +54,6 @@ def write(
     writing = writing or Sentences.new(pixel_values, tokenizer, options)
     grammar = Grammar(tokenizer, allow_eos=not model.config.noise_objects, device=pixel_values.device)
     write_all = object_by_object if pixel_values.is_cuda else token_by_token
-    if options.draft != "off":
-        write_all = with_drafts
     return Sentences.together(write_all(model, pixel_values, writing, grammar, options, interrupted))
 
 

@@ -39,14 +39,6 @@ class Grammar:
             return logits.masked_fill(self.bins < corner[:, None] - self.first_bin_id, -torch.inf)
         return logits
 
-    def of_any_slot(self, logits: torch.Tensor, slots: torch.Tensor, corners: torch.Tensor) -> torch.Tensor:
-        """Logits (B, V), each row's of the slot (B,) it stands at."""
-        lowest = torch.where(slots >= 2, corners, 0).clamp(min=self.first_bin_id)
-        forbidden = torch.where((slots == CLASS_SLOT)[:, None], self.forbidden[CLASS_SLOT], self.ids < lowest[:, None])
-        if self.allow_eos:
-            forbidden[:, self.tokenizer.eos_id] &= slots != 0
-        return logits.masked_fill(forbidden, -torch.inf)
-
     def best_class(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Of logits (B, V) at a class slot: the probability among all tokens of the likeliest class, and its label."""
         classes = slice(self.tokenizer.first_class_id, self.first_bin_id)

@@ -1,11 +1,8 @@
 """What is asked of a sentence, and what comes of it."""
 
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import numpy as np
-
-Draft = Literal["off", "exact", "tolerant", "unverified"]
 
 
 @dataclass(frozen=True)
@@ -18,13 +15,6 @@ class DecodingOptions:
                        weighted by their probabilities (0: at that bin)
     sharpness          an object's score is multiplied by the probability of those bins of its four coordinates, to
                        this power (0: not at all): sharp boxes come first
-    draft              how a detector with a drafter uses it; without one, there is only "off". The decoder reads a
-                       guess of the rest of the object at once, and writes what it would have said after each token: up
-                       to the first that was guessed wrong. "exact": what comes out is what would have without, up to
-                       rounding: two tokens that are as good as equally likely may be swapped, which in half
-                       precision happens. "tolerant": a coordinate `draft_bins` off is not wrong, and where an object
-                       lies that both take for noise (by `noise_score`), after another one, does not matter.
-                       "unverified": no guess is wrong
     """
 
     max_objects: int = 100
@@ -33,8 +23,6 @@ class DecodingOptions:
     seed: int = 0
     stop_after_noise: int = 0
     noise_score: float = 0.5
-    draft: Draft = "off"
-    draft_bins: int = 1
     expected_bins: int = 0
     sharpness: float = 0.0
 
@@ -46,10 +34,6 @@ class DecodingOptions:
         if self.stop_after_noise < 0 or not 0 <= self.noise_score <= 1:
             raise ValueError(
                 f"stop_after_noise is {self.stop_after_noise}, noise_score {self.noise_score}: at least 0, and 0 to 1"
-            )
-        if self.draft not in get_args(Draft) or self.draft_bins < 0:
-            raise ValueError(
-                f"draft is {self.draft!r}, draft_bins {self.draft_bins}: one of {get_args(Draft)}, at least 0"
             )
         if self.expected_bins < 0 or self.sharpness < 0:
             raise ValueError(

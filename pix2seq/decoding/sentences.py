@@ -13,13 +13,13 @@ from pix2seq.tokenizer import CLASS_SLOT, TOKENS_PER_OBJECT, Tokenizer
 
 @dataclass
 class Sentences:
-    """Of R pictures of a batch. A sentence has L tokens at most, and some room behind it that does not count.
+    """Of R pictures of a batch. A sentence has L tokens at most.
 
-    rows       (R,)      which picture of the batch     tokens     (R, L + 5), EOS where nothing was written
-    labels     (R, N)    and scores (R, N) of objects   uniforms   (R, L + 5), the randomness of each token, or None
+    rows       (R,)      which picture of the batch     tokens     (R, L), EOS where nothing was written
+    labels     (R, N)    and scores (R, N) of objects   uniforms   (R, L), the randomness of each token, or None
     noise      (R,)      objects in a row, the last one among them, that score below `noise_score`
     passes     (R,)      how often the decoder was run
-    offsets    (R, L + 5), in bins, from a coordinate's token to where it lies, and masses (R, L + 5): see `around`
+    offsets    (R, L), in bins, from a coordinate's token to where it lies, and masses (R, L): see `around`
     """
 
     rows: torch.Tensor
@@ -35,22 +35,22 @@ class Sentences:
     @classmethod
     def new(cls, pixel_values: torch.Tensor, tokenizer: Tokenizer, options: DecodingOptions) -> "Sentences":
         batch, device = len(pixel_values), pixel_values.device
-        room = TOKENS_PER_OBJECT * (options.max_objects + 1)
+        length = TOKENS_PER_OBJECT * options.max_objects
         uniforms = None
         if options.top_p > 0:
             keys = _keys(pixel_values)
-            uniforms = np.stack([np.random.default_rng((options.seed, key)).random(room) for key in keys])
+            uniforms = np.stack([np.random.default_rng((options.seed, key)).random(length) for key in keys])
             uniforms = torch.from_numpy(uniforms).to(device, torch.float32)
         return cls(
             rows=torch.arange(batch, device=device),
-            tokens=torch.full((batch, room), tokenizer.eos_id, device=device),
+            tokens=torch.full((batch, length), tokenizer.eos_id, device=device),
             labels=torch.zeros(batch, options.max_objects, dtype=torch.long, device=device),
             scores=torch.zeros(batch, options.max_objects, device=device),
             uniforms=uniforms,
             noise=torch.zeros(batch, dtype=torch.long, device=device),
             passes=torch.zeros(batch, dtype=torch.long, device=device),
-            offsets=torch.zeros(batch, room, dtype=torch.float64, device=device),
-            masses=torch.ones(batch, room, dtype=torch.float64, device=device),
+            offsets=torch.zeros(batch, length, dtype=torch.float64, device=device),
+            masses=torch.ones(batch, length, dtype=torch.float64, device=device),
         )
 
     def of(self, indices: torch.Tensor) -> "Sentences":
@@ -69,7 +69,7 @@ class Sentences:
         """The objects of each picture. A sentence ends at its first EOS. Raises NonFiniteLogits."""
         labels, scores, passes = (part.cpu().numpy() for part in (self.labels, self.scores, self.passes))
         tokens, offsets, masses = (
-            part.cpu().numpy().reshape(len(part), -1, TOKENS_PER_OBJECT)[:, :-1]
+            part.cpu().numpy().reshape(len(part), -1, TOKENS_PER_OBJECT)
             for part in (self.tokens, self.offsets, self.masses)
         )
         finite = np.isfinite(scores).all(axis=1) & np.isfinite(offsets + masses).all(axis=(1, 2))

@@ -98,11 +98,9 @@ def serve(args: DemoArguments) -> None:
     except OSError as error:
         raise UserError(f"--host {args.host} --port {args.port}: cannot be served at ({error.strerror})") from None
     transformers_logging.disable_progress_bar()
-    # A draft's guesses stand in the sentence before they are checked: nothing to show.
-    decoding = args.decoding() | {"draft": "off"}
     model = load_detector(args.checkpoint, "--checkpoint")
     try:
-        detector = Pix2Seq(model, args.device, **decoding)
+        detector = Pix2Seq(model, args.device, **args.decoding())
     except UserError as error:
         raise UserError(f"--{error}") from None
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the folder goes

@@ -25,7 +25,6 @@ class Pix2SeqConfig(PretrainedConfig):
     image_mean, image_std   of the pixels the backbone expects, for pixels in [0, 1]
     num_bins, max_objects, noise_objects   how sentences were built: see Tokenizer and SequenceBuilder
     category_ids      original id of each label; `id2label` holds the names
-    drafter           of a detector that writes several tokens at once: num_layers, num_heads, mlp_size of its Drafter
     decoding          top_p and temperature this detector was evaluated with: see DecodingOptions
     label_smoothing, coordinate_sigma   soft targets of the loss: see token_cross_entropy
     """
@@ -55,7 +54,6 @@ class Pix2SeqConfig(PretrainedConfig):
         max_objects: int = 100,
         noise_objects: bool = True,
         category_ids: tuple[int, ...] = (0,),
-        drafter: dict | None = None,
         decoding: dict | None = None,
         label_smoothing: float = 0.0,
         coordinate_sigma: float = 0.0,
@@ -88,7 +86,6 @@ class Pix2SeqConfig(PretrainedConfig):
         self.max_objects = max_objects
         self.noise_objects = noise_objects
         self.category_ids = list(category_ids)
-        self.drafter = drafter
         self.decoding = decoding or {}
         self.label_smoothing = label_smoothing
         self.coordinate_sigma = coordinate_sigma

@@ -21,7 +21,6 @@ from transformers.utils import ModelOutput
 from pix2seq.decoding import DecodingOptions, Detections, generate
 from pix2seq.model.backbone import VisionBackbone
 from pix2seq.model.configuration import Pix2SeqConfig
-from pix2seq.model.drafter import Drafter
 from pix2seq.model.llama import LlamaDecoder
 from pix2seq.model.loss import token_cross_entropy
 from pix2seq.model.positions import coordinate_code, position_code_2d
@@ -129,9 +128,6 @@ class Pix2SeqForObjectDetection(Pix2SeqPreTrainedModel):
         if config.output_bias:
             head = self.decoder.lm_head
             self.decoder.lm_head = nn.Linear(head.in_features, head.out_features, bias=True)
-        self.drafter = None
-        if config.drafter is not None:
-            self.add_drafter(**config.drafter)
         self.post_init()
         if config.bin_init == "ruler":
             self._lay_ruler()
@@ -174,8 +170,6 @@ class Pix2SeqForObjectDetection(Pix2SeqPreTrainedModel):
     def _possible(self, options: DecodingOptions) -> DecodingOptions:
         if options.max_objects > self.most_objects:
             raise ValueError(f"max_objects {options.max_objects}: this detector can write {self.most_objects}")
-        if options.draft != "off" and self.drafter is None:
-            raise ValueError(f"draft {options.draft}: this detector has no drafter; train_drafter.py makes one")
         return options
 
     @property
@@ -292,39 +286,6 @@ class Pix2SeqForObjectDetection(Pix2SeqPreTrainedModel):
         if part not in steps.output:
             steps.output[part] = Product.of(self.decoder.lm_head, like=hidden, count=len(hidden), rows=rows)
         return steps.output[part](hidden).float()
-
-    def add_drafter(self, num_layers: int = 1, num_heads: int | None = None, mlp_size: int | None = None) -> None:
-        """A new one, which has learnt nothing. The other weights stay as they are."""
-        width = self.config.decoder_config.hidden_size
-        heads, mlp_size = num_heads or self.config.decoder_config.num_attention_heads, mlp_size or 4 * width
-        self.config.drafter = {"num_layers": num_layers, "num_heads": heads, "mlp_size": mlp_size}
-        self.drafter = Drafter(width, heads, mlp_size, num_layers).to(self.device, self.dtype)
-
-    def start_drafting(self, pixel_values: torch.Tensor, length: int):
-        """As `start`, for `read` and `draft`: the steps, and what the drafter looks at."""
-        visual = self.encode(pixel_values)
-        # A block may reach beyond the sentence's end; what is read there is of no use to anyone.
-        steps = self.decoder.start(visual, length + TOKENS_PER_OBJECT, TOKENS_PER_OBJECT)
-        return steps, self.drafter.look(visual)
-
-    def read(self, ids: torch.Tensor, position: torch.Tensor, steps) -> tuple[torch.Tensor, torch.Tensor]:
-        """Reads n more tokens in each row, ids (B, n), the first of them at `position` (B,) of the sentence.
-
-        Returns what the decoder thinks after each of them, (B, n, D), and what may follow: logits (B, n, V), float32.
-        """
-        thoughts = steps(ids, position)
-        if None not in steps.output:
-            steps.output[None] = Product.of(self.decoder.lm_head, like=thoughts, count=len(thoughts))
-        logits = steps.output[None](thoughts).float()
-        return thoughts.unflatten(0, ids.shape), logits.unflatten(0, ids.shape)
-
-    def draft(
-        self, thoughts: torch.Tensor, ids: torch.Tensor, slots: torch.Tensor, memory
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What was thought (R, D) before the tokens ids (R,), which were then said -> what to think after them (R, D),
-        and a guess of what the decoder will say next, logits (R, V). `slots` (R,): of what is guessed."""
-        thoughts = self.drafter(thoughts, self.get_input_embeddings()(ids).to(thoughts.dtype), slots, memory)
-        return thoughts, self.decoder.lm_head(thoughts)
 
 
 def _drop(config: Pix2SeqConfig, module: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:

@@ -101,9 +101,8 @@ class LlamaDecoder(LlamaForCausalLM):
             use_cache=False,
         ).last_hidden_state[:, -length:]
 
-    def start(self, visual: torch.Tensor, length: int, block: int = 1) -> "LlamaSteps":
-        """Reads the visual tokens (B, N, D), and makes room for a sentence of `length` tokens, to be read `block` at a
-        time."""
+    def start(self, visual: torch.Tensor, length: int) -> "LlamaSteps":
+        """Reads the visual tokens (B, N, D), and makes room for a sentence of `length` tokens."""
         cache = DynamicCache(config=self.config)
         self.model(
             inputs_embeds=visual,
@@ -112,7 +111,7 @@ class LlamaDecoder(LlamaForCausalLM):
             use_cache=True,
             **{CACHE: cache},
         )
-        return LlamaSteps(self.model, visual, length, block, cache)
+        return LlamaSteps(self.model, visual, length, cache)
 
     def num_seen_whole(self, visual: torch.Tensor) -> int:
         return 0 if getattr(self.config, "causal_prefix", False) else visual.shape[1]
@@ -124,8 +123,8 @@ class LlamaSteps:
     Says what LlamaModel says with a cache, but for rounding.
     """
 
-    def __init__(self, model: LlamaModel, visual: torch.Tensor, length: int, block: int, prefix: DynamicCache):
-        attention, shape = model.layers[0].self_attn, {"like": visual, "count": len(visual) * block}
+    def __init__(self, model: LlamaModel, visual: torch.Tensor, length: int, prefix: DynamicCache):
+        attention, shape = model.layers[0].self_attn, {"like": visual, "count": len(visual)}
         self.head_width = attention.head_dim
         self.num_heads = attention.q_proj.out_features // self.head_width
         self.num_visual = visual.shape[1]
@@ -167,13 +166,11 @@ class LlamaSteps:
     def __call__(self, ids: torch.Tensor, position: int | torch.Tensor) -> torch.Tensor:
         """Reads one more token in each row, ids (B,), the `position`-th of the sentence (BOS is 0): (B, D). A tensor
         without dimensions is a position that the device alone knows.
-
-        Or a few: ids (B, n), the first of them at `position` (B,): (B n, D).
         """
-        places = self.seen.places(self.num_visual + position, ids.shape[-1] if ids.ndim > 1 else 1)
-        hidden = self.embeddings[ids.flatten()]
+        places = self.seen.places(self.num_visual + position)
+        hidden = self.embeddings[ids]
         if isinstance(position, torch.Tensor):
-            position = (places.at - self.num_visual).flatten()
+            position = position.view(1)
         cos, sin = self.cos[position], self.sin[position]
         for index, (act, query_key_value, out, gate_up, down) in enumerate(self.layers):
             heads = query_key_value(self.unit(hidden)).view(-1, *cos.shape[-2:])

@@ -32,8 +32,7 @@ def load_detector(name: str | Path, flag: str) -> Pix2SeqForObjectDetection:
         raise UserError(f"{where}: lacks the weights {', '.join(sorted(loading['missing_keys'])[:3])}")
     config = model.config
     try:
-        if DecodingOptions(**config.decoding).draft != "off" and model.drafter is None:
-            raise ValueError("decoding with drafts, and no drafter")
+        DecodingOptions(**config.decoding)
         fits = config.decoder_config.vocab_size == model.tokenizer.vocab_size and bool(config.class_names)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{where}: config.json does not describe a detector ({error!r})") from None

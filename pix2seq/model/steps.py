@@ -1,4 +1,4 @@
-"""Reading a sentence a token or a few at a time: what of a decoder's layers a step needs, laid out for it.
+"""Reading a sentence a token at a time: what of a decoder's layers a step needs, laid out for it.
 
 Around a step's few products, transformers' modules and caches do more than the products take: a cache is copied as a
 whole for every token. Here keys and values have their place from the start, products of the same input are one, and
@@ -83,24 +83,14 @@ class Product:
         return F.linear(x if x.dtype == self.weight.dtype else x.to(self.weight.dtype), self.weight, self.bias)
 
 
+@dataclass
 class Places:
-    """Where the tokens of one pass stand: n of them in each of B rows, one behind the other.
+    """Where the one token of each row that a pass reads stands: `at`, a number or, known to the device alone, a tensor
+    without dimensions. `end`: how many of the cached tokens it attends to, but for those the `mask` hides."""
 
-    at   the place of all rows' only token, a number or, known to the device alone, a tensor without dimensions; or
-         places (B,) of each row's first of n tokens
-    """
-
-    def __init__(self, at: int | torch.Tensor, count: int = 1):
-        self.at, self.mask, self.rows, self.end = at, None, None, None
-        if isinstance(at, int):
-            self.end = at + 1
-        if isinstance(at, int) or at.ndim == 0:
-            return
-        self.at = at[:, None] + torch.arange(count, device=at.device)
-        self.end = int(self.at.max()) + 1
-        # Each token sees what stands before it in its row, and itself. What other rows wrote further on is not there.
-        self.mask = (torch.arange(self.end, device=at.device) <= self.at[:, :, None])[:, None]
-        self.rows = torch.arange(len(at), device=at.device)[:, None]
+    at: int | torch.Tensor
+    end: int
+    mask: torch.Tensor | None = None
 
 
 class KeyValues:
@@ -121,16 +111,15 @@ class KeyValues:
         # Zeros: what is hidden by a mask is still multiplied, and must not be NaN.
         return cls([torch.zeros(2, batch, heads, most, width, dtype=dtype, device=device) for _ in range(layers)])
 
-    def places(self, at: int | torch.Tensor, count: int = 1) -> Places:
+    def places(self, at: int | torch.Tensor) -> Places:
         """Where the next tokens stand, see Places."""
-        places = Places(at, count)
-        if places.end is None:
-            room, like = self.layers[0].shape[3], self.layers[0]
-            if self.masks is None:
-                # Numbers, not yes and no: attention would make them such in every layer.
-                self.masks = like.new_full((room, room), -torch.inf).triu(1)
-            places.end, places.mask = room, self.masks[at.view(1)]
-        return places
+        if isinstance(at, int):
+            return Places(at, at + 1)
+        room, like = self.layers[0].shape[3], self.layers[0]
+        if self.masks is None:
+            # Numbers, not yes and no: attention would make them such in every layer.
+            self.masks = like.new_full((room, room), -torch.inf).triu(1)
+        return Places(at, room, self.masks[at.view(1)])
 
     def fill(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """(B, H, n, d) of the first n tokens."""
@@ -138,34 +127,25 @@ class KeyValues:
             self.layers[layer][index].narrow(2, 0, new.shape[2]).copy_(new)
 
     def write(self, layer: int, places: Places, keys_and_values: torch.Tensor) -> None:
-        """(B n, 2 H, d) of the tokens of one pass, the keys' heads first."""
+        """(B, 2 H, d) of the tokens of one pass, the keys' heads first."""
         rows, heads, width = keys_and_values.shape
-        kept, new = self.layers[layer], keys_and_values.view(rows, 2, heads // 2, width)
+        kept, new = self.layers[layer], keys_and_values.view(rows, 2, heads // 2, width).transpose(0, 1)
         if isinstance(places.at, int):
-            kept.select(3, places.at).copy_(new.transpose(0, 1))
-        elif places.rows is None:
-            kept.index_copy_(3, places.at.view(1), new.transpose(0, 1).unsqueeze(3).to(kept.dtype))
+            kept.select(3, places.at).copy_(new)
         else:
-            kept[:, places.rows, :, places.at] = new.unflatten(0, places.at.shape)
+            kept.index_copy_(3, places.at.view(1), new.unsqueeze(3).to(kept.dtype))
 
     def look(self, layer: int, query: torch.Tensor, places: Places | None = None) -> torch.Tensor:
-        """What queries (B n, H', d) find in the tokens up to their own, or in all of them: (B n, H' d)."""
+        """What queries (B, H', d) find in the tokens up to their own, or in all of them: (B, H' d)."""
         kept = self.layers[layer] if places is None else self.layers[layer].narrow(3, 0, places.end)
         keys, values = kept.unbind()
-        if query.shape[0] == keys.shape[0]:  # one token a row, at each of which every view on the way counts
-            query = query.unsqueeze(2)
-        else:
-            query = query.unflatten(0, (keys.shape[0], -1)).transpose(1, 2)
-        grouped = query.shape[1] != self.num_heads
+        query, grouped = query.unsqueeze(2), query.shape[1] != self.num_heads
         mask = None if places is None else places.mask
-        if mask is not None and mask.ndim == 2:
+        if mask is not None:
             if query.dtype == keys.dtype == torch.float32 and not grouped:
                 return _attention_to_one(query, keys, values, mask)
             mask = mask.expand(*query.shape[:2], -1, -1)
-        found = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, enable_gqa=grouped)
-        if found.shape[2] == 1:
-            return found.flatten(1)
-        return found.transpose(1, 2).flatten(0, 1).flatten(1)
+        return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, enable_gqa=grouped).flatten(1)
 
     def keep(self, rows: torch.Tensor) -> None:
         """Only these rows of the batch."""

@@ -41,7 +41,7 @@ def adapt(
     config.image_size, config.num_bins, config.max_objects = image_size, num_bins, max_objects
     config.noise_objects, config.dropout, config.drop_path = noise_objects, dropout, drop_path
     config.label_smoothing, config.coordinate_sigma = label_smoothing, coordinate_sigma
-    config.category_ids, config.decoding, config.drafter = list(category_ids), decoding, None
+    config.category_ids, config.decoding = list(category_ids), decoding
     config.id2label = dict(enumerate(class_names))
     config.label2id = {name: label for label, name in enumerate(class_names)}
     config.decoder_config.vocab_size = after.vocab_size
@@ -54,8 +54,6 @@ def adapt(
     state = model.state_dict()
     with torch.no_grad():
         for name, value in source.state_dict().items():
-            if name.startswith("drafter."):  # it knows what the old detector says
-                continue
             if name.endswith(BY_TOKEN):
                 _copy_tokens(value, state[name], before, after, kept)
             elif name.endswith(BY_POSITION):
@@ -72,8 +70,6 @@ def adapt(
         f"new classes: {listed(name for name in class_names if name not in old.class_names)}",
         f"classes left out: {listed(name for name in old.class_names if name not in class_names)}",
     ]
-    if source.drafter is not None:
-        report.append("drafter: left out; train_drafter.py makes a new one")
     for name in ("image_size", "num_bins", "max_objects", "noise_objects"):
         if getattr(old, name) != getattr(config, name):
             report.append(f"{name}: {getattr(old, name)} became {getattr(config, name)}")

@@ -28,20 +28,19 @@ class TransformerDecoder(BlenderbotForCausalLM):
             input_ids=input_ids, attention_mask=mask[None, None], encoder_hidden_states=visual, use_cache=False
         ).last_hidden_state
 
-    def start(self, visual: torch.Tensor, length: int, block: int = 1) -> "TransformerSteps":
-        """Looks at the visual tokens (B, N, D), and makes room for a sentence of `length` tokens, which will be read
-        `block` at a time."""
-        return TransformerSteps(self.model.decoder, visual, length, block)
+    def start(self, visual: torch.Tensor, length: int) -> "TransformerSteps":
+        """Looks at the visual tokens (B, N, D), and makes room for a sentence of `length` tokens."""
+        return TransformerSteps(self.model.decoder, visual, length)
 
 
 class TransformerSteps:
     """Reads a sentence bit by bit: BlenderbotDecoder's layers, laid out for it, and what they have read so far."""
 
-    def __init__(self, decoder: BlenderbotDecoder, visual: torch.Tensor, length: int, block: int):
+    def __init__(self, decoder: BlenderbotDecoder, visual: torch.Tensor, length: int):
         attention = decoder.layers[0].self_attn
         self.decoder, self.heads = decoder, (attention.num_heads, attention.head_dim)
         self.output: dict[tuple, Product] = {}  # of the parts of the vocabulary that were asked for
-        self.layers, count = [], len(visual) * block
+        self.layers, count = [], len(visual)
         for layer in decoder.layers:
             own, cross = layer.self_attn, layer.encoder_attn
             linears = ((own.q_proj, own.k_proj, own.v_proj), (own.out_proj,), (cross.q_proj,), (cross.out_proj,))
@@ -59,14 +58,11 @@ class TransformerSteps:
     def __call__(self, ids: torch.Tensor, position: int | torch.Tensor) -> torch.Tensor:
         """Reads one more token in each row, ids (B,), the `position`-th of the sentence (BOS is 0): (B, D). A tensor
         without dimensions is a position that the device alone knows.
-
-        Or a few: ids (B, n), the first of them at `position` (B,): (B n, D).
         """
-        decoder, places = self.decoder, self.said.places(position, ids.shape[-1] if ids.ndim > 1 else 1)
-        learned = decoder.embed_positions.weight
+        decoder, places = self.decoder, self.said.places(position)
         if isinstance(position, torch.Tensor):
-            position = places.at.flatten().clamp(max=len(learned) - 1)  # behind the end there is nothing to be right
-        hidden = decoder.embed_tokens(ids.flatten()) + learned[position]
+            position = position.view(1)
+        hidden = decoder.embed_tokens(ids) + decoder.embed_positions.weight[position]
         for index, (layer, query_key_value, out, query, picture_out, fc1, fc2) in enumerate(self.layers):
             heads = query_key_value(_norm(hidden, layer.self_attn_layer_norm)).unflatten(1, (-1, self.heads[1]))
             self.said.write(index, places, heads[:, self.heads[0] :])
