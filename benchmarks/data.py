@@ -41,14 +41,14 @@ from torchvision.transforms.v2 import functional as F
 from torchvision.tv_tensors import BoundingBoxes
 
 from benchmarks.record import environment
-from pix2seq.assembly import load_data
-from pix2seq.command_line import parse
-from pix2seq.config import Arguments
+from pix2seq.argument_parser import parse
+from pix2seq.arguments import TrainArguments
 from pix2seq.data import Annotations, StepSampler, TrainDataset, train_loader
-from pix2seq.data.images import BadImage, Folder, Picture
-from pix2seq.data.loading import collate
+from pix2seq.data.image_files import BadImage, Folder, ImageFile
+from pix2seq.data.loaders import collate
 from pix2seq.errors import UserError
-from plan import PlanArguments, plan
+from pix2seq.plan import PlanArguments, plan
+from pix2seq.training.setup import load_data
 
 OURS = "pix2seq"
 IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
@@ -64,12 +64,12 @@ Maker = Callable[[int, int], dict]  # of an index and a round: pixel_values (3, 
 def training_set(root: str, image_size: int, num_images: int) -> TrainDataset:
     """What train.py trains on by default: the first images of the split, without those that cannot be read."""
     words = ["--root", root, "--image_size", image_size, "--overfit", num_images]
-    dataset = load_data(parse(Arguments, list(map(str, words))))[0]
+    dataset = load_data(parse(TrainArguments, list(map(str, words))))[0]
     whole = dataset.annotations
 
     def readable(index: int) -> bool:
         try:
-            return whole.picture(index).pixels() is not None
+            return whole.image_file(index).pixels() is not None
         except BadImage:
             return False
 
@@ -80,7 +80,7 @@ def training_set(root: str, image_size: int, num_images: int) -> TrainDataset:
 
 def opened(annotations: Annotations, index: int) -> tuple[Image.Image, torch.Tensor, torch.Tensor]:
     """The picture as peers open it, its boxes (xyxy pixels) and its labels."""
-    picture = Image.open(io.BytesIO(annotations.store.read(annotations.places[index]))).convert("RGB")
+    picture = Image.open(io.BytesIO(annotations.store.read(annotations.locations[index]))).convert("RGB")
     boxes, labels = annotations.objects(index)
     return picture, torch.from_numpy(boxes).float(), torch.from_numpy(labels)
 
@@ -200,11 +200,11 @@ def enlarged(dataset: TrainDataset, count: int, longest: int, folder: Path) -> T
         sizes.append(size[::-1])
         picture.resize(size, Image.Resampling.BICUBIC).save(folder / name, quality=90)
     places, sizes = np.array(names, dtype=np.dtypes.StringDType()), np.array(sizes, dtype=np.int32)
-    large = replace(annotations, store=Folder(folder), places=places, sizes=sizes, boxes=boxes)
+    large = replace(annotations, store=Folder(folder), locations=places, sizes=sizes, boxes=boxes)
     return replace(dataset, annotations=large)
 
 
-class TimedPicture(Picture):
+class TimedPicture(ImageFile):
     """Notes how long its pixels took."""
 
     seconds = 0.0
@@ -227,13 +227,13 @@ def ms_per_image(dataset: TrainDataset) -> dict[str, float]:
             boxes, labels = annotations.objects(index)
             size = tuple(annotations.sizes[index].tolist())
             clock = [time.perf_counter()]
-            data = annotations.store.read(annotations.places[index])
+            data = annotations.store.read(annotations.locations[index])
             clock.append(time.perf_counter())
             picture = TimedPicture(data, size if min(size) > 0 else None)
             clock.append(time.perf_counter())
             canvas = dataset.transform(picture, boxes, rng)
             clock.append(time.perf_counter())
-            dataset.build(canvas.boxes, labels[canvas.kept], rng, canvas.content)
+            dataset.sequence_builder(canvas.boxes, labels[canvas.kept], rng, canvas.valid_fraction)
             clock.append(time.perf_counter())
             spent += np.diff(clock) + [0, picture.seconds, -picture.seconds, 0]
     total = time.perf_counter() - started
@@ -316,7 +316,7 @@ def measure(args: argparse.Namespace) -> dict:
         "images": {
             "count": count,
             "objects_an_image": int(annotations.trainable.sum()) / count,
-            "mean_kb": statistics.mean(len(annotations.store.read(place)) for place in annotations.places) / 1000,
+            "mean_kb": statistics.mean(len(annotations.store.read(place)) for place in annotations.locations) / 1000,
             "mean_megapixels": float(np.prod(annotations.sizes, axis=1).mean()) / 1e6,
             "handed_over": {
                 OURS: "uint8, normalised by the model",

@@ -30,9 +30,9 @@ from transformers import DetrConfig, DetrForObjectDetection, LlamaForCausalLM, L
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from benchmarks.record import environment
-from pix2seq.decoding import DecodingOptions, generate
-from pix2seq.model import build_detector
-from pix2seq.model.llama import CACHE
+from pix2seq.generation import DecodingOptions, generate
+from pix2seq.models import build_detector
+from pix2seq.models.llama_decoder import CACHE
 from pix2seq.tokenizer import TOKENS_PER_OBJECT, Tokenizer
 
 OURS = "pix2seq"
@@ -74,7 +74,7 @@ class PrefixedLlama(LlamaForCausalLM):
 
 def prefix_cache(decoder, visual: torch.Tensor) -> DynamicCache:
     """The keys and values of the picture, as transformers keeps them."""
-    seen, cache = decoder.start(visual, 1).seen, DynamicCache(config=decoder.config)
+    seen, cache = decoder.prefill(visual, 1).kv_cache, DynamicCache(config=decoder.config)
     for index, layer in enumerate(seen.layers):
         keys, values = layer[:, :, :, : visual.shape[1]]
         cache.update(keys.clone(), values.clone(), index)
@@ -115,7 +115,7 @@ def without_cache(model, visual: torch.Tensor, tokens: torch.Tensor, samples: in
     read, seconds = torch.cat([bos, tokens], dim=1), []
     for place in places:
         started = time.perf_counter()
-        model.decoder.lm_head(model.decoder.read(visual, read[:, : place + 1])[:, -1])
+        model.decoder.lm_head(model.decoder(visual, read[:, : place + 1])[:, -1])
         seconds.append(time.perf_counter() - started)
     between = zip(places, places[1:], seconds, seconds[1:], strict=False)
     return seconds[0] + sum((b - a) * (sa + sb) / 2 for a, b, sa, sb in between)
@@ -234,7 +234,7 @@ def spread(values: list[float]) -> dict:
     return {"median": statistics.median(values), "min": min(values), "max": max(values), "all": values}
 
 
-def whole_detectors(model, batch: int, image_size: int, objects: int, rounds: int) -> dict:
+def full_pipeline(model, batch: int, image_size: int, objects: int, rounds: int) -> dict:
     """Images/s of the whole detector from pixels to boxes, of its encoder alone, and of DETR."""
     device = model.device
     config = DetrConfig(use_timm_backbone=False, backbone_config=ResNetConfig(out_features=["stage4"]), backbone=None)
@@ -282,8 +282,7 @@ def measure(args: argparse.Namespace) -> dict:
             for batch in args.batch_sizes
         }
         found["images_per_s"] = {
-            str(batch): whole_detectors(model, batch, args.image_size, args.num_objects, 1)
-            for batch in args.batch_sizes
+            str(batch): full_pipeline(model, batch, args.image_size, args.num_objects, 1) for batch in args.batch_sizes
         }
     if device.type == "cuda":
         found["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30

@@ -28,8 +28,8 @@ import torch
 from gradio_client import Client, handle_file
 
 from benchmarks.record import environment
+from pix2seq.data.shapes import draw_image
 from pix2seq.progress import progress
-from pix2seq.shapes import draw_picture
 
 SIDE, SHAPES = 320, 4
 WARM_UP = 10  # pictures
@@ -107,7 +107,7 @@ def visit(kind: Callable, url: str, number: int, pictures: int, folder: Path) ->
     ask, answers = kind(url), []
     for picture in range(pictures):
         path = folder / f"{number}_{picture}.png"
-        draw_picture(np.random.default_rng((number, picture)), SIDE, SHAPES)[0].save(path)
+        draw_image(np.random.default_rng((number, picture)), SIDE, SHAPES)[0].save(path)
         try:
             answers.append((ask(path), ""))
         except Exception as problem:  # each is counted

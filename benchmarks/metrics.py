@@ -18,15 +18,15 @@ from pathlib import Path
 
 import torch
 
-import train
 from benchmarks.record import environment
 from benchmarks.train_step import timed
-from pix2seq.command_line import parse
-from pix2seq.config import Arguments
+from pix2seq import train
+from pix2seq.argument_parser import parse
+from pix2seq.arguments import TrainArguments
 from pix2seq.data import train_loader
-from pix2seq.metrics import NAMES
-from pix2seq.preemption import StopRequest
-from pix2seq.shapes import draw_dataset
+from pix2seq.data.shapes import draw_dataset
+from pix2seq.training.metrics import NAMES
+from pix2seq.training.preemption import StopRequest
 
 RECIPES = {
     "demo": (["--config", "configs/demo.yaml"], 64, 10),  # flags, pixels of the pictures, steps timed together
@@ -50,7 +50,7 @@ def measure(recipe: str, args: argparse.Namespace, folder: Path) -> dict:
     flags += ["--mixed_precision", args.mixed_precision]
     root = draw_dataset(folder / f"shapes{side}", num_train=64, num_val=1, size=side, max_shapes=4)
     words = [*flags, "--root", root, "--output_dir", folder / recipe, "--num_workers", 0, "--report_to", "none"]
-    training = train.start(parse(Arguments, list(map(str, words))), StopRequest())
+    training = train.setup(parse(TrainArguments, list(map(str, words))), StopRequest())
     device = training.accelerator.device
     batch = next(iter(train_loader(training.train_set, training.sampler, 0, device.type == "cuda")))
     counting, nothing = train.token_statistics, torch.zeros(2, len(NAMES), dtype=torch.float64, device=device)

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from pix2seq.model import build_detector
-from pix2seq.sizes import SIZES
+from pix2seq.arguments import PRESETS
+from pix2seq.models import build_detector
 from pix2seq.tokenizer import TOKENS_PER_OBJECT
 
 # The authors' figures for the classic decoder, in millions, with a vocabulary of 3000 tokens.
@@ -28,7 +28,7 @@ def measure(size: str, decoder: str) -> dict:
             decoder=decoder,
             image_size=IMAGE_SIZE,
             max_objects=MAX_OBJECTS,
-            **SIZES[size],
+            **PRESETS[size],
         ).eval()
         pixels = torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE)
         ids = torch.zeros(1, TOKENS_PER_OBJECT * MAX_OBJECTS, dtype=torch.long)
@@ -55,7 +55,7 @@ def page(rows: list[dict]) -> str:
         f"One image of {IMAGE_SIZE} px, {NUM_CLASSES} classes, 1000 bins, sentences of {MAX_OBJECTS} objects. FLOPs "
         "are of one forward pass (a multiplication and an addition count two); a training step takes about three.",
         "",
-        "| `--size` | `--decoder` | parameters (M) | paper (M) | visual tokens | sentence tokens | encoder GFLOPs "
+        "| `--preset` | `--decoder` | parameters (M) | paper (M) | visual tokens | sentence tokens | encoder GFLOPs "
         "| whole GFLOPs |",
         "|---|---|---|---|---|---|---|---|",
     ]
@@ -80,7 +80,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Count parameters, tokens and FLOPs of the named sizes.")
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
     args = parser.parse_args()
-    rows = [measure(size, decoder) for size in SIZES for decoder in ("transformer", "llama")]
+    rows = [measure(size, decoder) for size in PRESETS for decoder in ("transformer", "llama")]
     args.output.write_text(json.dumps({"torch": torch.__version__, "sizes": rows}, indent=1) + "\n")
     text = page(rows)
     (args.output.parent.parent / "models.md").write_text(text)

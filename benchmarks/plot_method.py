@@ -10,10 +10,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from pix2seq.charts import to_image
+from pix2seq.data.shapes import SHAPES
 from pix2seq.sequence import SequenceBuilder
-from pix2seq.shapes import SHAPES
 from pix2seq.tokenizer import SLOTS, TOKENS_PER_OBJECT, Tokenizer
-from pix2seq.visualize import GREY, PALETTE
+from pix2seq.visualization import GREY, PALETTE
 
 BINS, OBJECTS = 64, 3
 PICTURE, SENTENCE = 6, 6  # tokens in the drawings of attention
@@ -39,7 +39,7 @@ def said() -> Figure:
     axis = figure.subplots()
     for place in range(length):
         color = (PALETTE[2], PALETTE[1], GREY)[place // TOKENS_PER_OBJECT]
-        weight = sentence["weights"][place]
+        weight = sentence["token_weights"][place]
         axis.text(place + 0.45, 3.2, SLOTS[place % TOKENS_PER_OBJECT], ha="center", color="#777777", fontsize=9)
         for row, name in ((2, "input_ids"), (1, "labels")):
             shown = PALE if row == 2 or not weight else color

@@ -13,7 +13,7 @@ import torch
 import transformers
 import yaml
 
-from pix2seq.run_folder import git_commit
+from pix2seq.training.run_folder import git_commit
 
 PLACES = {"root", "train_images", "train_json", "val_images", "val_json", "output_dir", "config"}
 

@@ -1,7 +1,7 @@
 """How fast a training step is, beside two peers in the same run: DETR, and a plain Llama.
 
 python -m benchmarks.train_step --output docs/results/train_step_cpu.json                       (2 cores, 15 minutes)
-python -m benchmarks.train_step --output docs/results/train_step_gpu.json --size vit-b --batch_size 32 \
+python -m benchmarks.train_step --output docs/results/train_step_gpu.json --preset vit-b --batch_size 32 \
     --mixed_precision bf16 --compile --steps 20 --num_workers 12                                (a GPU)
 
 pix2seq   train.py's own `train_step`, on batches of its own loader
@@ -25,15 +25,15 @@ from pathlib import Path
 import torch
 from transformers import DetrConfig, DetrForObjectDetection, LlamaForCausalLM, ResNetConfig
 
-import train
 from benchmarks.record import environment
-from pix2seq.command_line import parse
-from pix2seq.config import Arguments
-from pix2seq.cost import detector_cost, flop_counter, peak_flops, step_cost
+from pix2seq import train
+from pix2seq.argument_parser import parse
+from pix2seq.arguments import TrainArguments
 from pix2seq.data import train_loader
-from pix2seq.model.llama import prefix_positions
-from pix2seq.preemption import StopRequest
-from pix2seq.shapes import draw_dataset
+from pix2seq.data.shapes import draw_dataset
+from pix2seq.models.llama_decoder import prefix_positions
+from pix2seq.training.cost import detector_cost, flop_counter, peak_flops, step_cost
+from pix2seq.training.preemption import StopRequest
 
 OBJECTS = 7  # in a picture, for DETR's targets: COCO's mean
 
@@ -41,12 +41,12 @@ OBJECTS = 7  # in a picture, for DETR's targets: COCO's mean
 def our_run(args: argparse.Namespace, folder: Path):
     """What train.py puts together from these flags, on pictures drawn for it unless there are others."""
     root = args.root or draw_dataset(folder / "shapes", num_train=64, num_val=1, size=640, max_shapes=2 * OBJECTS - 1)
-    words = ["--root", root, "--output_dir", folder / "run", "--size", args.size, "--decoder", args.decoder]
+    words = ["--root", root, "--output_dir", folder / "run", "--preset", args.size, "--decoder", args.decoder]
     words += ["--image_size", args.image_size, "--batch_size", args.batch_size, "--num_workers", args.num_workers]
     words += ["--mixed_precision", args.mixed_precision, *(["--compile"] if args.compile else [])]
     if args.freeze:
         words += ["--batch_norm", "frozen", "--frozen_stages", 1 if args.size.startswith("r50") else 0]
-    return train.start(parse(Arguments, list(map(str, words))), StopRequest())
+    return train.setup(parse(TrainArguments, list(map(str, words))), StopRequest())
 
 
 def detr(args: argparse.Namespace, device: torch.device):
@@ -76,7 +76,7 @@ class Decoder(torch.nn.Module):
         self.decoder = detector.decoder
 
     def forward(self, visual, input_ids, labels, targets):
-        hidden = self.decoder.read(visual, input_ids).flatten(0, 1)[targets]
+        hidden = self.decoder(visual, input_ids).flatten(0, 1)[targets]
         return torch.nn.functional.cross_entropy(self.decoder.lm_head(hidden).float(), labels.flatten()[targets])
 
 
@@ -147,8 +147,8 @@ def measure(args: argparse.Namespace, folder: Path) -> dict:
     device, model = training.accelerator.device, training.unwrapped
     batches = iter(train_loader(training.train_set, training.sampler, args.num_workers, device.type == "cuda"))
     batch = next(batches)
-    targets = int((batch["weights"] != 0).sum())
-    length = training.train_set.build.length
+    targets = int((batch["token_weights"] != 0).sum())
+    length = training.train_set.sequence_builder.length
     cost = detector_cost(model, args.batch_size, length, args.mixed_precision, targets // args.batch_size)
     steps = {"pix2seq": lambda: train.train_step(training, [batch])}
     flops = {"pix2seq": cost.step_flops}
@@ -161,10 +161,10 @@ def measure(args: argparse.Namespace, folder: Path) -> dict:
     flops["detr"] = counter.get_total_flops()
 
     if args.decoder == "llama":
-        on_device = {name: batch[name].to(device) for name in ("input_ids", "labels", "weights")}
+        on_device = {name: batch[name].to(device) for name in ("input_ids", "labels", "token_weights")}
         with torch.no_grad():
             visual = model.encode(batch["pixel_values"].to(device)).float().requires_grad_()
-        where = on_device["weights"].flatten().nonzero()[:, 0]
+        where = on_device["token_weights"].flatten().nonzero()[:, 0]
         ours, plain = Decoder(copy.deepcopy(model)).train(), PlainLlama(model).to(device).train()
         inputs = {
             "decoder": (ours, {**{k: on_device[k] for k in ("input_ids", "labels")}, "targets": where}),

@@ -5,8 +5,8 @@ __version__ = "0.1.0"
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForObjectDetection
 from transformers.models.auto.modeling_auto import MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES
 
-from pix2seq.model import Pix2SeqConfig, Pix2SeqForObjectDetection
-from pix2seq.processing import Pix2SeqImageProcessor
+from pix2seq.models import Pix2SeqConfig, Pix2SeqForObjectDetection
+from pix2seq.models.image_processing_pix2seq import Pix2SeqImageProcessor
 
 __all__ = ["Pix2Seq", "Pix2SeqConfig", "Pix2SeqForObjectDetection", "Pix2SeqImageProcessor"]
 
@@ -21,7 +21,7 @@ MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES["pix2seq"] = "Pix2SeqForObjectDetection
 def __getattr__(name: str):
     """Pix2Seq comes with what reads files and draws, which transformers' routes do without."""
     if name == "Pix2Seq":
-        from pix2seq.prediction import Pix2Seq
+        from pix2seq.inference import Pix2Seq
 
         return Pix2Seq
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from pix2seq.visualize import CELL, PALETTE, grid
+from pix2seq.visualization import CELL, PALETTE, grid
 
 MOST_CLASSES = 30  # bars that are still told apart
 LARGEST = 1e6  # what is shown of numbers that somebody has made up

@@ -55,7 +55,7 @@ class ColorAugmentation:
         return np.array(changes, dtype=np.float32)
 
 
-def paint(pixel_values: torch.Tensor, sizes: torch.Tensor, colors: torch.Tensor) -> torch.Tensor:
+def apply_color_ops(pixel_values: torch.Tensor, sizes: torch.Tensor, colors: torch.Tensor) -> torch.Tensor:
     """A batch with its colours changed, on its device: uint8 (B, 3, S, S).
 
     sizes    (B, 2), on the CPU: (height, width) of what the picture covers; the padding keeps its colour

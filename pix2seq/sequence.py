@@ -60,7 +60,11 @@ class SequenceBuilder:
         return TOKENS_PER_OBJECT * self.max_objects + (0 if self.noise_objects else 1)
 
     def __call__(
-        self, boxes: np.ndarray, labels: np.ndarray, rng: np.random.Generator, content: tuple[float, float] = (1, 1)
+        self,
+        boxes: np.ndarray,
+        labels: np.ndarray,
+        rng: np.random.Generator,
+        valid_fraction: tuple[float, float] = (1, 1),
     ) -> dict[str, np.ndarray]:
         """Boxes (N, 4) xyxy in [0, 1] of the canvas, labels (N,) -> input_ids, labels (int64) and weights (float32).
 
@@ -70,7 +74,7 @@ class SequenceBuilder:
         chosen = _order(boxes, self.order, rng)[: self.max_objects]
         boxes, labels = boxes[chosen], labels[chosen]
         num_noise = self.max_objects - len(boxes) if self.noise_objects else 0
-        extent = np.array([*content, *content])
+        extent = np.array([*valid_fraction, *valid_fraction])
         noise, repeats = noise_boxes(boxes / extent, num_noise, rng)
         noise *= extent
         if self.box_jitter:
@@ -102,9 +106,9 @@ class SequenceBuilder:
             said = np.append(said, tokenizer.eos_id)
             weights = np.append(weights, np.float32(self.eos_weight))
         input_ids = np.concatenate([[tokenizer.bos_id], read])[: len(said)]
-        sentence = {"input_ids": input_ids, "labels": said, "weights": weights}
+        sentence = {"input_ids": input_ids, "labels": said, "token_weights": weights}
         if padding := self.length - len(said):
-            for name, fill in (("input_ids", tokenizer.pad_id), ("labels", tokenizer.pad_id), ("weights", 0)):
+            for name, fill in (("input_ids", tokenizer.pad_id), ("labels", tokenizer.pad_id), ("token_weights", 0)):
                 sentence[name] = np.pad(sentence[name], (0, padding), constant_values=fill)
         return sentence
 

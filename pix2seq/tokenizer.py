@@ -94,7 +94,7 @@ class Tokenizer:
         boxes = self.dequantize(bins[well_formed])[:, [1, 0, 3, 2]]
         return boxes, classes[well_formed] - self.first_class_id
 
-    def word(self, token: int, names: Sequence[str]) -> str:
+    def token_to_str(self, token: int, names: Sequence[str]) -> str:
         """A bin's number, or the name of a class, of `names` (C,), or NOISE."""
         if token >= self.first_bin_id:
             return str(token - self.first_bin_id)

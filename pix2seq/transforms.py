@@ -28,7 +28,7 @@ def from_pil(image: Image.Image) -> torch.Tensor:
 
 
 @dataclass
-class Canvas:
+class PaddedImage:
     """What the model sees of a picture.
 
     image     uint8 (3, S, S): the picture in the top left corner, PAD_VALUE right of it and below
@@ -43,7 +43,7 @@ class Canvas:
     size: tuple[int, int]
 
     @property
-    def content(self) -> tuple[float, float]:
+    def valid_fraction(self) -> tuple[float, float]:
         """(width, height) of the covered part as fractions of the canvas."""
         side = self.image.shape[-1]
         return self.size[1] / side, self.size[0] / side
@@ -68,7 +68,7 @@ class TrainTransform:
     independent_crop: bool = False
     iou_crop: bool = False
 
-    def __call__(self, image, boxes: np.ndarray, rng: np.random.Generator) -> Canvas:
+    def __call__(self, image, boxes: np.ndarray, rng: np.random.Generator) -> PaddedImage:
         """`image`: uint8 (3, H, W), or what has such a `shape` and gives such `pixels(at_least)`: see data.Picture."""
         side = self.image_size
         boxes = BoundingBoxes(torch.from_numpy(boxes), format="XYXY", canvas_size=tuple(image.shape[-2:]))
@@ -76,7 +76,7 @@ class TrainTransform:
             image, boxes = _iou_crop(image, boxes, rng)
 
         target = side * rng.uniform(self.scale_min, self.scale_max)
-        size = fitted_size(image.shape[-2:], target)
+        size = resized_size(image.shape[-2:], target)
         pixels = F.resize(pixels_of(image, size), size, antialias=False)
         boxes = F.resize(boxes, size)
 
@@ -97,17 +97,17 @@ class EvalTransform:
 
     image_size: int
 
-    def __call__(self, image, boxes: np.ndarray | None = None) -> Canvas:
+    def __call__(self, image, boxes: np.ndarray | None = None) -> PaddedImage:
         """`image`: as TrainTransform's."""
         boxes = torch.zeros(0, 4) if boxes is None else torch.from_numpy(boxes)
         boxes = BoundingBoxes(boxes, format="XYXY", canvas_size=tuple(image.shape[-2:]))
-        size = fitted_size(image.shape[-2:], self.image_size)
+        size = resized_size(image.shape[-2:], self.image_size)
         # All of the file: who comes with a decoded picture has no other pixels, and its boxes should be the same.
         pixels = F.resize(pixels_of(image), size, antialias=True)
         return _pad(pixels, F.resize(boxes, size), self.image_size)
 
 
-def fitted_size(size: tuple[int, int], side: float) -> tuple[int, int]:
+def resized_size(size: tuple[int, int], side: float) -> tuple[int, int]:
     """(height, width) scaled, aspect kept, to fit a square of the given side. Truncated like the original's."""
     ratio = min(side / size[0], side / size[1])
     # The longer side times its own ratio may come out a hair under the side: 1e-6 keeps it from losing a pixel.
@@ -146,7 +146,7 @@ def _iou_crop(image, boxes: BoundingBoxes, rng: np.random.Generator) -> tuple[to
     return F.crop(pixels_of(image), **crop), boxes
 
 
-def _pad(image: torch.Tensor, boxes: BoundingBoxes, side: int) -> Canvas:
+def _pad(image: torch.Tensor, boxes: BoundingBoxes, side: int) -> PaddedImage:
     size = tuple(image.shape[-2:])
     boxes = F.clamp_bounding_boxes(boxes).numpy().astype(np.float64)
     kept = np.flatnonzero((boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1]))
@@ -154,4 +154,4 @@ def _pad(image: torch.Tensor, boxes: BoundingBoxes, side: int) -> Canvas:
     # the padding.
     canvas = torch.full((side, side, 3), PAD_VALUE, dtype=torch.uint8).permute(2, 0, 1)
     canvas[:, : size[0], : size[1]] = image
-    return Canvas(canvas, boxes[kept] / side, kept, size)
+    return PaddedImage(canvas, boxes[kept] / side, kept, size)

@@ -9,19 +9,22 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from pathlib import Path  # noqa: E402
+from pathlib import Path
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from hypothesis import settings  # noqa: E402
-from transformers import LlamaConfig  # noqa: E402
+import pytest
+import torch
+from hypothesis import settings
+from transformers import LlamaConfig
 
-import train  # noqa: E402
-from pix2seq import Pix2Seq, Pix2SeqImageProcessor  # noqa: E402
-from pix2seq.model import Pix2SeqConfig, Pix2SeqForObjectDetection  # noqa: E402
-from pix2seq.shapes import CATEGORY_IDS, SHAPES, draw_dataset  # noqa: E402
-from pix2seq.tokenizer import TOKENS_PER_OBJECT, Tokenizer  # noqa: E402
-from tests.runs import arguments  # noqa: E402
+from pix2seq import (
+    Pix2Seq,
+    Pix2SeqImageProcessor,
+    train,
+)
+from pix2seq.data.shapes import CATEGORY_IDS, SHAPES, draw_dataset
+from pix2seq.models import Pix2SeqConfig, Pix2SeqForObjectDetection
+from pix2seq.tokenizer import TOKENS_PER_OBJECT, Tokenizer
+from tests.runs import arguments
 
 # The same examples on every run and no clock: a slow machine must not fail a test.
 settings.register_profile("pix2seq", deadline=None, derandomize=True, database=None)
@@ -46,7 +49,7 @@ def shapes_root(tmp_path_factory) -> Path:
 def finished(shapes_root, tmp_path_factory) -> Path:
     """The folder of a whole small run, as tests/runs.py has it. Read it, do not write to it."""
     output = tmp_path_factory.mktemp("run") / "out"
-    assert train.main(arguments(shapes_root, output)) == 0
+    assert train.run_training(arguments(shapes_root, output)) == 0
     return output
 
 

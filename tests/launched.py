@@ -15,13 +15,13 @@ from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.utils import DistributedType
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import train  # noqa: E402
-from pix2seq.command_line import parse  # noqa: E402
-from pix2seq.config import Arguments  # noqa: E402
+from pix2seq import train
+from pix2seq.argument_parser import parse
+from pix2seq.arguments import TrainArguments
 
 
 def shard() -> None:
-    join = train.join_processes
+    join = train.make_accelerator
 
     def join_sharded(args):
         accelerator = join(args)
@@ -31,7 +31,7 @@ def shard() -> None:
         )
         return accelerator
 
-    train.join_processes = join_sharded
+    train.make_accelerator = join_sharded
 
 
 def write_gradients(path: str) -> None:
@@ -68,7 +68,7 @@ if __name__ == "__main__":
         write_gradients(os.environ["GRADIENTS"])
     if "CRASH_AT" in os.environ:
         crash_at(int(os.environ["CRASH_AT"]))
-    arguments = parse(Arguments)
+    arguments = parse(TrainArguments)
     if "SPLIT" in os.environ and os.environ["RANK"] == "1":
         arguments.output_dir += ".other"
-    sys.exit(train.main(arguments))
+    sys.exit(train.run_training(arguments))

@@ -6,9 +6,9 @@ import shutil
 import signal
 from pathlib import Path
 
-import train
-from pix2seq.command_line import parse
-from pix2seq.config import Arguments
+from pix2seq import train
+from pix2seq.argument_parser import parse
+from pix2seq.arguments import TrainArguments
 
 TINY = [
     *(
@@ -23,8 +23,8 @@ TINY = [
 ]
 
 
-def arguments(root: Path, output: Path, *words: str) -> Arguments:
-    return parse(Arguments, [*TINY, "--root", str(root), "--output_dir", str(output), *words])
+def arguments(root: Path, output: Path, *words: str) -> TrainArguments:
+    return parse(TrainArguments, [*TINY, "--root", str(root), "--output_dir", str(output), *words])
 
 
 def rows(output: Path) -> list[dict]:

@@ -19,11 +19,11 @@ from transformers import (
 )
 from transformers.modeling_outputs import BackboneOutput
 
-from pix2seq.decoding import DecodingOptions
 from pix2seq.errors import UserError
-from pix2seq.model import Pix2SeqForObjectDetection, build_detector
-from pix2seq.model.backbone import VisionBackbone, choose_backbone
-from pix2seq.optimizer import parameter_groups
+from pix2seq.generation import DecodingOptions
+from pix2seq.models import Pix2SeqForObjectDetection, build_detector
+from pix2seq.models.backbone import VisionBackbone, choose_backbone
+from pix2seq.training.optimizer import parameter_groups
 
 VIT = "hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2, patch_size: 16, image_size: 32"
 
@@ -129,8 +129,8 @@ def test_cached_decoding_is_uncached_decoding_and_a_batch_is_its_rows(decoder, b
     model = build(decoder, backbone).eval()
     with torch.no_grad():
         whole = model(pictures(), sentences()).logits
-        cache = model.start(pictures(), 15)
-        steps = torch.stack([model.step(sentences()[:, t], t, cache) for t in range(15)], dim=1)
+        cache = model.prefill(pictures(), 15)
+        steps = torch.stack([model.decode_step(sentences()[:, t], t, cache) for t in range(15)], dim=1)
         alone = model(pictures()[1:], sentences()[1:]).logits
     torch.testing.assert_close(steps, whole, atol=1e-5, rtol=0)
     torch.testing.assert_close(alone, whole[1:], atol=1e-5, rtol=0)
@@ -283,7 +283,7 @@ def test_a_causal_prefix(causal):
     changed = visual.clone()
     changed[:, -1] += 1
     with torch.no_grad():
-        keys = [model.decoder.start(v, 1).seen.layers[1] for v in (visual, changed)]  # of the second layer
+        keys = [model.decoder.prefill(v, 1).kv_cache.layers[1] for v in (visual, changed)]  # of the second layer
     assert torch.equal(keys[0][:, :, :, 0], keys[1][:, :, :, 0]) == causal
 
 

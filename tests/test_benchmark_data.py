@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks import data
-from pix2seq.data.images import Folder
+from pix2seq.data.image_files import Folder
 
 PEERS = {"torchvision", "torchvision_raw", "torchvision_pil", "detr-style"}
 

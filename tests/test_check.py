@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pix2seq.command_line import parse
-from pix2seq.config import Arguments
+from pix2seq.argument_parser import parse
+from pix2seq.arguments import TrainArguments
+from pix2seq.cli import main as data_command
 from pix2seq.data import Split
 from pix2seq.data.check import check
-from pix2seq.data.commands import main as data_command
-from pix2seq.data.faults import KINDS
-from train import main as train_main
+from pix2seq.data.issues import KINDS
+from pix2seq.train import run_training
 
 WIDTH, HEIGHT = 40, 30
 
@@ -168,7 +168,7 @@ def test_warnings_alone_are_no_failure(tmp_path, shapes_root, capsys):
     words = ["--root", str(shapes_root), "--output_dir", str(tmp_path)]
     assert data_command(["check", *words]) == 0
     assert "0 errors, 0 warnings" in capsys.readouterr().out
-    assert train_main(parse(Arguments, [*words, "--check_data"])) == 0  # the same, by a flag of train.py
+    assert run_training(parse(TrainArguments, [*words, "--check_data"])) == 0  # the same, by a flag of train.py
     assert "0 errors, 0 warnings" in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
@@ -237,16 +237,16 @@ TINY = {
 }
 
 
-def arguments(root: Path, output: Path, **flags) -> Arguments:
+def arguments(root: Path, output: Path, **flags) -> TrainArguments:
     flags = TINY | {"root": root, "output_dir": output, "max_steps": 8} | flags
-    return parse(Arguments, [f"--{name}={value}" for name, value in flags.items()])
+    return parse(TrainArguments, [f"--{name}={value}" for name, value in flags.items()])
 
 
 def test_training_gets_through_it_and_says_what_it_replaced(tmp_path, monkeypatch):
     planted(tmp_path / "root")
     opened, fromfile = [], np.fromfile
     monkeypatch.setattr(np, "fromfile", lambda path, **kwargs: opened.append(path) or fromfile(path, **kwargs))
-    assert train_main(arguments(tmp_path / "root", tmp_path / "run", max_unreadable=0.5)) == 0
+    assert run_training(arguments(tmp_path / "root", tmp_path / "run", max_unreadable=0.5)) == 0
     log = (tmp_path / "run/train.log").read_text()
     for name in BAD_FILES:
         assert f"{name}: " in log
@@ -265,7 +265,7 @@ def test_training_gets_through_it_and_says_what_it_replaced(tmp_path, monkeypatc
 def test_too_many_unreadable_images_end_the_run_with_their_list(tmp_path, capsys):
     """Those that are missing before it begins, the broken ones when it comes upon them, after a save."""
     planted(tmp_path / "root")
-    assert train_main(arguments(tmp_path / "root", tmp_path / "run")) == 2
+    assert run_training(arguments(tmp_path / "root", tmp_path / "run")) == 2
     error = capsys.readouterr().err
     assert "more than --max_unreadable allows" in error
     assert "gone.png: no such file" in error
@@ -274,7 +274,7 @@ def test_too_many_unreadable_images_end_the_run_with_their_list(tmp_path, capsys
 
     missing = sum(kinds[0] in ("missing-file", "path-outside") for _, kinds in BAD_FILES.values())
     share = (missing + 0.5) / (len(GOOD) + len(BAD_FILES) + len(ODD_FILES) + 1)
-    assert train_main(arguments(tmp_path / "root", tmp_path / "run", max_unreadable=share)) == 2
+    assert run_training(arguments(tmp_path / "root", tmp_path / "run", max_unreadable=share)) == 2
     error = capsys.readouterr().err
     found = int(re.search(r"(\d+) training images are missing or broken", error)[1])
     assert missing < found <= len(BAD_FILES)
@@ -285,7 +285,7 @@ def test_too_many_unreadable_images_end_the_run_with_their_list(tmp_path, capsys
     step = status["step"]
     assert 1 <= step < 8
     # Mended, or allowed, it goes on from there.
-    assert train_main(arguments(tmp_path / "root", tmp_path / "run", max_unreadable=1, resume="auto")) == 0
+    assert run_training(arguments(tmp_path / "root", tmp_path / "run", max_unreadable=1, resume="auto")) == 0
     steps = [json.loads(line)["step"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert steps == [*range(1, 9), 8]
 
@@ -295,7 +295,7 @@ def test_images_that_cannot_be_evaluated_count_as_not_found(tmp_path, num_worker
     planted(tmp_path / "root")
     (tmp_path / "root/images/val2017/own.png").write_bytes(b"")
     flags = {"max_unreadable": 1, "max_steps": 1, "num_workers": num_workers}
-    assert train_main(arguments(tmp_path / "root", tmp_path / "run", **flags)) == 0
+    assert run_training(arguments(tmp_path / "root", tmp_path / "run", **flags)) == 0
     log = (tmp_path / "run/train.log").read_text()
     assert "1 images cannot be read; their objects count as not found" in log
     assert "own.png: it is empty (0 bytes)" in log

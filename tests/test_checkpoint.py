@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from pix2seq import checkpoint
+from pix2seq.training import checkpoint
 
 
 def writer(text: str):

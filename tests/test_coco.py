@@ -9,7 +9,7 @@ from PIL import Image
 
 from pix2seq.data import Categories, Split, find_split, load_annotations
 from pix2seq.errors import UserError
-from pix2seq.scoring import load_ground_truth
+from pix2seq.evaluation.coco_metrics import load_ground_truth
 
 # Sparse ids, out of order, and names that code might trip over.
 CATEGORIES = [

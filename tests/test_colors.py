@@ -15,7 +15,7 @@ from pix2seq.colors import (
     NOTHING,
     SATURATION,
     ColorAugmentation,
-    paint,
+    apply_color_ops,
 )
 from pix2seq.transforms import PAD_VALUE
 
@@ -88,7 +88,7 @@ def test_each_change_is_torchvisions_on_the_picture_alone(which, amount, referen
     colors = torch.zeros(2, MOST_CHANGES, 2)
     colors[1, 0] = torch.tensor([which, amount])
     given = pixels.clone()
-    painted = paint(pixels, torch.tensor([[24, 24], [16, 20]]), colors)
+    painted = apply_color_ops(pixels, torch.tensor([[24, 24], [16, 20]]), colors)
     assert torch.equal(pixels, given)  # not in place
     assert torch.equal(painted[0], pixels[0])
     assert torch.equal(painted[1, :, :16, :20], reference(pixels[1, :, :16, :20]))
@@ -103,8 +103,8 @@ def test_changes_follow_each_other_in_order():
     colors[:, 1] = torch.tensor([GREY, 0.0])
     sizes = torch.tensor([[24, 24]] * 2)
     expected = torch.stack([F.rgb_to_grayscale(F.adjust_brightness(image, 1.8), 3) for image in pixels])
-    assert torch.equal(paint(pixels, sizes, colors), expected)
-    assert not torch.equal(paint(pixels, sizes, colors.flip(1)), expected)  # colours are cut off at white
+    assert torch.equal(apply_color_ops(pixels, sizes, colors), expected)
+    assert not torch.equal(apply_color_ops(pixels, sizes, colors.flip(1)), expected)  # colours are cut off at white
 
 
 def test_all_options_together_are_one_array():

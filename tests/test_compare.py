@@ -1,4 +1,4 @@
-"""`python -m pix2seq.evaluation compare`: AP of resamples is COCO's, and a difference is told only where one is."""
+"""`python -m pix2seq compare`: AP of resamples is COCO's, and a difference is told only where one is."""
 
 import json
 import re
@@ -8,14 +8,14 @@ import sys
 import numpy as np
 import pytest
 
-import evaluate
-from pix2seq.command_line import parse
-from pix2seq.config import EvaluateArguments
+from pix2seq import evaluate
+from pix2seq.argument_parser import parse
+from pix2seq.cli import main
 from pix2seq.data import find_split
-from pix2seq.evaluation.commands import main
-from pix2seq.evaluation.compare import Resampled, Row, compare, table, verdict
-from pix2seq.evaluation.matches import match
-from pix2seq.scoring import METRICS, coco_metrics, metrics_table, numbered
+from pix2seq.evaluate import EvaluateArguments
+from pix2seq.evaluation.coco_metrics import METRICS, coco_metrics, metrics_table, remap_ids
+from pix2seq.evaluation.compare import BootstrapAP, Row, compare, summary_line, table
+from pix2seq.evaluation.report.matching import match
 from tests.test_report import many_objects
 
 NOTHING = "there is no object to find in these images, so no AP to compare"
@@ -24,7 +24,7 @@ NOTHING = "there is no object to find in these images, so no AP to compare"
 @pytest.mark.parametrize("seed", range(4))
 def test_every_image_once_gives_coco_metrics(seed):
     truth, predictions = many_objects(seed)
-    ap = Resampled(match(*numbered(truth, predictions)))(np.ones(len(truth["images"]), int))
+    ap = BootstrapAP(match(*remap_ids(truth, predictions)))(np.ones(len(truth["images"]), int))
     metrics = coco_metrics(truth, predictions)
     assert ap.mean() == pytest.approx(metrics["AP"], abs=1e-9)
     assert [ap[0].mean(), ap[5].mean()] == pytest.approx([metrics["AP50"], metrics["AP75"]], abs=1e-9)
@@ -38,7 +38,7 @@ def test_a_resample_gives_coco_metrics_of_the_drawn_images(seed):
     rng = np.random.default_rng(seed)
     for row in predictions:  # in a tie, copies of an image may come in an order that weights do not know
         row["score"] = float(rng.random())
-    truth, predictions = numbered(truth, predictions)
+    truth, predictions = remap_ids(truth, predictions)
     counts = np.bincount(rng.integers(len(truth["images"]), size=len(truth["images"])), minlength=len(truth["images"]))
     drawn = {"images": [], "annotations": [], "categories": truth["categories"]}
     found = []
@@ -49,7 +49,7 @@ def test_a_resample_gives_coco_metrics_of_the_drawn_images(seed):
             if entry["image_id"] == image:
                 drawn["annotations"].append(entry | {"image_id": copy, "id": len(drawn["annotations"]) + 1})
         found += [row | {"image_id": copy} for row in predictions if row["image_id"] == image]
-    ap = Resampled(match(truth, predictions))(counts)
+    ap = BootstrapAP(match(truth, predictions))(counts)
     metrics = coco_metrics(drawn, found)
     assert np.nanmean(ap) == pytest.approx(metrics["AP"], abs=1e-9)
     assert np.nanmean(ap[0]) == pytest.approx(metrics["AP50"], abs=1e-9)
@@ -86,19 +86,19 @@ def test_a_planted_difference_is_found_and_its_direction():
     assert rows[0].difference == pytest.approx(rows[0].b - rows[0].a)
     assert rows[0].low > 0.05
     assert rows[0].low < rows[0].difference < rows[0].high
-    assert verdict(rows[0], 40).startswith(
+    assert summary_line(rows[0], 40).startswith(
         f"B is better by {rows[0].difference:.3f} AP (95 % interval {rows[0].low:.3f} to"
     )
     turned = compare(truth, good, bad, resamples=200)
     assert turned[0].low == pytest.approx(-rows[0].high)  # the same images were drawn
-    assert verdict(turned[0], 40) == verdict(rows[0], 40).replace("B is", "A is")
+    assert summary_line(turned[0], 40) == summary_line(rows[0], 40).replace("B is", "A is")
 
 
 def test_a_detector_is_not_better_than_itself():
     truth, predictions = many_objects(2)
     row = compare(truth, predictions, predictions, resamples=50)[0]
     assert (row.difference, row.low, row.high) == (0, 0, 0)
-    assert verdict(row, 40).startswith("no difference can be told: B - A is 0.000 AP")
+    assert summary_line(row, 40).startswith("no difference can be told: B - A is 0.000 AP")
 
 
 def test_the_seed_decides_the_resamples():
@@ -125,7 +125,7 @@ def folders(shapes_root, tmp_path_factory):
     root = tmp_path_factory.mktemp("compare")
     for name, bins in (("fine", "200"), ("coarse", "7")):
         words = ["--oracle", "--root", str(shapes_root), "--num_bins", bins, "--output_dir", str(root / name)]
-        evaluate.main(parse(EvaluateArguments, words))
+        evaluate.run_evaluation(parse(EvaluateArguments, words))
     return root
 
 
@@ -158,7 +158,7 @@ def scored(truth: dict, folder) -> str:
     (folder / "gt.json").write_text(json.dumps(truth))
     (folder / "p.json").write_text("[]")
     words = ["--predictions", str(folder / "p.json"), "--gt", str(folder / "gt.json")]
-    evaluate.main(parse(EvaluateArguments, [*words, "--output_dir", str(folder / "out")]))
+    evaluate.run_evaluation(parse(EvaluateArguments, [*words, "--output_dir", str(folder / "out")]))
     return str(folder / "out")
 
 

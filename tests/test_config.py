@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pix2seq.command_line import parse, to_yaml
-from pix2seq.config import Arguments, EvaluateArguments
-from pix2seq.sizes import SIZES
+from pix2seq.argument_parser import parse, to_yaml
+from pix2seq.arguments import PRESETS, TrainArguments
+from pix2seq.evaluate import EvaluateArguments
 
 CONFIGS = sorted(Path("configs").glob("*.yaml"))
 
 
-def error_of(capsys, argv: list[str], kind: type = Arguments) -> str:
+def error_of(capsys, argv: list[str], kind: type = TrainArguments) -> str:
     with pytest.raises(SystemExit) as stop:
         parse(kind, argv)
     message = capsys.readouterr().err
@@ -24,7 +24,7 @@ def error_of(capsys, argv: list[str], kind: type = Arguments) -> str:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_recipe_parses(path):
-    arguments = parse(Arguments, ["--config", str(path), "--root", "somewhere"])
+    arguments = parse(TrainArguments, ["--config", str(path), "--root", "somewhere"])
     for name, value in yaml.safe_load(path.read_text()).items():
         parsed = getattr(arguments, name)
         assert (yaml.safe_load(parsed) if isinstance(value, dict) else parsed) == (
@@ -39,33 +39,33 @@ def test_there_are_recipes():
 def test_scientific_notation_in_a_recipe_is_a_number(tmp_path):
     recipe = tmp_path / "r.yaml"
     recipe.write_text("lr: 1e-3\nroot: x\n")  # PyYAML reads 1e-3 as a string
-    assert parse(Arguments, ["--config", str(recipe)]).lr == pytest.approx(1e-3)
+    assert parse(TrainArguments, ["--config", str(recipe)]).lr == pytest.approx(1e-3)
 
 
 def test_the_command_line_wins_over_the_recipe(tmp_path):
     recipe = tmp_path / "r.yaml"
     recipe.write_text("lr: 1e-3\nbatch_size: 4\nroot: x\nnoise_objects: false\n")
-    arguments = parse(Arguments, [f"--config={recipe}", "--batch_size", "8"])
+    arguments = parse(TrainArguments, [f"--config={recipe}", "--batch_size", "8"])
     assert (arguments.batch_size, arguments.lr, arguments.noise_objects) == (8, 1e-3, False)
 
 
 def test_switches_can_be_turned_off():
-    assert parse(Arguments, ["--root", "x"]).noise_objects
-    assert not parse(Arguments, ["--root", "x", "--no_noise_objects"]).noise_objects
-    assert not parse(Arguments, ["--root", "x", "--noise_objects", "false"]).noise_objects
+    assert parse(TrainArguments, ["--root", "x"]).noise_objects
+    assert not parse(TrainArguments, ["--root", "x", "--no_noise_objects"]).noise_objects
+    assert not parse(TrainArguments, ["--root", "x", "--noise_objects", "false"]).noise_objects
 
 
 def test_dump_parses_back_to_the_same_values(tmp_path):
     argv = ["--root", "x", "--lr", "3e-5", "--no_noise_objects", "--backbone", "{model_type: resnet, depths: [1, 1]}"]
-    first = parse(Arguments, [*argv, "--report_to", "wandb", "tensorboard"])
+    first = parse(TrainArguments, [*argv, "--report_to", "wandb", "tensorboard"])
     dump = tmp_path / "config.yaml"
     dump.write_text(to_yaml(first))
-    second = parse(Arguments, ["--config", str(dump)])
+    second = parse(TrainArguments, ["--config", str(dump)])
     assert dataclasses.asdict(second) | {"config": None} == dataclasses.asdict(first)
 
 
 def test_default_output_dir_follows_the_project():
-    assert parse(Arguments, ["--root", "x", "--project_name", "p"]).output_dir == str(Path("runs") / "p")
+    assert parse(TrainArguments, ["--root", "x", "--project_name", "p"]).output_dir == str(Path("runs") / "p")
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_evaluate_needs_one_thing_to_score(capsys, argv):
 
 
 def test_help_lists_every_flag_with_a_text(capsys):
-    for kind in (Arguments, EvaluateArguments):
+    for kind in (TrainArguments, EvaluateArguments):
         with pytest.raises(SystemExit):
             parse(kind, ["--help"])
         text = capsys.readouterr().out
@@ -142,24 +142,26 @@ def test_help_lists_every_flag_with_a_text(capsys):
 def test_a_size_wins_over_the_recipe_when_it_stands_on_the_command_line(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("hidden_size: 64\nnum_heads: 4\nroot: x\n")
-    assert parse(Arguments, ["--config", str(recipe), "--size", "r50-c4"]).hidden_size == 512
-    assert parse(Arguments, ["--config", str(recipe), "--size", "r50-c4", "--hidden_size", "256"]).hidden_size == 256
+    assert parse(TrainArguments, ["--config", str(recipe), "--size", "r50-c4"]).hidden_size == 512
+    assert (
+        parse(TrainArguments, ["--config", str(recipe), "--size", "r50-c4", "--hidden_size", "256"]).hidden_size == 256
+    )
     written = tmp_path / "config.yaml"
-    written.write_text(to_yaml(parse(Arguments, ["--root", "x", "--size", "r50-c4"])))
-    other = parse(Arguments, ["--config", str(written), "--size", "r50"])
-    assert {name: getattr(other, name) for name in SIZES["r50"]} == SIZES["r50"]
+    written.write_text(to_yaml(parse(TrainArguments, ["--root", "x", "--size", "r50-c4"])))
+    other = parse(TrainArguments, ["--config", str(written), "--size", "r50"])
+    assert {name: getattr(other, name) for name in PRESETS["r50"]} == PRESETS["r50"]
     recipe.write_text("size: r50-c4\nhidden_size: 64\nnum_heads: 4\nroot: x\n")
-    arguments = parse(Arguments, ["--config", str(recipe)])
+    arguments = parse(TrainArguments, ["--config", str(recipe)])
     assert (arguments.hidden_size, arguments.decoder_layers, arguments.backbone_stage) == (64, 8, "c4")
 
 
 @pytest.mark.parametrize("size", ["r50", "r50-c4", "vit-b", "vit-l"])
 def test_a_size_stands_for_its_flags_and_is_written_down_with_them(size, tmp_path):
-    arguments = parse(Arguments, ["--root", "x", "--size", size])
-    for name, value in SIZES[size].items():
+    arguments = parse(TrainArguments, ["--root", "x", "--size", size])
+    for name, value in PRESETS[size].items():
         assert getattr(arguments, name) == value
     (tmp_path / "config.yaml").write_text(to_yaml(arguments))
-    assert parse(Arguments, ["--config", str(tmp_path / "config.yaml")]) == dataclasses.replace(
+    assert parse(TrainArguments, ["--config", str(tmp_path / "config.yaml")]) == dataclasses.replace(
         arguments, config=str(tmp_path / "config.yaml")
     )
 
@@ -171,4 +173,4 @@ def test_an_unknown_size_is_one_line(capsys):
 def test_a_date_in_an_inline_config_is_text(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("root: x\nbackbone: {model_type: resnet, when: 2020-01-01}\n")
-    assert "2020-01-01" in parse(Arguments, ["--config", str(recipe)]).backbone
+    assert "2020-01-01" in parse(TrainArguments, ["--config", str(recipe)]).backbone

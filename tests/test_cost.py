@@ -6,11 +6,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import plan
-from pix2seq.assembly import share_of_peak
-from pix2seq.command_line import parse
-from pix2seq.cost import GPUS, detector_cost, flop_counter, peak_flops
+from pix2seq import plan
+from pix2seq.argument_parser import parse
 from pix2seq.data import find_split, load_annotations
+from pix2seq.training.cost import GPUS, detector_cost, flop_counter, peak_flops
+from pix2seq.training.setup import mfu_factor
 from tests.test_architectures import build
 
 BATCH, LENGTH, TARGETS = 2, 10, 4
@@ -93,7 +93,7 @@ def test_a_plan_of_coco():
 
 def test_a_plan_counts_what_is_named(shapes_root, tmp_path, capsys):
     words = ["--config", "configs/demo.yaml", "--root", str(shapes_root), "--gpu", "t4", "--mixed_precision", "fp16"]
-    assert plan.main(parse(plan.PlanArguments, [*words, "--output", str(tmp_path / "plan.json")])) == 0
+    assert plan.run_plan(parse(plan.PlanArguments, [*words, "--output", str(tmp_path / "plan.json")])) == 0
     found = json.loads((tmp_path / "plan.json").read_text())
     assert (found["images"], found["evaluation_images"], found["steps"]) == (12, 5, 3200)
     said = capsys.readouterr().out
@@ -124,7 +124,7 @@ def test_sharding_and_averaging_and_freezing_show_in_the_memory():
 )
 def test_mistakes_in_a_plan_are_one_line(words, part, capsys):
     with pytest.raises(SystemExit) as end:
-        raise SystemExit(plan.main(parse(plan.PlanArguments, words)))
+        raise SystemExit(plan.run_plan(parse(plan.PlanArguments, words)))
     assert end.value.code == 2
     error = capsys.readouterr().err
     assert part in error
@@ -141,10 +141,10 @@ def test_a_run_knows_its_share_of_the_gpus_peak(make_model, shapes_root, monkeyp
     monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
     real = images.trainable.sum() / len(images)
     cost = detector_cost(model, 1, 20, "bf16", round(5 * real + 4 - real))
-    assert share_of_peak(*ask) == cost.step_flops / 989e12
-    assert share_of_peak(*ask[:3], torch.device("cpu"), None) == 0
-    monkeypatch.setattr("pix2seq.assembly.detector_cost", lambda *words: 1 / 0)
-    assert share_of_peak(*ask) == 0
+    assert mfu_factor(*ask) == cost.step_flops / 989e12
+    assert mfu_factor(*ask[:3], torch.device("cpu"), None) == 0
+    monkeypatch.setattr("pix2seq.training.setup.detector_cost", lambda *words: 1 / 0)
+    assert mfu_factor(*ask) == 0
     assert said == ["perf/mfu is left out: the step's FLOPs cannot be counted (division by zero)"]
     monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "Somebody's")
-    assert share_of_peak(*ask) == 0
+    assert mfu_factor(*ask) == 0

@@ -53,7 +53,7 @@ def test_an_example_has_its_shapes(dataset):
     assert example["pixel_values"].shape == (3, 48, 48)
     assert example["pixel_values"].dtype == torch.uint8
     assert example["image_id"] == dataset.annotations.image_ids[3]
-    for key in ("input_ids", "labels", "weights"):
+    for key in ("input_ids", "labels", "token_weights"):
         assert example[key].shape == (40,)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pix2seq.data.commands import main
+from pix2seq.cli import main
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def test_what_convert_prints_is_what_the_other_commands_take(voc, tmp_path, caps
     assert main(["check", *words, "--output_dir", str(tmp_path / "run")]) == 0
     assert "train: 1 images (0 without objects), 1 objects of 1 classes" in capsys.readouterr().out
     assert main(["show", "--root", str(voc), "--output", str(tmp_path / "x.png")]) == 2
-    assert "python -m pix2seq.data convert" in capsys.readouterr().err
+    assert "python -m pix2seq convert" in capsys.readouterr().err
 
 
 def test_show_draws_a_row_for_each_image(shapes_root, tmp_path, capsys):

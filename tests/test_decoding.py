@@ -3,6 +3,7 @@
 The models here are stubs: anything with `start`, `step` and `config.noise_objects` can be decoded.
 """
 
+import sys
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -16,11 +17,12 @@ from torch.utils._pytree import tree_leaves
 from transformers.generation.logits_process import TopPLogitsWarper
 
 from benchmarks.decode import PrefixedLlama, by_generate
-from pix2seq.decoding import DecodingOptions, Grammar, Interrupted, NonFiniteLogits, generate, generation, sample_top_p
-from pix2seq.model import steps
+from pix2seq.generation import DecodingOptions, Grammar, Interrupted, NonFiniteLogits, generate, sample_top_p
+from pix2seq.models import kv_cache
 from pix2seq.tokenizer import CLASS_SLOT, NOISE_LABEL, TOKENS_PER_OBJECT, Tokenizer
 from tests.test_architectures import build
 
+generate_module = sys.modules["pix2seq.generation.generate"]
 TOKENIZER = Tokenizer(num_classes=3, num_bins=12)
 V = TOKENIZER.vocab_size
 
@@ -424,18 +426,18 @@ class Recording(TorchDispatchMode):
 def recordings(monkeypatch) -> list:
     """From here on, sentences are written as a GPU is asked to: an object at a time, its steps recorded."""
     recordings = []
-    monkeypatch.setattr(generation, "token_by_token", generation.object_by_object)
+    monkeypatch.setattr(generate_module, "token_by_token", generate_module.object_by_object)
 
-    def recorded(work, device):
+    def capture_cuda_graph(work, device):
         recordings.append(Recording(work))
         return recordings[-1].replay
 
-    monkeypatch.setattr(generation, "recorded", recorded)
+    monkeypatch.setattr(generate_module, "capture_cuda_graph", capture_cuda_graph)
     return recordings
 
 
 @pytest.mark.parametrize("decoder", ["llama", "transformer"])
-@pytest.mark.parametrize("words", [{"top_p": 0}, {"top_p": 0.9}, {"expected_bins": 2}])
+@pytest.mark.parametrize("words", [{"top_p": 0}, {"top_p": 0.9}, {"expectation_radius": 2}])
 def test_where_the_device_counts_the_steps_itself_the_same_is_written(request, decoder, words):
     model = build(decoder, max_objects=4).eval()
     generator = torch.Generator().manual_seed(1)
@@ -457,7 +459,7 @@ def test_where_the_device_counts_the_steps_itself_the_same_is_written(request, d
 
 @pytest.mark.parametrize(
     ("noise_objects", "words"),
-    [(False, {}), (True, {"stop_after_noise": 2, "noise_score": 0.4}), (False, {"top_p": 0})],
+    [(False, {}), (True, {"noise_patience": 2, "noise_threshold": 0.4}), (False, {"top_p": 0})],
 )
 def test_a_sentence_that_has_ended_says_no_more_while_others_go_on(request, noise_objects, words):
     logits = random_logits(40, 8)
@@ -534,15 +536,15 @@ def objects_with(scores: list[float]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("stop_after_noise", "written"), [(0, [8, 8, 8]), (1, [1, 3, 2]), (2, [2, 8, 5]), (3, [3, 8, 6]), (9, [8, 8, 8])]
+    ("noise_patience", "written"), [(0, [8, 8, 8]), (1, [1, 3, 2]), (2, [2, 8, 5]), (3, [3, 8, 6]), (9, [8, 8, 8])]
 )
-def test_a_sentence_ends_after_so_many_noise_objects_in_a_row(stop_after_noise, written):
+def test_a_sentence_ends_after_so_many_noise_objects_in_a_row(noise_patience, written):
     low, high = 0.1, 0.9
     rows = [[low] * 8, [high, high, low, high, low, high, low, high], [high, low, high, low, low, low, high, high]]
     logits = torch.cat([objects_with(row) for row in rows])
     whole = decode(Scripted(logits), range(3), max_objects=8, top_p=0)
     model = Scripted(logits)
-    found = decode(model, range(3), max_objects=8, top_p=0, stop_after_noise=stop_after_noise)
+    found = decode(model, range(3), max_objects=8, top_p=0, noise_patience=noise_patience)
     for stopped, full, count in zip(found, whole, written, strict=True):
         assert len(stopped.scores) == count
         np.testing.assert_array_equal(stopped.boxes, full.boxes[:count])
@@ -553,12 +555,12 @@ def test_a_sentence_ends_after_so_many_noise_objects_in_a_row(stop_after_noise, 
 
 def test_what_counts_as_noise_is_an_option():
     logits = objects_with([0.4, 0.4, 0.4])
-    assert len(decode(Scripted(logits), [0], max_objects=3, top_p=0, stop_after_noise=2)[0].scores) == 2
-    options = {"max_objects": 3, "top_p": 0, "stop_after_noise": 2, "noise_score": 0.3}
+    assert len(decode(Scripted(logits), [0], max_objects=3, top_p=0, noise_patience=2)[0].scores) == 2
+    options = {"max_objects": 3, "top_p": 0, "noise_patience": 2, "noise_threshold": 0.3}
     assert len(decode(Scripted(logits), [0], **options)[0].scores) == 3
 
 
-@pytest.mark.parametrize("options", [{"stop_after_noise": -1}, {"noise_score": 1.5}])
+@pytest.mark.parametrize("options", [{"noise_patience": -1}, {"noise_threshold": 1.5}])
 def test_bad_rules_are_refused(options):
     with pytest.raises(ValueError, match="noise"):
         DecodingOptions(**options)
@@ -586,7 +588,7 @@ def test_greedy_tokens_are_those_of_transformers_generate(make_model, seed):
         for parameter in model.decoder.parameters():
             if parameter.ndim == 2:
                 parameter.normal_(0, 0.3, generator=generator)
-        model.bridge.projection.weight.mul_(5.0)
+        model.projector.projection.weight.mul_(5.0)
     tokenizer = model.tokenizer
     coarse = torch.rand(200, 3, 4, 4, generator=generator) * torch.rand(200, 3, 1, 1, generator=generator)
     pictures = torch.nn.functional.interpolate(255 * coarse, size=(64, 64)).to(torch.uint8)
@@ -615,15 +617,17 @@ def test_greedy_tokens_are_those_of_transformers_generate(make_model, seed):
 @pytest.mark.parametrize(("features", "threads"), [(12, 2), (12, 8), (7, 2)])
 def test_products_of_few_rows_are_those_of_the_layers(monkeypatch, bias, features, threads):
     """However many cores share one, and where they cannot."""
-    monkeypatch.setattr(steps, "WORTH_SPLITTING", 1)
+    monkeypatch.setattr(kv_cache, "WORTH_SPLITTING", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     layers, scale = [torch.nn.Linear(5, features, bias=bias) for _ in range(2)], torch.rand(5)
     with torch.inference_mode():
         for rows in (1, 2, 3, 9):
             x = torch.randn(rows, 5)
-            product = steps.Product.of(*layers, like=x, count=rows, scale=scale)
-            assert (product.split is not None) == (rows < steps.FEW_ROWS)
+            product = kv_cache.FusedLinear.from_linears(*layers, like=x, count=rows, scale=scale)
+            assert (product.split is not None) == (rows < kv_cache.FEW_ROWS)
             expected = torch.cat([layer(x * scale) for layer in layers], dim=1)
             torch.testing.assert_close(product(x), expected)
-            part = steps.Product.of(layers[0], like=x, count=rows, rows=slice(2, 7))  # 5 features: no split
+            part = kv_cache.FusedLinear.from_linears(
+                layers[0], like=x, count=rows, rows=slice(2, 7)
+            )  # 5 features: no split
             torch.testing.assert_close(part(x), layers[0](x)[:, 2:7])

@@ -25,23 +25,23 @@ from PIL import Image
 
 from benchmarks import demo_load
 from pix2seq import Pix2Seq
-from pix2seq.command_line import parse, write_flags
-from pix2seq.data.images import Picture
-from pix2seq.decoding import write
-from pix2seq.decoding.sentences import Sentences
-from pix2seq.demo.__main__ import EXAMPLES, PROGRAM, DemoArguments, find_examples, serve
-from pix2seq.demo.desk import FAILED, FULL, Desk, Line, beginning, lines_of
+from pix2seq.argument_parser import parse, write_training_arguments
+from pix2seq.data.image_files import ImageFile
+from pix2seq.data.shapes import SHAPES
 from pix2seq.demo.page import boxes_html, build_page, sentence_html, watch
+from pix2seq.demo.serve import EXAMPLES, PROGRAM, DemoArguments, find_examples, serve
+from pix2seq.demo.worker import FAILED, FULL, InferenceWorker, Line, beginning, lines_of
 from pix2seq.errors import UserError
-from pix2seq.shapes import SHAPES
+from pix2seq.generation import write
+from pix2seq.generation.decoding_state import DecodingState
 from pix2seq.tokenizer import TOKENS_PER_OBJECT
-from pix2seq.visualize import GREY
+from pix2seq.visualization import GREY
 from tests.runs import arguments
 
 
 @pytest.fixture
 def desk(detector):
-    with closing(Desk(detector, max_side=8192, max_queue=2)) as desk:
+    with closing(InferenceWorker(detector, max_side=8192, max_queue=2)) as desk:
         yield desk
 
 
@@ -60,7 +60,7 @@ def photo(width: int = 90, height: int = 40) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(noise(height, width).permute(1, 2, 0)))
 
 
-def frames(desk: Desk, path: str, pace: int = 0) -> list[tuple[str, str]]:
+def frames(desk: InferenceWorker, path: str, pace: int = 0) -> list[tuple[str, str]]:
     """All that a page shows."""
 
     async def run():
@@ -91,7 +91,7 @@ def count(lines: list[Line]) -> int:
 def test_who_looks_on_sees_each_token_as_it_is_written(detector):
     model, options = detector.model, detector.options
     pixels, seen = noise(64, 64)[None], []
-    writing = Sentences.new(pixels, model.tokenizer, options)
+    writing = DecodingState.create(pixels, model.tokenizer, options)
 
     def look_on() -> bool:
         seen.append(writing.tokens[0].clone())
@@ -107,7 +107,7 @@ def test_who_looks_on_sees_each_token_as_it_is_written(detector):
 def test_the_sentence_grows_and_ends_as_the_detector_writes_it(desk, detector, picture, monkeypatch):
     """Each part begins as the whole; a box appears with its object's last word, where the detector says it is."""
     parts = []
-    monkeypatch.setattr("pix2seq.demo.desk.lines_of", lambda *args: parts.append(lines_of(*args)) or parts[-1])
+    monkeypatch.setattr("pix2seq.demo.worker.lines_of", lambda *args: parts.append(lines_of(*args)) or parts[-1])
     sentence = desk.ask(picture)
     sentence.work.result()
     whole = sentence.lines
@@ -180,7 +180,7 @@ def test_too_many_are_told_to_come_back(desk, picture, monkeypatch):
 
 def test_a_desk_that_closes_waits_for_no_sentence(detector, picture, monkeypatch):
     steps = slowed(monkeypatch, detector)
-    with closing(Desk(detector, 8192, 2)) as desk:
+    with closing(InferenceWorker(detector, 8192, 2)) as desk:
         asked = [desk.ask(picture) for _ in range(2)]
         while not asked[0].lines:
             time.sleep(0.001)
@@ -203,7 +203,7 @@ def test_a_detector_that_says_nan_is_told(folder, picture):
     broken = Pix2Seq.from_pretrained(folder, device="cpu")
     with torch.no_grad():
         broken.model.decoder.lm_head.weight.fill_(torch.nan)
-    with closing(Desk(broken, 8192, 2)) as desk:
+    with closing(InferenceWorker(broken, 8192, 2)) as desk:
         *_, (shown, sentence) = frames(desk, picture)
     assert shown == ""
     assert "not finite" in sentence
@@ -260,7 +260,7 @@ def test_bad_files_are_told(desk, tmp_path, name, content, message):
 
 
 def test_a_bomb_is_refused_from_its_header(desk, tmp_path, monkeypatch):
-    monkeypatch.setattr("pix2seq.data.images.Picture.pixels", lambda *args: pytest.fail("it was decoded"))
+    monkeypatch.setattr("pix2seq.data.image_files.Picture.pixels", lambda *args: pytest.fail("it was decoded"))
     (tmp_path / "bomb.png").write_bytes(png_that_claims(8000, 8193))
     ((_, sentence),) = frames(desk, str(tmp_path / "bomb.png"))
     assert "8000 x 8193 pixels" in sentence
@@ -304,7 +304,7 @@ def test_noise_is_called_noise():
 # -- what is asked of the page ---------------------------------------------------------------------
 
 
-def asked(desk: Desk, examples: list[str]) -> dict:
+def asked(desk: InferenceWorker, examples: list[str]) -> dict:
     """What the page calls: first and foremost at its opening, for an upload, for an example; and "detect"."""
     page = build_page(desk, examples, 0.5, 0)
     functions = [function for function in page.fns.values() if function.fn]
@@ -338,7 +338,7 @@ def test_an_example_is_written_once(desk, picture, monkeypatch):
 def test_an_example_that_failed_is_written_anew(desk, picture, monkeypatch):
     page = asked(desk, [picture])
     with monkeypatch.context() as patch:
-        patch.setattr("pix2seq.demo.desk.write", lambda *args: 1 / 0)
+        patch.setattr("pix2seq.demo.worker.write", lambda *args: 1 / 0)
         assert "failed" in asyncio.run(last(page["open"](0, visitor("a"))))[1]
     assert asyncio.run(last(page["open"](0, visitor("a"))))[1].count("<td>") == 20
 
@@ -409,8 +409,8 @@ def test_programs_get_the_best_first(desk, tmp_path):
 
 
 def test_a_program_is_answered_by_one_decoding(desk, detector, picture, monkeypatch):
-    decoded, pixels = [], Picture.pixels
-    monkeypatch.setattr(Picture, "pixels", lambda self, *args: decoded.append(self) or pixels(self, *args))
+    decoded, pixels = [], ImageFile.pixels
+    monkeypatch.setattr(ImageFile, "pixels", lambda self, *args: decoded.append(self) or pixels(self, *args))
     detect = asked(desk, [])["detect"]
     objects = asyncio.run(detect(picture, 0))
     assert len(decoded) == 1
@@ -446,7 +446,7 @@ def test_a_program_is_told_no_path(desk, tmp_path):
 
 def test_examples_are_of_the_detectors_own_dataset(tmp_path, shapes_root):
     args = arguments(shapes_root, tmp_path / "out")
-    write_flags(args, tmp_path)
+    write_training_arguments(args, tmp_path)
     (tmp_path / "config.json").write_text("{}")
     files = find_examples(str(tmp_path), tmp_path, "127.0.0.1")
     assert len(files) == EXAMPLES == 5

@@ -21,8 +21,8 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from packaging.requirements import Requirement
 
-from pix2seq.command_line import parse
-from pix2seq.config import Arguments
+from pix2seq.argument_parser import parse
+from pix2seq.arguments import TrainArguments
 from tests.runs import TINY, rows
 
 ROOT = Path(__file__).parent.parent
@@ -81,7 +81,7 @@ def test_azureml_job_passes_valid_flags():
     job = yaml.safe_load((DEPLOY / "azureml" / "train.yaml").read_text())
     values = {"recipe": job["inputs"]["recipe"], "root": "/data", "run": "/run"}
     command = re.sub(r"\$\{\{\w+\.(\w+)\}\}", lambda match: values[match[1]], job["command"])
-    args = parse(Arguments, shlex.split(command)[2:])
+    args = parse(TrainArguments, shlex.split(command)[2:])
     assert (args.root, args.output_dir, args.resume, args.report_to) == ("/data", "/run", "auto", ["mlflow"])
 
 

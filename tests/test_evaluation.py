@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 
 from pix2seq.data import Categories, EvalDataset, Split, find_split, load_annotations
-from pix2seq.decoding import DecodingOptions, Detections, generate
-from pix2seq.evaluation import coco_results, oracle_predictions, predict, prediction_picture
-from pix2seq.scoring import coco_metrics, load_ground_truth
+from pix2seq.evaluation import coco_results, oracle_predictions, predict, prediction_image
+from pix2seq.evaluation.coco_metrics import coco_metrics, load_ground_truth
+from pix2seq.generation import DecodingOptions, Detections, generate
 from pix2seq.tokenizer import Tokenizer
 from pix2seq.transforms import EvalTransform
 from tests.test_scoring import ground_truth
@@ -146,12 +146,12 @@ def test_prediction_pictures(shapes_root):
     annotations = load_annotations(find_split("val", shapes_root))
     assert annotations.categories == Categories((1, 3, 7, 11), ("ellipse", "rectangle", "triangle", "cross"))
     rows = [{"image_id": 1, "category_id": 7, "bbox": [5.0, 5, 20, 20], "score": score} for score in (0.9, 0.1)]
-    empty = np.asarray(prediction_picture(annotations, [], 2))
-    low = np.asarray(prediction_picture(annotations, rows[1:], 2))
-    both = np.asarray(prediction_picture(annotations, rows, 2))
+    empty = np.asarray(prediction_image(annotations, [], 2))
+    low = np.asarray(prediction_image(annotations, rows[1:], 2))
+    both = np.asarray(prediction_image(annotations, rows, 2))
     np.testing.assert_array_equal(empty, low)  # below the least score that is shown
     assert (both != empty).any()
-    assert prediction_picture(annotations, rows, 100).size[0] >= both.shape[1]
+    assert prediction_image(annotations, rows, 100).size[0] >= both.shape[1]
 
 
 def test_logits_that_are_not_finite_name_their_images(shapes_root, make_model):

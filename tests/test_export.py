@@ -12,12 +12,11 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor
 
-import export
-from export import FUNCTIONS, ExportArguments, OnnxDetector
-from pix2seq.command_line import parse
-from pix2seq.model import Pix2SeqForObjectDetection, build_detector, load_detector
-from pix2seq.processing import Pix2SeqImageProcessor
-from pix2seq.shapes import CATEGORY_IDS, SHAPES, draw_picture
+from pix2seq import export
+from pix2seq.data.shapes import CATEGORY_IDS, SHAPES, draw_image
+from pix2seq.export import FUNCTIONS, ExportArguments, OnnxDetector
+from pix2seq.models import Pix2SeqForObjectDetection, build_detector, load_detector
+from pix2seq.models.image_processing_pix2seq import Pix2SeqImageProcessor
 from pix2seq.transforms import to_original_pixels
 from tests.conftest import TINY_BACKBONE
 
@@ -65,12 +64,12 @@ def pair(request, tmp_path_factory) -> tuple[Pix2SeqForObjectDetection, Path]:
     folder, layers = tmp_path_factory.mktemp(request.param), {"llama": 2, "transformer": 1}[request.param]
     model = new_detector(request.param, decoder_layers=layers)
     model.save_pretrained(folder / "best")
-    assert export.main(ExportArguments(str(folder / "best"), str(folder / "onnx"))) == 0
+    assert export.run_export(ExportArguments(str(folder / "best"), str(folder / "onnx"))) == 0
     return load_detector(folder / "best", "--checkpoint").eval(), folder / "onnx"
 
 
 def pictures(count: int = 20) -> torch.Tensor:
-    drawn = [draw_picture(np.random.default_rng((1, seed)), 64, 4)[0] for seed in range(count)]
+    drawn = [draw_image(np.random.default_rng((1, seed)), 64, 4)[0] for seed in range(count)]
     return Pix2SeqImageProcessor(image_size=64)(drawn)["pixel_values"]
 
 
@@ -80,7 +79,13 @@ def pictures(count: int = 20) -> torch.Tensor:
         {},
         {"top_p": 0.0},
         # Sentences end at different objects, and coordinates lie between bins.
-        {"stop_after_noise": 1, "noise_score": 0.03, "expected_bins": 2, "sharpness": 0.25, "max_objects": 4},
+        {
+            "noise_patience": 1,
+            "noise_threshold": 0.03,
+            "expectation_radius": 2,
+            "box_score_power": 0.25,
+            "max_objects": 4,
+        },
     ],
 )
 @pytest.mark.parametrize("size", [1, 5])
@@ -92,7 +97,7 @@ def test_the_boxes_are_the_detectors(pair, size, changes):
     assert len({each.boxes.tobytes() for each in expected}) >= 8
     for ours, theirs in zip(expected, found, strict=True):
         np.testing.assert_array_equal(theirs.labels, ours.labels)
-        if changes.get("expected_bins"):
+        if changes.get("expectation_radius"):
             np.testing.assert_allclose(theirs.boxes, ours.boxes, rtol=0, atol=1e-6)
         else:
             np.testing.assert_array_equal(theirs.boxes, ours.boxes)
@@ -112,11 +117,11 @@ def test_the_folder_says_what_it_is(pair):
 def test_rows_may_stand_at_different_places(pair):
     """As a server does that begins with a picture while others are being written about."""
     step = OnnxDetector(pair[1])
-    steps = step.start(pictures(2), 10)
+    steps = step.prefill(pictures(2), 10)
     ids, logits = np.random.default_rng(0).integers(5, 50, (6, 2)), []
     for position in range(6):
-        logits.append(step.step(torch.from_numpy(ids[position]), position, steps).numpy())
-    late = step.start(pictures(2), 10)
+        logits.append(step.decode_step(torch.from_numpy(ids[position]), position, steps).numpy())
+    late = step.prefill(pictures(2), 10)
     for position in range(6):  # the second row begins two tokens later, and until then reads what it reads again
         places = np.array([position, max(position - 2, 0)])
         inputs = {"token": ids[places, [0, 1]], "position": places, **vars(late)}
@@ -133,11 +138,11 @@ def test_steps_of_all_kinds(make_model, kind):
     encode, step = FUNCTIONS[model.config.decoder_config.model_type]
     ids = torch.randint(5, 50, (7, 3), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        steps, picture = model.start(pictures(3), 7), encode(model, pictures(3))
+        steps, picture = model.prefill(pictures(3), 7), encode(model, pictures(3))
         said = torch.zeros(*picture.shape[:3], 7, picture.shape[4])
         for position, token in enumerate(ids):
             logits, said = step(model, token, torch.full((3,), position), picture, said)
-            torch.testing.assert_close(logits, model.step(token, position, steps))
+            torch.testing.assert_close(logits, model.decode_step(token, position, steps))
 
 
 def test_the_programs_of_the_page(pair, tmp_path, monkeypatch, capsys):
@@ -169,7 +174,7 @@ def test_graphs_of_another_detector_are_not_kept(pair, tmp_path, monkeypatch, ca
         *(export, "write_graphs"),
         lambda detector, to, opset: [shutil.copy(graph, to) for graph in folder.glob("*.onnx")],
     )
-    assert export.run(ExportArguments(str(tmp_path / "other"), str(tmp_path / "onnx"))) == 2
+    assert export.run_export(ExportArguments(str(tmp_path / "other"), str(tmp_path / "onnx"))) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "the graphs do not say what the detector says, and were not kept" in error
@@ -193,7 +198,7 @@ def test_mistakes_get_one_line(words, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     capsys.readouterr()
     try:
-        code = export.run(parse(ExportArguments, words, "export.py"))
+        code = export.main(words)
     except SystemExit as stop:
         code = stop.code
     assert code == 2
@@ -204,7 +209,7 @@ def test_mistakes_get_one_line(words, message, tmp_path, monkeypatch, capsys):
 
 def test_the_extra_is_asked_for(monkeypatch, capsys):
     monkeypatch.setattr(export, "find_spec", lambda name: None if name == "onnxscript" else name)
-    assert export.run(ExportArguments("best", "out")) == 2
+    assert export.run_export(ExportArguments("best", "out")) == 2
     assert capsys.readouterr().err == (
         "export.py: error: export.py needs onnxscript, which is not installed: pip install -e '.[export]'\n"
     )

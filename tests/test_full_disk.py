@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import train
-from pix2seq import checkpoint, reporting
-from pix2seq.run_folder import RunFolder
+from pix2seq import train
+from pix2seq.training import checkpoint, evaluator
+from pix2seq.training.run_folder import RunFolder
 from tests.runs import arguments, rows
 
 
@@ -26,7 +26,7 @@ def test_a_full_disk_ends_no_run(finished, shapes_root, tmp_path, monkeypatch, e
         return original(*args, **kwargs)
 
     monkeypatch.setattr(torch, "save", fails)
-    assert train.main(arguments(shapes_root, output, "--ckpt_every", "2", "--keep_last", "5")) == 0
+    assert train.run_training(arguments(shapes_root, output, "--ckpt_every", "2", "--keep_last", "5")) == 0
     assert "the checkpoint of step 4 could not be written" in (output / "train.log").read_text()
     # Nothing half-written is left, and the others are whole.
     assert sorted(p.name for p in (output / "checkpoints").iterdir()) == ["step_00000002", "step_00000006"]
@@ -55,7 +55,7 @@ def test_a_disk_that_really_is_full(finished, shapes_root, tmp_path, monkeypatch
 
     monkeypatch.setattr(train, "save", save)
     try:
-        assert train.main(arguments(shapes_root, disk / "out", "--ckpt_every", "1", "--keep_last", "9")) == 0
+        assert train.run_training(arguments(shapes_root, disk / "out", "--ckpt_every", "1", "--keep_last", "9")) == 0
         log = (disk / "out" / "train.log").read_text()
         record_property("saves_that_failed", log.count("could not be written"))
         for step in (2, 3):
@@ -87,7 +87,7 @@ def test_a_disk_too_full_for_anything_but_checkpoints_ends_no_run(
 
     monkeypatch.setattr(checkpoint, "commit", commit)
     monkeypatch.setattr("PIL.Image.Image.save", fails)
-    assert train.main(arguments(shapes_root, output)) == 0
+    assert train.run_training(arguments(shapes_root, output)) == 0
     said = capsys.readouterr().out
     assert "evaluation could not be written" in said
     assert "sample could not be written" in said
@@ -110,14 +110,14 @@ def test_a_best_detector_that_could_not_be_written_is_tried_again(shapes_root, t
         original(final, *args)
 
     monkeypatch.setattr(checkpoint, "commit", commit)
-    monkeypatch.setattr(reporting, "coco_metrics", lambda *args: {"AP": 0.5, "AP50": 0.5, "AP75": 0.5})
+    monkeypatch.setattr(evaluator, "coco_metrics", lambda *args: {"AP": 0.5, "AP50": 0.5, "AP75": 0.5})
     monkeypatch.setattr(train, "metrics_table", str)
-    assert train.main(arguments(shapes_root, tmp_path / "out")) == 0
+    assert train.run_training(arguments(shapes_root, tmp_path / "out")) == 0
     assert len(tried) == 2
     assert checkpoint.verify(tmp_path / "out" / "best") is None
     # Another folder has no best detector yet, whatever the checkpoint's was worth.
     newest = str(tmp_path / "out" / "checkpoints" / "step_00000003")
-    assert train.main(arguments(shapes_root, tmp_path / "other", "--resume", newest)) == 0
+    assert train.run_training(arguments(shapes_root, tmp_path / "other", "--resume", newest)) == 0
     assert checkpoint.verify(tmp_path / "other" / "best") is None
 
 
@@ -125,7 +125,7 @@ def test_what_is_printed_may_go_to_the_full_disk_too(tmp_path, monkeypatch):
     def fails(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("pix2seq.run_folder.tqdm.write", fails)
+    monkeypatch.setattr("pix2seq.training.run_folder.tqdm.write", fails)
     folder = RunFolder(tmp_path, is_main=True)
     folder.log("all is well")
     assert (tmp_path / "train.log").read_text() == "all is well\n"

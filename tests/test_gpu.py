@@ -2,15 +2,15 @@
 
 import json
 import signal
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
-import train
-from pix2seq.decoding import DecodingOptions, generation
+from pix2seq import train
+from pix2seq.generation import DecodingOptions
+from pix2seq.generation import generate as generate_module
 from tests.test_architectures import build
 from tests.test_train import arguments, interrupt_at, rows
 
@@ -41,7 +41,7 @@ def ending(decoder: str, noise_objects: bool):
         with torch.no_grad():
             model.decoder.lm_head.bias[model.tokenizer.eos_id] = 3.0
     score = 0.1 if decoder == "llama" else 0.02
-    return model, DecodingOptions(6, top_p=0.9, stop_after_noise=1 if noise_objects else 0, noise_score=score)
+    return model, DecodingOptions(6, top_p=0.9, noise_patience=1 if noise_objects else 0, noise_threshold=score)
 
 
 def some_pictures() -> torch.Tensor:
@@ -52,11 +52,11 @@ def some_pictures() -> torch.Tensor:
 @pytest.mark.parametrize("decoder", ["llama", "transformer"])
 def test_a_deterministic_run_resumes_to_the_bit(shapes_root, tmp_path, monkeypatch, precision, decoder):
     words = ("--deterministic", "--mixed_precision", precision, "--decoder", decoder, "--max_grad_norm", "1")
-    assert train.main(arguments(shapes_root, tmp_path / "whole", *words)) == 0
+    assert train.run_training(arguments(shapes_root, tmp_path / "whole", *words)) == 0
     with monkeypatch.context() as patch:
         interrupt_at(patch, 4, signal.SIGTERM)
-        assert train.main(arguments(shapes_root, tmp_path / "cut", *words)) == 75
-    assert train.main(arguments(shapes_root, tmp_path / "cut", *words, "--resume", "auto")) == 0
+        assert train.run_training(arguments(shapes_root, tmp_path / "cut", *words)) == 75
+    assert train.run_training(arguments(shapes_root, tmp_path / "cut", *words, "--resume", "auto")) == 0
     assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
     ours, theirs = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("cut", "whole"))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -64,7 +64,7 @@ def test_a_deterministic_run_resumes_to_the_bit(shapes_root, tmp_path, monkeypat
 
 def test_a_compiled_run_trains_and_is_evaluated(shapes_root, tmp_path):
     words = ("--compile", "--mixed_precision", "bf16", "--batch_norm", "frozen")
-    assert train.main(arguments(shapes_root, tmp_path / "out", *words)) == 0
+    assert train.run_training(arguments(shapes_root, tmp_path / "out", *words)) == 0
     assert json.loads((tmp_path / "out" / "status.json").read_text())["state"] == "finished"
 
 
@@ -76,7 +76,7 @@ def test_recorded_steps_write_what_single_ones_write(monkeypatch, decoder, noise
     model = model.cuda()
     with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
         found = model.detect(some_pictures().cuda(), options)
-        monkeypatch.setattr(generation, "object_by_object", generation.token_by_token)
+        monkeypatch.setattr(generate_module, "object_by_object", generate_module.token_by_token)
         expected = model.detect(some_pictures().cuda(), options)
     assert sum(np.array_equal(a.boxes, b.boxes) for a, b in zip(expected, found, strict=True)) >= 36
     assert len({len(one.boxes) for one in found}) > 3  # so that the batch becomes smaller on its way

@@ -19,7 +19,7 @@ import torch
 from PIL import Image, ImageOps
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from pix2seq.data.images import BadImage, Folder, Picture, Zip, open_store
+from pix2seq.data.image_files import BadImage, Folder, ImageFile, Zip, open_store
 from pix2seq.errors import UserError
 
 
@@ -49,7 +49,7 @@ def refusal(call, *args) -> BadImage:
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "LA", "1", "CMYK"])
 def test_any_kind_of_picture_is_read_as_rgb(mode):
     white = Image.new("RGB", (30, 20), (255, 255, 255)).convert(mode)
-    image = Picture(encoded(white, "JPEG" if mode == "CMYK" else "PNG")).pixels()
+    image = ImageFile(encoded(white, "JPEG" if mode == "CMYK" else "PNG")).pixels()
     assert image.shape == (3, 20, 30)
     assert image.dtype == torch.uint8
     assert (image > 250).all()
@@ -60,19 +60,19 @@ def test_a_jpeg_has_pillows_pixels():
     for kind in (image, image.convert("L"), image.convert("CMYK")):
         data = encoded(kind, "JPEG", quality=90)
         expected = pil_to_tensor(Image.open(io.BytesIO(data)).convert("RGB"))
-        assert (Picture(data).pixels().int() - expected.int()).abs().max() <= 1
+        assert (ImageFile(data).pixels().int() - expected.int()).abs().max() <= 1
 
 
 def test_16_bits_are_scaled_and_not_cut_off():
     """Pillow's own conversion makes everything above 255 of 65,535 white."""
     levels = np.linspace(0, 65535, 200).astype(np.uint16).reshape(10, 20)
-    image = Picture(encoded(Image.fromarray(levels), "PNG")).pixels()
+    image = ImageFile(encoded(Image.fromarray(levels), "PNG")).pixels()
     assert (image[0] == torch.from_numpy((levels >> 8).astype(np.uint8))).all()
 
 
 def test_32_bits_are_refused():
     for pixels in (np.ones((4, 5), np.float32), np.ones((4, 5), np.int32)):
-        bad = refusal(Picture(encoded(Image.fromarray(pixels), "TIFF")).pixels)
+        bad = refusal(ImageFile(encoded(Image.fromarray(pixels), "TIFF")).pixels)
         assert bad.kind == "unreadable-file"
 
 
@@ -81,7 +81,7 @@ def test_32_bits_are_refused():
 )
 def test_a_jpeg_is_decoded_no_larger_than_it_has_to_be(at_least, scale):
     data = encoded(photo(600, 400), "JPEG", quality=95)
-    picture = Picture(data)
+    picture = ImageFile(data)
     image = picture.pixels(at_least)
     assert picture.shape == (3, 400, 600)
     assert image.shape == (3, 400 // scale, 600 // scale)
@@ -92,7 +92,7 @@ def test_a_jpeg_is_decoded_no_larger_than_it_has_to_be(at_least, scale):
 
 @pytest.mark.parametrize("size", [(601, 401), (7, 900), (1, 1)])
 def test_a_reduced_jpeg_is_never_smaller_than_asked(size):
-    picture = Picture(encoded(photo(*size), "JPEG"))
+    picture = ImageFile(encoded(photo(*size), "JPEG"))
     for length in (1, 2, 3, 50, 100, 199, 200, 201):
         at_least = (min(length, size[1]), min(length * 2, size[0]))
         image = picture.pixels(at_least)
@@ -101,7 +101,7 @@ def test_a_reduced_jpeg_is_never_smaller_than_asked(size):
 
 
 def test_other_formats_are_not_reduced():
-    assert Picture(encoded(photo(64, 64), "PNG")).pixels((8, 8)).shape == (3, 64, 64)
+    assert ImageFile(encoded(photo(64, 64), "PNG")).pixels((8, 8)).shape == (3, 64, 64)
 
 
 # -- turned pictures -------------------------------------------------------------------------------
@@ -115,10 +115,10 @@ def test_a_picture_is_turned_if_that_gives_it_its_annotated_size(form, orientati
     exif[0x0112] = orientation
     data = encoded(image, form, exif=exif)
     for annotated in (None, (20, 30), (77, 77)):
-        picture = Picture(data, annotated)
+        picture = ImageFile(data, annotated)
         assert not picture.turned
         assert picture.shape == picture.pixels().shape == (3, 20, 30)
-    picture = Picture(data, (30, 20))
+    picture = ImageFile(data, (30, 20))
     assert picture.orientation == (orientation if orientation <= 8 else 1)
     assert picture.turned == (5 <= orientation <= 8)
     if picture.turned:
@@ -134,7 +134,7 @@ def test_a_picture_nobody_annotated_is_shown_as_viewers_do(form, orientation):
     image, exif = photo(30, 20), Image.Exif()
     exif[0x0112] = orientation
     data = encoded(image, form, exif=exif)
-    picture = Picture(data, upright=True)
+    picture = ImageFile(data, upright=True)
     expected = pil_to_tensor(ImageOps.exif_transpose(Image.open(io.BytesIO(data))))
     assert picture.shape == expected.shape
     assert torch.equal(picture.pixels(), expected)
@@ -143,24 +143,24 @@ def test_a_picture_nobody_annotated_is_shown_as_viewers_do(form, orientation):
 def test_a_square_picture_is_not_turned():
     exif = Image.Exif()
     exif[0x0112] = 6
-    assert not Picture(encoded(photo(20, 20), "JPEG", exif=exif), (20, 20)).turned
+    assert not ImageFile(encoded(photo(20, 20), "JPEG", exif=exif), (20, 20)).turned
 
 
 # -- refused ---------------------------------------------------------------------------------------
 
 
 def test_what_is_no_picture_is_told():
-    assert "0 bytes" in str(refusal(Picture, np.zeros(0, np.uint8)))
-    assert "not an image" in str(refusal(Picture, np.frombuffer(b"no picture", np.uint8)))
+    assert "0 bytes" in str(refusal(ImageFile, np.zeros(0, np.uint8)))
+    assert "not an image" in str(refusal(ImageFile, np.frombuffer(b"no picture", np.uint8)))
     postscript = np.frombuffer(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", np.uint8)
-    assert "not an image" in str(refusal(Picture, postscript))  # Pillow would start Ghostscript
-    assert refusal(Picture, postscript).kind == "unreadable-file"
+    assert "not an image" in str(refusal(ImageFile, postscript))  # Pillow would start Ghostscript
+    assert refusal(ImageFile, postscript).kind == "unreadable-file"
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG"])
 def test_a_picture_that_was_cut_off_is_told(form):
     whole = encoded(photo(200, 200), form)
-    picture = Picture(whole[: len(whole) // 2])
+    picture = ImageFile(whole[: len(whole) // 2])
     assert refusal(picture.pixels).kind == "unreadable-file"
     if form == "JPEG":
         assert refusal(picture.pixels, (20, 20)).kind == "unreadable-file"  # reduced, by the other decoder
@@ -173,7 +173,7 @@ def test_broken_chunks_of_a_png_are_told():
     wrong_name = whole[:second] + b"(\xfcM\xad" + whole[second + 4 :]
     short_header = whole[:8] + b"\x00\x00\x00\x05" + whole[12:]
     for content in (wrong_name, short_header):
-        bad = refusal(lambda data=content: Picture(np.frombuffer(data, np.uint8)).pixels())
+        bad = refusal(lambda data=content: ImageFile(np.frombuffer(data, np.uint8)).pixels())
         assert bad.kind == "unreadable-file"
 
 
@@ -192,7 +192,7 @@ def test_a_decompression_bomb_is_refused_by_its_header(side, monkeypatch):
         + chunk(b"IEND", b"")
     )
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
-    assert refusal(Picture, np.frombuffer(bomb, np.uint8)).kind == "too-many-pixels"
+    assert refusal(ImageFile, np.frombuffer(bomb, np.uint8)).kind == "too-many-pixels"
 
 
 # -- folders ---------------------------------------------------------------------------------------
@@ -227,7 +227,7 @@ def test_names_are_found_in_folders_and_by_links_that_stay_inside(folder):
     places, faults = Folder(folder).locate(names)
     assert faults == {}
     assert places.tolist() == names
-    assert all(Picture(Folder(folder).read(place)).shape == (3, 8, 8) for place in places)
+    assert all(ImageFile(Folder(folder).read(place)).shape == (3, 8, 8) for place in places)
 
 
 def test_nothing_outside_is_found(folder):
@@ -355,7 +355,7 @@ def test_whatever_a_damaged_file_does_to_its_decoder_it_is_told(form):
         data = whole.copy()
         data[rng.integers(0, min(len(data), 300), 2)] = rng.integers(0, 256, 2)
         try:
-            picture = Picture(data, (40, 30))
+            picture = ImageFile(data, (40, 30))
             assert picture.pixels().shape == picture.shape
         except BadImage:
             refused += 1
@@ -482,4 +482,4 @@ def test_a_file_larger_than_any_picture_is_not_read(tmp_path):
 
 def test_what_is_wrong_names_no_place_in_a_library(tmp_path):
     data = encoded(photo(64, 48), "JPEG")
-    assert str(refusal(Picture(data[:-100]).pixels)) == "decode_jpeg, Image is incomplete or truncated"
+    assert str(refusal(ImageFile(data[:-100]).pixels)) == "decode_jpeg, Image is incomplete or truncated"

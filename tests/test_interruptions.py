@@ -10,9 +10,9 @@ import time
 import pytest
 import torch
 
-import train
-from pix2seq import checkpoint, reporting
-from pix2seq.model import Pix2SeqForObjectDetection
+from pix2seq import train
+from pix2seq.models import Pix2SeqForObjectDetection
+from pix2seq.training import checkpoint, evaluator
 from tests.runs import TINY, arguments, interrupt_at, rows
 
 
@@ -41,7 +41,7 @@ def test_a_run_told_to_stop_while_it_evaluates_saves_and_makes_up_for_it(
 ):
     output = tmp_path / "out"
     step, batches = {"evaluation": (3, 2), "last evaluation": (6, 2), "picture": (4, 1)}[when]
-    original = reporting.predict
+    original = evaluator.predict
     words = ("--eval_batch_size", "1") if when == "picture" else ()
 
     def interrupted(detector, dataset, *rest, stop, warn):
@@ -57,11 +57,11 @@ def test_a_run_told_to_stop_while_it_evaluates_saves_and_makes_up_for_it(
         return original(detector, dataset, *rest, stop=asks, warn=warn)
 
     with monkeypatch.context() as patch:
-        patch.setattr(reporting, "predict", interrupted)
-        assert train.main(arguments(shapes_root, output, *words)) == 75
+        patch.setattr(evaluator, "predict", interrupted)
+        assert train.run_training(arguments(shapes_root, output, *words)) == 75
     status = json.loads((output / "status.json").read_text())
     assert (status["state"], status["step"]) == ("preempted", step)
-    assert train.main(arguments(shapes_root, output, "--resume", "auto", *words)) == 0
+    assert train.run_training(arguments(shapes_root, output, "--resume", "auto", *words)) == 0
     assert rows(output) == rows(finished)
     assert (output / "samples" / "predictions_00000004.png").is_file()
 
@@ -77,10 +77,10 @@ def test_a_run_told_to_stop_while_it_decodes_does_not_finish_the_batch(finished,
 
     with monkeypatch.context() as patch:
         patch.setattr(Pix2SeqForObjectDetection, "step", step)
-        assert train.main(arguments(shapes_root, tmp_path / "out")) == 75
+        assert train.run_training(arguments(shapes_root, tmp_path / "out")) == 75
     assert positions == list(range(13)), "of 30: it stops before the next token"
     assert json.loads((tmp_path / "out" / "status.json").read_text())["step"] == 3
-    assert train.main(arguments(shapes_root, tmp_path / "out", "--resume", "auto")) == 0
+    assert train.run_training(arguments(shapes_root, tmp_path / "out", "--resume", "auto")) == 0
     assert rows(tmp_path / "out") == rows(finished)
 
 
@@ -98,13 +98,13 @@ def test_a_run_told_to_stop_while_it_saves_finishes_the_save(finished, shapes_ro
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "commit", commit)
-        assert train.main(arguments(shapes_root, output)) == 75
+        assert train.run_training(arguments(shapes_root, output)) == 75
     status = json.loads((output / "status.json").read_text())
     assert (status["state"], status["reason"]) == ("preempted", "SIGUSR1")
     folders = list((output / "checkpoints").iterdir())
     assert "step_00000003" in {folder.name for folder in folders}
     assert all(checkpoint.verify(folder) is None for folder in folders)
-    assert train.main(arguments(shapes_root, output, "--resume", "auto")) == 0
+    assert train.run_training(arguments(shapes_root, output, "--resume", "auto")) == 0
     assert rows(output) == rows(finished)
 
 
@@ -114,7 +114,7 @@ def test_a_run_that_cannot_save_when_told_to_stop_says_so(shapes_root, tmp_path,
 
     interrupt_at(monkeypatch, 2, signal.SIGTERM)
     monkeypatch.setattr(torch, "save", fails)
-    assert train.main(arguments(shapes_root, tmp_path / "out")) == 1
+    assert train.run_training(arguments(shapes_root, tmp_path / "out")) == 1
     assert "the checkpoint of step 2 could not be written" in capsys.readouterr().err
     assert json.loads((tmp_path / "out" / "status.json").read_text())["state"] == "failed"
 
@@ -149,13 +149,13 @@ def test_accelerate_launch_with_one_process_passes_sigterm_on(shapes_root, tmp_p
 
 def test_ctrl_c_saves_and_leaves_with_130(shapes_root, tmp_path, monkeypatch):
     interrupt_at(monkeypatch, 2, signal.SIGINT)
-    assert train.main(arguments(shapes_root, tmp_path / "out")) == 130
+    assert train.run_training(arguments(shapes_root, tmp_path / "out")) == 130
     assert checkpoint.latest(tmp_path / "out" / "checkpoints").name == "step_00000002"
 
 
 def test_an_evaluation_broken_off_between_two_detectors_is_written_once(shapes_root, tmp_path, monkeypatch):
     output, words = tmp_path / "out", ("--ema_decay", "0.5", "--max_steps", "2", "--eval_every", "2")
-    original = reporting.predict
+    original = evaluator.predict
 
     def interrupted(*args, stop, warn):
         if (output / "eval" / "step_2").exists():
@@ -163,9 +163,9 @@ def test_an_evaluation_broken_off_between_two_detectors_is_written_once(shapes_r
         return original(*args, stop=stop, warn=warn)
 
     with monkeypatch.context() as patch:
-        patch.setattr(reporting, "predict", interrupted)
-        assert train.main(arguments(shapes_root, output, *words)) == 75
+        patch.setattr(evaluator, "predict", interrupted)
+        assert train.run_training(arguments(shapes_root, output, *words)) == 75
     assert [key for row in rows(output) for key in row if key.endswith("/AP")] == ["eval/AP"]
-    assert train.main(arguments(shapes_root, output, *words, "--resume", "auto")) == 0
+    assert train.run_training(arguments(shapes_root, output, *words, "--resume", "auto")) == 0
     assert [key for row in rows(output) for key in row if key.endswith("/AP")] == ["eval/AP", "eval/ema/AP"]
     assert sum("train/loss" in row for row in rows(output)) == 1

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pix2seq.shapes import draw_dataset
+from pix2seq.data.shapes import draw_dataset
 
 pytestmark = pytest.mark.slow
 

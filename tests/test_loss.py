@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pix2seq.model.loss import token_cross_entropy
+from pix2seq.models.loss import token_cross_entropy
 from pix2seq.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer(num_classes=3, num_bins=20)

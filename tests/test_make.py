@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from pix2seq.command_line import parse
-from pix2seq.config import Arguments
+from pix2seq.argument_parser import parse
+from pix2seq.arguments import TrainArguments
 
 ROOT = Path(__file__).parent.parent
 TARGETS = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)[1].split()
@@ -37,5 +37,5 @@ def test_new_experiment_has_a_valid_recipe(tmp_path):
     shutil.copytree(ROOT / "experiments" / "template", tmp_path / "experiments" / "template")
     make("new-exp", "exp=larger-image", cwd=tmp_path)
     recipe = tmp_path / "experiments" / "larger-image" / "recipe.yaml"
-    args = parse(Arguments, ["--config", str(recipe), "--root", "/data"])
+    args = parse(TrainArguments, ["--config", str(recipe), "--root", "/data"])
     assert args.output_dir == "runs/larger-image"

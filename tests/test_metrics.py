@@ -8,14 +8,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pix2seq.metrics import NAMES, PRINTED, Meter, describe, token_statistics
 from pix2seq.sequence import SequenceBuilder
 from pix2seq.tokenizer import SLOTS, Tokenizer
+from pix2seq.training.metrics import NAMES, PRINTED, Meter, describe, token_statistics
 
 TOKENIZER = Tokenizer(num_classes=2, num_bins=6)  # NOISE is 3, the classes are 4 and 5, bins 6 to 11
 
 
-def statistics(labels, weights, said, losses, content=(1.0, 1.0)) -> torch.Tensor:
+def statistics(labels, weights, said, losses, valid_fraction=(1.0, 1.0)) -> torch.Tensor:
     """labels, weights (B, L); said and losses for all B * L tokens, of which only those with weight reach us.
 
     `said` is the likeliest token; the likeliest bin is the last one where that is no bin."""
@@ -25,8 +25,8 @@ def statistics(labels, weights, said, losses, content=(1.0, 1.0)) -> torch.Tenso
     logits[:, -1] += 1
     targets = weights.flatten().nonzero()[:, 0]
     losses = torch.tensor(losses, dtype=torch.float32)[counted]
-    content = torch.tensor([[float(share) for share in content]] * len(labels))
-    return token_statistics(logits, losses, labels, weights, targets, TOKENIZER, content)
+    valid_fraction = torch.tensor([[float(share) for share in valid_fraction]] * len(labels))
+    return token_statistics(logits, losses, labels, weights, targets, TOKENIZER, valid_fraction)
 
 
 # One real object, one noise object; then two real ones. Losses are powers of two, so that any sum tells its parts.
@@ -112,7 +112,7 @@ def test_targets_that_cannot_be():
     metrics = describe(statistics([upside_down + good], [[1] * 10], [[6] * 10], [[1] * 10]))
     assert metrics["data/inverted_boxes"] == 1 / 2
     low, just = [6, 6, 10, 7, 4], [6, 6, 9, 7, 4]  # bins 4 and 3 of 0 to 5: the picture ends at 2.5
-    metrics = describe(statistics([low + just], [[1] * 10], [[6] * 10], [[1] * 10], content=(0.5, 1.0)))
+    metrics = describe(statistics([low + just], [[1] * 10], [[6] * 10], [[1] * 10], valid_fraction=(0.5, 1.0)))
     assert metrics["data/boxes_in_padding"] == 1 / 2
 
 
@@ -121,16 +121,18 @@ def test_healthy_sentences_have_no_faults(seed, noise_objects, jitter):
     """And their metrics are what plain loops over the tokens count."""
     rng = np.random.default_rng(seed)
     build = SequenceBuilder(TOKENIZER, 7, noise_objects=noise_objects, box_jitter=jitter, mix_rate=0.5)
-    content = rng.uniform(0.2, 1, 2)
+    valid_fraction = rng.uniform(0.2, 1, 2)
     sentences = []
     for _ in range(3):
-        corners = np.sort(rng.random((rng.integers(0, 9), 2, 2)), axis=1) * content
+        corners = np.sort(rng.random((rng.integers(0, 9), 2, 2)), axis=1) * valid_fraction
         boxes = corners.reshape(-1, 4)
-        sentences.append(build(boxes, rng.integers(0, 2, len(boxes)), rng, tuple(content)))
-    labels, weights = (np.stack([sentence[name] for sentence in sentences]) for name in ("labels", "weights"))
+        sentences.append(build(boxes, rng.integers(0, 2, len(boxes)), rng, tuple(valid_fraction)))
+    labels, weights = (np.stack([sentence[name] for sentence in sentences]) for name in ("labels", "token_weights"))
     said = np.where(rng.random(labels.shape) < 0.8, labels, rng.integers(0, 12, labels.shape))
     losses = rng.integers(0, 9, labels.shape)
-    metrics = describe(statistics(labels.tolist(), weights.tolist(), said.tolist(), losses.tolist(), content[::-1]))
+    metrics = describe(
+        statistics(labels.tolist(), weights.tolist(), said.tolist(), losses.tolist(), valid_fraction[::-1])
+    )
     assert {metrics[name] for name in NAMES if name.startswith("data/") and name in metrics} <= {0.0}
 
     right, objects, of_class = {}, [], []
@@ -204,7 +206,7 @@ def test_a_meter_adds_up_and_starts_again():
 
 def test_a_meters_clock_leaves_out_pauses_and_knows_waits(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr("pix2seq.metrics.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("pix2seq.training.metrics.time.perf_counter", lambda: now[0])
     meter = Meter(torch.device("cpu"))
     meter.images = 30
 

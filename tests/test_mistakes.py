@@ -10,11 +10,10 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-import evaluate
-import train
-from pix2seq.command_line import parse
-from pix2seq.config import EvaluateArguments
+from pix2seq import evaluate, train
+from pix2seq.argument_parser import parse
 from pix2seq.errors import UserError
+from pix2seq.evaluate import EvaluateArguments
 from tests.runs import arguments, edited
 
 
@@ -31,7 +30,7 @@ from tests.runs import arguments, edited
 )
 def test_mistakes_are_one_line_and_exit_code_2(shapes_root, tmp_path, capsys, monkeypatch, words, parts):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert train.main(arguments(shapes_root, tmp_path / "out", *words)) == 2
+    assert train.run_training(arguments(shapes_root, tmp_path / "out", *words)) == 2
     assert not (tmp_path / "out").exists(), "a run that cannot start leaves nothing behind"
     lines = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
     assert len(lines) == 1
@@ -51,13 +50,13 @@ def test_a_mistake_ends_the_program_within_seconds(tmp_path):
 def test_fp16_on_a_cpu_is_refused(finished, shapes_root, tmp_path, monkeypatch, capsys):
     """Accelerate takes it, does nothing and says nothing."""
     monkeypatch.setattr("accelerate.state.AcceleratorState._shared_state", {})
-    assert train.main(arguments(shapes_root, tmp_path / "out", "--mixed_precision", "fp16")) == 2
+    assert train.run_training(arguments(shapes_root, tmp_path / "out", "--mixed_precision", "fp16")) == 2
     fault = "--mixed_precision fp16: needs a GPU; use bf16 or no"
     assert capsys.readouterr().err == f"train.py: error: {fault}\n"
     monkeypatch.setattr("accelerate.state.AcceleratorState._shared_state", {})
     words = ["--checkpoint", str(finished / "final"), "--root", str(shapes_root), "--mixed_precision", "fp16"]
     with pytest.raises(UserError, match=fault):
-        evaluate.main(parse(EvaluateArguments, words))
+        evaluate.run_evaluation(parse(EvaluateArguments, words))
 
 
 def test_a_tracker_that_cannot_start_is_a_failed_run(shapes_root, tmp_path, monkeypatch, capsys):
@@ -65,14 +64,14 @@ def test_a_tracker_that_cannot_start_is_a_failed_run(shapes_root, tmp_path, monk
         raise RuntimeError("no account")
 
     monkeypatch.setattr("accelerate.Accelerator.init_trackers", fails)
-    assert train.main(arguments(shapes_root, tmp_path / "out", "--report_to", "wandb")) == 2
+    assert train.run_training(arguments(shapes_root, tmp_path / "out", "--report_to", "wandb")) == 2
     assert "--report_to wandb: cannot be started (no account)" in capsys.readouterr().err
     assert json.loads((tmp_path / "out" / "status.json").read_text())["state"] == "failed"
 
 
 def test_a_training_set_without_objects_is_refused(shapes_root, tmp_path, capsys):
     root = edited(shapes_root, tmp_path / "data", "train", lambda content: content["annotations"].clear())
-    assert train.main(arguments(root, tmp_path / "out")) == 2
+    assert train.run_training(arguments(root, tmp_path / "out")) == 2
     assert "holds no objects to train on" in capsys.readouterr().err
 
 
@@ -110,7 +109,7 @@ def test_evaluate_refuses_a_damaged_detector(finished, shapes_root, tmp_path, da
     shutil.copytree(finished / "best", folder)
     damage(folder)
     with pytest.raises(UserError) as error:
-        evaluate.main(parse(EvaluateArguments, ["--checkpoint", str(folder), "--root", str(shapes_root)]))
+        evaluate.run_evaluation(parse(EvaluateArguments, ["--checkpoint", str(folder), "--root", str(shapes_root)]))
     assert part in str(error.value)
 
 
@@ -119,11 +118,14 @@ def test_evaluate_asks_for_its_folder_before_it_works(finished, shapes_root, tmp
     taken.write_text("")
     words = ["--checkpoint", str(finished / "best"), "--root", str(shapes_root), "--output_dir", str(taken)]
     with pytest.raises(UserError, match="--output_dir"):
-        evaluate.main(parse(EvaluateArguments, words))
+        evaluate.run_evaluation(parse(EvaluateArguments, words))
 
 
 def test_evaluate_refuses_more_objects_than_a_decoder_has_positions_for(shapes_root, tmp_path):
-    assert train.main(arguments(shapes_root, tmp_path / "out", "--decoder", "transformer", "--max_steps", "1")) == 0
+    assert (
+        train.run_training(arguments(shapes_root, tmp_path / "out", "--decoder", "transformer", "--max_steps", "1"))
+        == 0
+    )
     words = ["--checkpoint", str(tmp_path / "out" / "final"), "--root", str(shapes_root), "--max_objects", "50"]
     with pytest.raises(UserError, match="--max_objects 50: this detector can write 6"):
-        evaluate.main(parse(EvaluateArguments, words))
+        evaluate.run_evaluation(parse(EvaluateArguments, words))

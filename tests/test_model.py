@@ -21,13 +21,13 @@ from transformers import (
 )
 
 from pix2seq.errors import UserError
-from pix2seq.model import Pix2SeqConfig, Pix2SeqForObjectDetection
-from pix2seq.model.backbone import IMAGENET_MEAN, IMAGENET_STD, VisionBackbone, choose_backbone
-from pix2seq.model.llama import prefix_positions
-from pix2seq.model.positions import position_code_2d
-from pix2seq.optimizer import parameter_groups
+from pix2seq.models import Pix2SeqConfig, Pix2SeqForObjectDetection
+from pix2seq.models.backbone import IMAGENET_MEAN, IMAGENET_STD, VisionBackbone, choose_backbone
+from pix2seq.models.llama_decoder import prefix_positions
+from pix2seq.models.position_embedding import position_embedding_2d
 from pix2seq.sequence import SequenceBuilder
 from pix2seq.tokenizer import Tokenizer
+from pix2seq.training.optimizer import parameter_groups
 
 TOKENIZER = Tokenizer(4, 50)
 TINY_VIT = {
@@ -82,8 +82,8 @@ def test_cached_decoding_equals_the_forward_pass(make_model, decoder_layers):
     model, images, tokens = loud(make_model(decoder_layers=decoder_layers)), pictures(3), ids(3)
     with torch.no_grad():
         whole = model(images, tokens).logits
-        cache = model.start(images, 20)
-        steps = torch.stack([model.step(tokens[:, t], t, cache) for t in range(20)], dim=1)
+        cache = model.prefill(images, 20)
+        steps = torch.stack([model.decode_step(tokens[:, t], t, cache) for t in range(20)], dim=1)
     assert steps.dtype == torch.float32
     assert torch.allclose(steps, whole, atol=1e-4)
     assert whole.std() > 1  # or anything would be close
@@ -143,7 +143,7 @@ def test_the_decoder_is_a_plain_llama_with_a_mask(make_model, causal_prefix):
         attention_mask=mask,
         position_ids=prefix_positions(num_visual, tokens.shape[1], "cpu"),
     ).last_hidden_state[:, num_visual:]
-    found = model.decoder.read(visual, tokens)
+    found = model.decoder(visual, tokens)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     direction = torch.randn_like(expected)
     names = [name for name, _ in plain.model.named_parameters()]
@@ -168,8 +168,8 @@ def test_the_same_weights_work_at_another_size(make_model):
     images, tokens = pictures(1, 96), ids(1)
     with torch.no_grad():
         whole = larger(images, tokens).logits
-        cache = larger.start(images, 20)
-        steps = torch.stack([larger.step(tokens[:, t], t, cache) for t in range(20)], dim=1)
+        cache = larger.prefill(images, 20)
+        steps = torch.stack([larger.decode_step(tokens[:, t], t, cache) for t in range(20)], dim=1)
     assert torch.allclose(whole, steps, atol=1e-4)
 
 
@@ -210,17 +210,17 @@ def test_the_loss_is_the_weighted_cross_entropy(make_model):
     total = weight_sum = 0.0
     for row in range(3):
         for t in range(20):
-            weight = sentences["weights"][row, t].item()
+            weight = sentences["token_weights"][row, t].item()
             total += weight * -logits[row, t].log_softmax(-1)[sentences["labels"][row, t]].item()
             weight_sum += weight
     assert model(images, **sentences).loss.item() == pytest.approx(total / weight_sum, rel=1e-5)
-    assert model(images, **sentences, normalizer=7.0).loss.item() == pytest.approx(total / 7, rel=1e-5)
+    assert model(images, **sentences, num_items_in_batch=7.0).loss.item() == pytest.approx(total / 7, rel=1e-5)
 
 
 def test_only_tokens_with_weight_are_computed(make_model):
     model, images, sentences = make_model(), pictures(3), batch(3)
     output = model(images, **sentences)
-    counted = sentences["weights"] > 0
+    counted = sentences["token_weights"] > 0
     assert output.logits.shape == (counted.sum(), TOKENIZER.vocab_size)
     whole = model(images, sentences["input_ids"]).logits
     assert whole.shape == (3, 20, TOKENIZER.vocab_size)
@@ -233,7 +233,7 @@ def test_tokens_without_weight_have_no_gradient(make_model):
     """A bug others shipped: what a noise object's coordinates are must not matter to the loss or its gradient."""
     model, images, sentences = make_model(), pictures(2), batch(2)
     other = sentences["labels"].clone()
-    ignored = sentences["weights"] == 0
+    ignored = sentences["token_weights"] == 0
     assert ignored.sum() == 2 * 2 * 4
     other[ignored] = torch.randint(4, TOKENIZER.vocab_size, (int(ignored.sum()),))
     gradients = []
@@ -247,7 +247,7 @@ def test_tokens_without_weight_have_no_gradient(make_model):
 def test_a_noise_class_counts_with_its_weight(make_model):
     model, images, sentences = make_model(), pictures(1), batch(1)
     output = model(images, **sentences)
-    weights = sentences["weights"][sentences["weights"] > 0]
+    weights = sentences["token_weights"][sentences["token_weights"] > 0]
     assert weights.tolist() == [1] * 10 + [0.5] * 2
     assert output.loss.item() == pytest.approx(((output.token_losses * weights).sum() / 11).item(), rel=1e-5)
 
@@ -255,12 +255,12 @@ def test_a_noise_class_counts_with_its_weight(make_model):
 def test_parts_of_a_step_add_up_with_a_shared_normalizer(make_model):
     """A mean of means would weight a micro-batch of few objects like one of many."""
     model, images, sentences = make_model(), pictures(4), batch(4)
-    sentences["weights"][0] = 0
-    sentences["weights"][0, :5] = 1
+    sentences["token_weights"][0] = 0
+    sentences["token_weights"][0, :5] = 1
     whole = model(images, **sentences).loss
-    total = sentences["weights"].sum()
+    total = sentences["token_weights"].sum()
     parts = [
-        model(images[rows], **{k: v[rows] for k, v in sentences.items()}, normalizer=total).loss
+        model(images[rows], **{k: v[rows] for k, v in sentences.items()}, num_items_in_batch=total).loss
         for rows in (slice(0, 1), slice(1, 4))
     ]
     assert sum(parts).item() == pytest.approx(whole.item(), rel=1e-5)
@@ -279,10 +279,10 @@ def test_the_loss_is_float32_under_bf16(make_model):
     model, images, sentences = make_model(), pictures(2), batch(2)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output = model(images, **sentences)
-        logits = model.step(sentences["input_ids"][:, 0], 0, model.start(images, 20))
+        logits = model.decode_step(sentences["input_ids"][:, 0], 0, model.prefill(images, 20))
     assert output.loss.dtype == output.token_losses.dtype == output.logits.dtype == torch.float32
     assert logits.dtype == torch.float32
-    counted = sentences["weights"] > 0
+    counted = sentences["token_weights"] > 0
     expected = F.cross_entropy(output.logits.double(), sentences["labels"][counted], reduction="none")
     assert torch.allclose(output.token_losses.double(), expected, atol=1e-5)
     assert output.loss.item() == pytest.approx(model(images, **sentences).loss.item(), rel=0.05)
@@ -296,7 +296,7 @@ def test_large_logits_do_not_overflow(make_model):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output = model(images, **sentences)
     assert output.token_losses.max() > 100
-    weights = sentences["weights"][sentences["weights"] > 0].double()
+    weights = sentences["token_weights"][sentences["token_weights"] > 0].double()
     expected = (weights * output.token_losses.double()).sum() / weights.sum()
     assert output.loss.item() == pytest.approx(expected.item(), rel=1e-6)
 
@@ -450,10 +450,10 @@ def test_building_a_model_needs_no_files(make_model, monkeypatch):
 # -- position codes --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["original", "ruler"])
+@pytest.mark.parametrize("kind", ["original", "fine"])
 @pytest.mark.parametrize(("height", "width", "channels"), [(1, 1, 8), (4, 4, 16), (3, 7, 32), (20, 20, 256)])
 def test_every_cell_has_a_code_of_its_own(height, width, channels, kind):
-    code = position_code_2d(height, width, channels, kind)
+    code = position_embedding_2d(height, width, channels, kind)
     assert code.shape == (height * width, channels)
     assert code.abs().max() <= 1
     if height * width > 1:
@@ -463,7 +463,7 @@ def test_every_cell_has_a_code_of_its_own(height, width, channels, kind):
 
 def test_the_code_is_the_authors():
     """The authors' code: y before x, sines before cosines, coordinates scaled to 2 pi, frequencies 10000^(-2i/d)."""
-    code = position_code_2d(3, 5, 8, "original").reshape(3, 5, 8)
+    code = position_embedding_2d(3, 5, 8, "original").reshape(3, 5, 8)
     for row in range(3):
         for column in range(5):
             expected = []
@@ -475,10 +475,10 @@ def test_the_code_is_the_authors():
 
 def test_on_the_ruler_a_bin_is_most_like_the_cells_at_its_coordinate(make_model):
     """The bins' embeddings start as the code of the visual tokens: as y for the rows, as x for the columns."""
-    model = make_model(position_code="ruler", bin_init="ruler", num_bins=64, decoder={"hidden_size": 32})
+    model = make_model(position_embedding="fine", bin_init="sine", num_bins=64, decoder={"hidden_size": 32})
     bins = model.decoder.get_input_embeddings().weight[-64:].detach()
     assert bins.std() == pytest.approx(model.config.decoder_config.initializer_range, rel=0.15)
-    cells = position_code_2d(8, 8, 32, "ruler").reshape(8, 8, 32)
+    cells = position_embedding_2d(8, 8, 32, "fine").reshape(8, 8, 32)
     for number in range(64):
         cell = min(int((number / 63) * 8), 7)
         assert (cells[:, 0, :16] @ bins[number, :16]).argmax() == cell
@@ -486,7 +486,7 @@ def test_on_the_ruler_a_bin_is_most_like_the_cells_at_its_coordinate(make_model)
 
 
 def test_the_ruler_is_laid_once_and_not_over_trained_weights(make_model, tmp_path):
-    model = make_model(bin_init="ruler")
+    model = make_model(bin_init="sine")
     with torch.no_grad():
         model.decoder.get_input_embeddings().weight.normal_()
     model.save_pretrained(tmp_path)

@@ -14,11 +14,11 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
-import evaluate
-import train
-from pix2seq import checkpoint
-from pix2seq.command_line import parse
-from pix2seq.config import Arguments, EvaluateArguments
+from pix2seq import evaluate, train
+from pix2seq.argument_parser import parse
+from pix2seq.arguments import TrainArguments
+from pix2seq.evaluate import EvaluateArguments
+from pix2seq.training import checkpoint
 from tests import launched
 from tests.runs import TINY, edited, rows
 
@@ -49,7 +49,7 @@ def test_the_ap_of_a_checkpoint_does_not_depend_on_the_number_of_processes(two, 
     words = ["--checkpoint", str(two / "final"), "--root", str(shapes_root)]
     done = launch("evaluate.py", *words, "--output_dir", str(tmp_path / "two"))
     assert done.returncode == 0, done.stderr
-    alone = evaluate.main(parse(EvaluateArguments, [*words, "--output_dir", str(tmp_path / "one")]))
+    alone = evaluate.run_evaluation(parse(EvaluateArguments, [*words, "--output_dir", str(tmp_path / "one")]))
     assert json.loads((tmp_path / "two" / "metrics.json").read_text()) == alone == trained
     predictions = [json.loads((tmp_path / name / "predictions.json").read_text()) for name in ("one", "two")]
     assert predictions[0] == predictions[1]
@@ -76,7 +76,12 @@ def test_two_processes_take_the_steps_one_would(shapes_root, tmp_path):
     common += ["--log_every", "1", "--eval_every", "0", "--sample_every", "0", "--no_noise_objects"]
     done = launch("train.py", *common, "--batch_size", "2", "--output_dir", str(tmp_path / "two"))
     assert done.returncode == 0, done.stderr
-    assert train.main(parse(Arguments, [*common, "--batch_size", "4", "--output_dir", str(tmp_path / "one")])) == 0
+    assert (
+        train.run_training(
+            parse(TrainArguments, [*common, "--batch_size", "4", "--output_dir", str(tmp_path / "one")])
+        )
+        == 0
+    )
     for one, two in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
         for key in {"train/loss", "train/grad_norm", "train/lr"} & one.keys():
             assert two[key] == pytest.approx(one[key], rel=1e-4)
@@ -100,7 +105,7 @@ def test_gradients_do_not_depend_on_how_a_step_is_split(shapes_root, tmp_path, m
             with monkeypatch.context() as patch:
                 patch.setattr(Accelerator, "clip_grad_norm_", Accelerator.clip_grad_norm_)  # is put back
                 launched.write_gradients(str(file))
-                assert train.main(parse(Arguments, [*words[1:], *split])) == 0
+                assert train.run_training(parse(TrainArguments, [*words[1:], *split])) == 0
         return torch.load(file)
 
     def norm(tensors) -> float:
@@ -148,7 +153,7 @@ def test_a_sharded_run_is_the_run_it_would_be_whole(shapes_root, tmp_path, recor
         for key in weights:
             torch.testing.assert_close(ours[key], weights[key], rtol=1e-3, atol=2e-4)  # Adam's first steps are signs
     record_property("relative_loss_difference", max(differences))
-    metrics = evaluate.main(
+    metrics = evaluate.run_evaluation(
         parse(EvaluateArguments, ["--checkpoint", str(tmp_path / "sharded/final"), "--root", str(shapes_root)])
     )
     assert metrics == json.loads((tmp_path / "sharded" / "eval" / "step_4" / "metrics.json").read_text())
@@ -156,10 +161,10 @@ def test_a_sharded_run_is_the_run_it_would_be_whole(shapes_root, tmp_path, recor
 
 def test_averaging_sharded_weights_is_refused(shapes_root, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("accelerate.state.AcceleratorState._shared_state", {})
-    monkeypatch.setattr(train, "join_processes", train.join_processes)  # is put back
+    monkeypatch.setattr(train, "make_accelerator", train.make_accelerator)  # is put back
     launched.shard()
     words = ["--root", str(shapes_root), "--output_dir", str(tmp_path / "out"), "--ema_decay", "0.9"]
-    assert train.main(parse(Arguments, [*PARTS[1:], *words])) == 2
+    assert train.run_training(parse(TrainArguments, [*PARTS[1:], *words])) == 2
     assert "--ema_decay" in capsys.readouterr().err
 
 
@@ -207,7 +212,7 @@ def test_a_run_goes_on_with_another_number_of_processes(shapes_root, tmp_path, r
     def take(processes: int, output: Path, *words: str) -> None:
         words = [*common, "--output_dir", str(output), "--batch_size", str(4 // processes), *words]
         if processes == 1:
-            assert train.main(parse(Arguments, words)) == 0
+            assert train.run_training(parse(TrainArguments, words)) == 0
         else:
             done = launch("train.py", *words)
             assert done.returncode == 0, done.stderr

@@ -7,8 +7,8 @@ import signal
 import torch
 from safetensors.torch import load_file
 
-import train
-from pix2seq.model import Pix2SeqForObjectDetection
+from pix2seq import train
+from pix2seq.models import Pix2SeqForObjectDetection
 from tests.runs import arguments, interrupt_at, rows
 
 
@@ -19,7 +19,7 @@ def poison(monkeypatch, steps) -> None:
     def poisoned(training, micro_batches):
         if training.step + 1 in steps:
             for batch in micro_batches:
-                batch["weights"][0] = math.inf
+                batch["token_weights"][0] = math.inf
         return original(training, micro_batches)
 
     monkeypatch.setattr(train, "train_step", poisoned)
@@ -39,7 +39,7 @@ def test_steps_that_are_not_finite_are_skipped_and_named(shapes_root, tmp_path, 
         return norm
 
     monkeypatch.setattr(train, "train_step", watched)
-    assert train.main(arguments(shapes_root, output)) == 0
+    assert train.run_training(arguments(shapes_root, output)) == 0
     assert before == {1: False, 2: True, 3: False, 4: True, 5: False, 6: False}  # batch norms' statistics included
     assert [row["train/skipped_steps"] for row in rows(output) if "train/loss" in row] == [1, 2, 2]
     assert all(math.isfinite(row["train/loss"]) for row in rows(output) if "train/loss" in row)
@@ -52,7 +52,7 @@ def test_too_many_steps_that_are_not_finite_end_the_run(shapes_root, tmp_path, m
     output = tmp_path / "out"
     with monkeypatch.context() as patch:
         poison(patch, {4, 5, 6})
-        assert train.main(arguments(shapes_root, output, "--max_skipped_steps", "1")) == 1
+        assert train.run_training(arguments(shapes_root, output, "--max_skipped_steps", "1")) == 1
     message = capsys.readouterr().err
     assert "step 5 is not finite; image ids: [" in message
     assert "stopped after 2 such steps in a row" in message
@@ -64,22 +64,22 @@ def test_too_many_steps_that_are_not_finite_end_the_run(shapes_root, tmp_path, m
         poison(patch, {1, 2})
         interrupt_at(patch, 1, signal.SIGTERM)
         words = ("--max_skipped_steps", "1")
-        assert train.main(arguments(shapes_root, tmp_path / "cut", *words)) == 75
+        assert train.run_training(arguments(shapes_root, tmp_path / "cut", *words)) == 75
     with monkeypatch.context() as patch:
         poison(patch, {1, 2})
-        assert train.main(arguments(shapes_root, tmp_path / "cut", *words, "--resume", "auto")) == 1
+        assert train.run_training(arguments(shapes_root, tmp_path / "cut", *words, "--resume", "auto")) == 1
 
 
 def test_steps_skipped_from_the_start_do_not_hold_up_the_schedule(shapes_root, tmp_path, monkeypatch):
     words = ("--log_every", "1", "--eval_every", "0", "--sample_every", "0")
     with monkeypatch.context() as patch:
         poison(patch, {1, 2})
-        assert train.main(arguments(shapes_root, tmp_path / "whole", *words)) == 0
+        assert train.run_training(arguments(shapes_root, tmp_path / "whole", *words)) == 0
     with monkeypatch.context() as patch:
         poison(patch, {1, 2})
         interrupt_at(patch, 2, signal.SIGTERM)
-        assert train.main(arguments(shapes_root, tmp_path / "cut", *words)) == 75
-    assert train.main(arguments(shapes_root, tmp_path / "cut", *words, "--resume", "auto")) == 0
+        assert train.run_training(arguments(shapes_root, tmp_path / "cut", *words)) == 75
+    assert train.run_training(arguments(shapes_root, tmp_path / "cut", *words, "--resume", "auto")) == 0
     assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
     assert rows(tmp_path / "cut")[0]["train/loss"] is None, "the loss of no step is no 0"
 
@@ -98,7 +98,7 @@ def test_a_gradient_that_is_not_finite_is_not_applied(shapes_root, tmp_path, mon
         return output
 
     monkeypatch.setattr(Pix2SeqForObjectDetection, "forward", spoiled)
-    assert train.main(arguments(shapes_root, tmp_path / "out")) == 0
+    assert train.run_training(arguments(shapes_root, tmp_path / "out")) == 0
     assert "step 3 is not finite" in (tmp_path / "out" / "train.log").read_text()
     weights = load_file(tmp_path / "out" / "final" / "model.safetensors")
     assert all(torch.isfinite(tensor).all() for tensor in weights.values())
@@ -106,7 +106,7 @@ def test_a_gradient_that_is_not_finite_is_not_applied(shapes_root, tmp_path, mon
 
 def lend_a_scaler(monkeypatch, scale: float) -> None:
     """fp16 as on a GPU, which a CPU does not get from Accelerate."""
-    join = train.join_processes
+    join = train.make_accelerator
 
     def join_in_half(args):
         accelerator = join(args)
@@ -115,7 +115,7 @@ def lend_a_scaler(monkeypatch, scale: float) -> None:
         accelerator.native_amp = True
         return accelerator
 
-    monkeypatch.setattr(train, "join_processes", join_in_half)
+    monkeypatch.setattr(train, "make_accelerator", join_in_half)
     monkeypatch.setattr("accelerate.state.AcceleratorState._shared_state", {})
 
 
@@ -125,17 +125,17 @@ def test_the_loss_scaler_skips_what_overflows_and_resumes_exactly(shapes_root, t
     original = train.train_step
 
     def watched(training, *rest):
-        before = training.unwrapped.bridge.projection.weight.detach().clone()
+        before = training.unwrapped.projector.projection.weight.detach().clone()
         scale = training.accelerator.scaler.get_scale()
         found = original(training, *rest)
-        moved = not torch.equal(before, training.unwrapped.bridge.projection.weight)
+        moved = not torch.equal(before, training.unwrapped.projector.projection.weight)
         seen.append((scale, moved, training.accelerator.scaler.get_scale()))
         return found
 
     with monkeypatch.context() as patch:
         lend_a_scaler(patch, 2.0**30)
         patch.setattr(train, "train_step", watched)
-        assert train.main(arguments(shapes_root, tmp_path / "whole", *words, "--max_steps", "20")) == 0
+        assert train.run_training(arguments(shapes_root, tmp_path / "whole", *words, "--max_steps", "20")) == 0
     assert seen[0] == (2.0**30, False, 2.0**29), "a gradient that overflows is not applied, and the scale halved"
     applied = [moved for _, moved, _ in seen]
     assert any(applied)
@@ -146,11 +146,11 @@ def test_the_loss_scaler_skips_what_overflows_and_resumes_exactly(shapes_root, t
     with monkeypatch.context() as patch:
         lend_a_scaler(patch, 2.0**30)
         interrupt_at(patch, first, signal.SIGTERM)
-        assert train.main(arguments(shapes_root, tmp_path / "cut", *words, "--max_steps", "20")) == 75
+        assert train.run_training(arguments(shapes_root, tmp_path / "cut", *words, "--max_steps", "20")) == 75
     with monkeypatch.context() as patch:
         lend_a_scaler(patch, 2.0**30)
         more = (*words, "--max_steps", "20", "--resume", "auto")
-        assert train.main(arguments(shapes_root, tmp_path / "cut", *more)) == 0
+        assert train.run_training(arguments(shapes_root, tmp_path / "cut", *more)) == 0
     assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
 
 
@@ -166,6 +166,6 @@ def test_a_gradient_that_no_scale_makes_finite_ends_the_run(shapes_root, tmp_pat
     monkeypatch.setattr(Pix2SeqForObjectDetection, "forward", spoiled)
     lend_a_scaler(monkeypatch, 4.0)
     words = ("--eval_every", "0", "--sample_every", "0", "--ema_decay", "0.9")
-    assert train.main(arguments(shapes_root, tmp_path / "out", *words)) == 1
+    assert train.run_training(arguments(shapes_root, tmp_path / "out", *words)) == 1
     assert "the gradient of step 3 is not finite however small the loss is scaled" in capsys.readouterr().err
     assert json.loads((tmp_path / "out" / "status.json").read_text())["state"] == "failed"

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from pix2seq.errors import UserError
-from pix2seq.model.backbone import VisionBackbone, choose_backbone
-from pix2seq.optimizer import learning_rate_schedule, parameter_groups
+from pix2seq.models.backbone import VisionBackbone, choose_backbone
+from pix2seq.training.optimizer import learning_rate_schedule, parameter_groups
 
 
 def rates(name: str, steps: int, max_steps: int, end: float, decay_steps: int = 0) -> list[float]:
@@ -69,11 +69,11 @@ def test_layers_further_down_learn_more_slowly(make_model):
     found = {names[id(p)]: group["lr"] for group in groups for p in group["params"]}
     assert len(found) == len(names) == sum(len(group["params"]) for group in groups)
     assert found["backbone.model.embeddings.position_embeddings"] == pytest.approx(1e-4 / 8)
-    numbered = {
+    remap_ids = {
         name: int(name.split("layers.")[1].split(".")[0]) for name in found if "backbone.model.layers." in name
     }
-    assert set(numbered.values()) == {0, 1, 2}
-    for name, number in numbered.items():
+    assert set(remap_ids.values()) == {0, 1, 2}
+    for name, number in remap_ids.items():
         assert found[name] == pytest.approx(1e-4 * 0.5 ** (2 - number))
     assert found["backbone.model.layernorm.weight"] == pytest.approx(1e-4)
     assert {found[name] for name in found if not name.startswith("backbone.")} == {1e-3}

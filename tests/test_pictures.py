@@ -8,20 +8,21 @@ import pytest
 import torch
 from PIL import Image, ImageColor
 
+from pix2seq.cli import main
 from pix2seq.data import Annotations, EvalDataset, find_split, load_annotations
-from pix2seq.data.images import BadImage
-from pix2seq.decoding import DecodingOptions, write
-from pix2seq.evaluation import commands, pictures, prediction_picture, worst_picture
-from pix2seq.evaluation.commands import main
-from pix2seq.evaluation.pictures import WRONG, worst
-from pix2seq.evaluation.tokens import LEAST_BINS, _part, attention_weights, read_again, read_object
-from pix2seq.model import build_detector
-from pix2seq.reporting import Reporter
-from pix2seq.run_folder import MOST_STEPS, RunFolder
-from pix2seq.scoring import load_ground_truth
+from pix2seq.data.image_files import BadImage
+from pix2seq.evaluation import commands, prediction_image, worst_image
+from pix2seq.evaluation import images as images_module
+from pix2seq.evaluation.coco_metrics import load_ground_truth
+from pix2seq.evaluation.images import WRONG, worst
+from pix2seq.evaluation.token_figure import LEAST_BINS, _part, attention_weights, read_again, trace_object
+from pix2seq.generation import DecodingOptions, write
+from pix2seq.models import build_detector
 from pix2seq.tokenizer import TOKENS_PER_OBJECT
+from pix2seq.training.evaluator import TrainingEvaluator
+from pix2seq.training.run_folder import MOST_STEPS, RunFolder
 from pix2seq.transforms import EvalTransform
-from pix2seq.visualize import CAPTION, CELL, IN_A_ROW, MARGIN, side_by_side
+from pix2seq.visualization import CAPTION, CELL, IN_A_ROW, MARGIN, side_by_side
 from tests.test_evaluation import ONE_PROCESS
 
 # -- the worst images -------------------------------------------------------------------------------------------------
@@ -98,49 +99,51 @@ def test_crowds_are_neither_missed_nor_wrong(annotations):
 
 def test_no_more_images_are_read_than_drawn(annotations, opened):
     assert opened == []
-    picture = worst_picture(annotations, [], 3)
+    picture = worst_image(annotations, [], 3)
     assert len(opened) == len(set(opened)) == 3
     assert picture.width == 4 * (CELL + MARGIN) + MARGIN
     opened.clear()
-    worst_picture(annotations, perfect(annotations), 8)
+    worst_image(annotations, perfect(annotations), 8)
     assert opened == []
 
 
 def test_what_is_wrong_is_orange(annotations):
     ids = annotations.image_ids.tolist()
     rows = perfect(annotations) + [nowhere(ids[1], 0.99)]
-    orange = (np.asarray(worst_picture(annotations, rows, 8)) == ImageColor.getrgb(WRONG)).all(axis=-1)
+    orange = (np.asarray(worst_image(annotations, rows, 8)) == ImageColor.getrgb(WRONG)).all(axis=-1)
     middle = orange.shape[1] // 2
     assert not orange[:, :middle].any()
     assert orange[:, middle:].any()
 
 
 def test_an_image_that_cannot_be_read_is_grey(annotations, monkeypatch):
-    def picture(self, index):
+    def image_file(self, index):
         raise BadImage("unreadable-file", "it is empty")
 
-    monkeypatch.setattr(Annotations, "picture", picture)
-    assert worst_picture(annotations, [], 1).width == 2 * (CELL + MARGIN) + MARGIN
+    monkeypatch.setattr(Annotations, "image_file", image_file)
+    assert worst_image(annotations, [], 1).width == 2 * (CELL + MARGIN) + MARGIN
 
 
 def test_where_nothing_is_sure_the_pictures_say_so(annotations, monkeypatch):
-    grids, names, grid, draw = [], [], pictures.grid, pictures.draw_boxes
-    monkeypatch.setattr(pictures, "grid", lambda *args: grids.append(args) or grid(*args))
-    monkeypatch.setattr(pictures, "draw_boxes", lambda *args, **kwargs: names.append(args[2]) or draw(*args, **kwargs))
+    grids, names, grid, draw = [], [], images_module.grid, images_module.draw_boxes
+    monkeypatch.setattr(images_module, "grid", lambda *args: grids.append(args) or grid(*args))
+    monkeypatch.setattr(
+        images_module, "draw_boxes", lambda *args, **kwargs: names.append(args[2]) or draw(*args, **kwargs)
+    )
     unsure = [row | {"score": 0.2} for row in perfect(annotations)]
-    worst_picture(annotations, unsure, 1)
+    worst_image(annotations, unsure, 1)
     _, titles, _, ((_, words),) = grids.pop()
     assert titles[1] == "predictions from score 0.3 (orange: wrong)"
     assert words == "nothing scored 0.3 or more"
     crowded = replace(annotations, crowd=np.arange(len(annotations.boxes)) == 0)
     crowded.trainable = annotations.trainable & ~crowded.crowd
-    worst_picture(crowded, perfect(annotations)[:1], len(annotations))
+    worst_image(crowded, perfect(annotations)[:1], len(annotations))
     assert "none wrong" in {row[1] for row in grids.pop()[3]}  # something was sure, of a crowd
     names.clear()
-    prediction_picture(annotations, unsure, 1)
+    prediction_image(annotations, unsure, 1)
     assert names[-1] == ["nothing scored 0.3 or more"]
     monkeypatch.setitem(annotations.bad_images, 0, BadImage("unreadable-file", "it is empty"))
-    prediction_picture(annotations, [], 1)
+    prediction_image(annotations, [], 1)
     assert names[-1] == ["cannot be read"]
 
 
@@ -206,12 +209,12 @@ def test_a_run_draws_both(shapes_root, make_model, annotations, tmp_path):
     data = EvalDataset(annotations, EvalTransform(64))
     truth = load_ground_truth(annotations.split.json)
     options, folder = DecodingOptions(max_objects=2, top_p=0), RunFolder(tmp_path, is_main=True)
-    reporter = Reporter(folder, ONE_PROCESS, data, truth, options, 5, 0, False)
+    evaluator = TrainingEvaluator(folder, ONE_PROCESS, data, truth, options, 5, 0, False)
     model = make_model(decoder_layers=1)
     for columns, step in enumerate((1, 2), start=2):
-        reporter.sample(model, step)
+        evaluator.sample(model, step)
         assert Image.open(tmp_path / "samples" / "strip.png").width == columns * (CELL + MARGIN) + MARGIN
-    reporter.evaluate(model, 2)
+    evaluator.evaluate(model, 2)
     assert (tmp_path / "eval" / "step_2" / "worst.png").is_file()
 
 
@@ -243,7 +246,7 @@ def model(request, make_model):
 
 @pytest.mark.parametrize("number", [1, 3, None])
 def test_probabilities_are_those_it_was_written_with(model, number):
-    written = read_object(model, pixels(), number)
+    written = trace_object(model, pixels(), number)
     options, tokenizer = model.decoding_options, model.tokenizer
     found = model.detect(pixels(), options)[0]
     index = int(found.scores.argmax()) if number is None else number - 1
@@ -253,11 +256,11 @@ def test_probabilities_are_those_it_was_written_with(model, number):
     assert written.tokens.tolist() == tokens[start:end].tolist()
     assert (written.label, written.score) == (found.labels[index], found.scores[index])
     # Token by token, as it was written.
-    steps, token = model.start(pixels(), end), torch.tensor([tokenizer.bos_id])
+    steps, token = model.prefill(pixels(), end), torch.tensor([tokenizer.bos_id])
     with torch.inference_mode():
         logits = []
         for position in range(end):
-            logits.append(model.step(token, position, steps)[0])
+            logits.append(model.decode_step(token, position, steps)[0])
             token = tokens[position : position + 1]
     np.testing.assert_allclose(written.probabilities, torch.stack(logits[start:]).softmax(-1).numpy(), atol=1e-5)
     assert written.score == pytest.approx(
@@ -322,7 +325,7 @@ def test_tokens_draws_a_picture(checkpoint, tmp_path, capsys, words):
 
 
 def test_tokens_turns_a_picture_as_its_exif_tag_says(checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr(commands, "token_picture", lambda written, canvas, *names: canvas)
+    monkeypatch.setattr(commands, "token_figure", lambda written, canvas, *names: canvas)
     exif, image = Image.Exif(), Image.open(checkpoint / "image.png")
     exif[0x0112] = 6
     image.save(tmp_path / "tagged.png", exif=exif)

@@ -10,14 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-import train
-from pix2seq import transforms
-from pix2seq.command_line import parse
-from pix2seq.config import Arguments
+from pix2seq import train, transforms
+from pix2seq.argument_parser import parse
+from pix2seq.arguments import TrainArguments
 from pix2seq.data.coco import Annotations
-from pix2seq.model import Pix2SeqForObjectDetection
+from pix2seq.data.shapes import draw_dataset
+from pix2seq.models import Pix2SeqForObjectDetection
 from pix2seq.sequence import SequenceBuilder
-from pix2seq.shapes import draw_dataset
 
 SMALL = [
     *(
@@ -26,7 +25,7 @@ SMALL = [
     ),
     *("--decoder", "transformer", "--hidden_size", "64", "--encoder_layers", "0", "--decoder_layers", "2"),
     *("--num_heads", "2", "--mlp_size", "128", "--dropout", "0", "--drop_path", "0"),
-    *("--position_code", "ruler", "--bin_init", "ruler", "--image_size", "32", "--num_bins", "32"),
+    *("--position_embedding", "fine", "--bin_init", "sine", "--image_size", "32", "--num_bins", "32"),
     *("--max_objects", "4", "--scale_max", "1.0", "--batch_size", "16", "--eval_batch_size", "2"),
     *("--num_workers", "0", "--lr", "2e-3", "--warmup_steps", "10", "--max_steps", "100", "--log_every", "50"),
     *("--eval_every", "0", "--sample_every", "0", "--ckpt_every", "0"),
@@ -43,7 +42,7 @@ def learn(tmp_path_factory):
     def run(name: str, *words: str) -> dict[str, float]:
         output = folder / name
         words = [*SMALL, *words, "--root", str(root), "--output_dir", str(output)]
-        assert train.main(parse(Arguments, words)) == 0
+        assert train.run_training(parse(TrainArguments, words)) == 0
         rows = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
         return [row for row in rows if "train/loss" in row][-1]
 
@@ -127,7 +126,7 @@ def test_boxes_in_xywh_read_as_xyxy_by_the_augmentation(healthy, learn, monkeypa
 
 
 def test_coordinates_of_noise_supervised(healthy, learn, monkeypatch):
-    edit_sentence(monkeypatch, lambda sentence: sentence | {"weights": np.ones_like(sentence["weights"])})
+    edit_sentence(monkeypatch, lambda sentence: sentence | {"token_weights": np.ones_like(sentence["token_weights"])})
     sick = learn("noise")
     assert sick["data/supervised_noise"] == pytest.approx(sick["train/noise_true"])
     assert sick["data/supervised_noise"] > 0.4 > 0 == healthy["data/supervised_noise"]

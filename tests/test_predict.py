@@ -19,21 +19,19 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import pipeline
 
-import evaluate
 import pix2seq
-import predict
-from pix2seq import Pix2Seq
-from pix2seq.command_line import parse
-from pix2seq.config import EvaluateArguments
+from pix2seq import Pix2Seq, evaluate, predict
+from pix2seq.argument_parser import parse
 from pix2seq.data import EvalDataset, eval_loader
-from pix2seq.data.images import BadImage
+from pix2seq.data.image_files import BadImage
+from pix2seq.data.shapes import CATEGORY_IDS, SHAPES
 from pix2seq.errors import UserError
-from pix2seq.prediction import Found, predictor
-from pix2seq.prediction.inputs import find_inputs, name_inputs
-from pix2seq.prediction.result_files import ResultFolder
-from pix2seq.prediction.video import Video, opencv
-from pix2seq.scoring import coco_metrics
-from pix2seq.shapes import CATEGORY_IDS, SHAPES
+from pix2seq.evaluate import EvaluateArguments
+from pix2seq.evaluation.coco_metrics import coco_metrics
+from pix2seq.inference import DetectionResult, predictor
+from pix2seq.inference.inputs import find_inputs, name_inputs
+from pix2seq.inference.result_files import ResultFolder
+from pix2seq.inference.video import Video, opencv
 
 
 def photo(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -90,8 +88,8 @@ def test_every_route_gives_the_same_boxes(folder, detector, pictures, tmp_path):
     }
     (tmp_path / "truth.json").write_text(json.dumps(truth))
     words = ["--val_images", str(pictures), "--val_json", str(tmp_path / "truth.json"), "--num_workers", "0"]
-    words += ["--checkpoint", str(folder), "--output_dir", str(tmp_path / "scored"), "--num_pictures", "0"]
-    metrics = evaluate.main(parse(EvaluateArguments, words))
+    words += ["--checkpoint", str(folder), "--output_dir", str(tmp_path / "scored"), "--num_images", "0"]
+    metrics = evaluate.run_evaluation(parse(EvaluateArguments, words))
     assert coco_metrics(truth, rows)["AP"] == metrics["AP"]  # a COCO results file
     expected = [row for row in read(tmp_path / "scored" / "predictions.json") if row["score"] > 0]
 
@@ -449,7 +447,7 @@ def sigterm() -> None:
 @pytest.mark.usefixtures("_sigterm")
 @pytest.mark.parametrize(("interrupt", "code"), [(ctrl_c, 130), (sigterm, 143)])
 def test_what_was_found_before_an_interruption_is_kept(folder, pictures, tmp_path, monkeypatch, interrupt, code):
-    whole, seen, write = Found.draw, [], Path.write_text
+    whole, seen, write = DetectionResult.draw, [], Path.write_text
 
     def interrupted(found):
         seen.append(found)
@@ -462,7 +460,7 @@ def test_what_was_found_before_an_interruption_is_kept(folder, pictures, tmp_pat
             sigterm()
         return write(path, *args)
 
-    monkeypatch.setattr(Found, "draw", interrupted)
+    monkeypatch.setattr(DetectionResult, "draw", interrupted)
     monkeypatch.setattr(Path, "write_text", told_again)
     assert run(folder, pictures, "--output_dir", tmp_path, "--threshold", "0") == code
     assert len({row["image_id"] for row in read(tmp_path / "predictions.json")}) == 3
@@ -550,7 +548,7 @@ def test_decoding_options_that_are_no_numbers_are_named(detector):
         ((name, value),) = options.items()
         with pytest.raises(UserError, match=f"^{name} {value!r}: must be a {kind}"):
             Pix2Seq(detector.model, "cpu", **options)
-    assert Pix2Seq(detector.model, "cpu", top_p=1, seed=np.int64(3), sharpness=np.float32(0.5)).options.seed == 3
+    assert Pix2Seq(detector.model, "cpu", top_p=1, seed=np.int64(3), box_score_power=np.float32(0.5)).options.seed == 3
 
 
 def test_an_array_three_pixels_high_is_rows_first(detector):
@@ -576,7 +574,7 @@ def test_logits_that_are_not_finite_name_their_pictures(folder, pictures):
 
 @pytest.mark.slow  # for a second Python that imports everything
 def test_importing_the_package_does_not_load_it():
-    code = "import sys, pix2seq; assert not {'pix2seq.prediction', 'pix2seq.data', 'cv2'} & set(sys.modules); "
+    code = "import sys, pix2seq; assert not {'pix2seq.inference', 'pix2seq.data', 'cv2'} & set(sys.modules); "
     code += "from pix2seq import Pix2Seq; assert not {'matplotlib', 'cv2'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -708,7 +706,7 @@ def test_many_pictures_of_one_name(monkeypatch):
 
 def test_a_signal_that_is_dropped_is_heeded_at_the_next_picture(folder, pictures, tmp_path, monkeypatch):
     """As by a callback of Python's own, in which what a handler raises is ignored."""
-    whole, seen = Found.draw, []
+    whole, seen = DetectionResult.draw, []
 
     def terminated(found):
         seen.append(found)
@@ -716,7 +714,7 @@ def test_a_signal_that_is_dropped_is_heeded_at_the_next_picture(folder, pictures
             signal.raise_signal(signal.SIGTERM)
         return whole(found)
 
-    monkeypatch.setattr(Found, "draw", terminated)
+    monkeypatch.setattr(DetectionResult, "draw", terminated)
     assert run(folder, pictures, "--output_dir", tmp_path / "out", "--batch_size", 1) == 143
     assert len(seen) == 1
     assert len(json.loads((tmp_path / "out" / "images.json").read_text())) == 1

@@ -10,14 +10,13 @@ import torch
 from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForObjectDetection, pipeline
 
-import evaluate
 import pix2seq
-from pix2seq import Pix2SeqForObjectDetection, Pix2SeqImageProcessor
-from pix2seq.command_line import parse
-from pix2seq.config import EvaluateArguments
-from pix2seq.model import Pix2SeqOutput
-from pix2seq.processing import as_tensor
-from pix2seq.shapes import CATEGORY_IDS, SHAPES
+from pix2seq import Pix2SeqForObjectDetection, Pix2SeqImageProcessor, evaluate
+from pix2seq.argument_parser import parse
+from pix2seq.data.shapes import CATEGORY_IDS, SHAPES
+from pix2seq.evaluate import EvaluateArguments
+from pix2seq.models import Pix2SeqOutput
+from pix2seq.models.image_processing_pix2seq import as_tensor
 
 
 @pytest.fixture(params=[True, False], ids=["noise_objects", "eos"])
@@ -33,7 +32,7 @@ def folder(request, make_model, tmp_path):
 
 def test_every_route_gives_the_same_boxes(folder, shapes_root, tmp_path):
     words = ["--checkpoint", str(folder), "--root", str(shapes_root), "--output_dir", str(tmp_path / "out")]
-    evaluate.main(parse(EvaluateArguments, words))
+    evaluate.run_evaluation(parse(EvaluateArguments, words))
     rows = json.loads((tmp_path / "out" / "predictions.json").read_text())
     annotations = json.loads((shapes_root / "annotations" / "instances_val2017.json").read_text())
 
@@ -120,7 +119,7 @@ def test_coco_annotations_become_sentences(make_model):
     assert labels.tolist()[:2] == [1, 3]
     np.testing.assert_allclose(boxes[:2], [[0, 0, 0.25, 0.125], [0.5, 0.25, 1, 0.5]], atol=0.5 / 49)
     assert model(**batch).loss.isfinite()
-    assert set(batch) == {"pixel_values", "input_ids", "labels", "weights"}
+    assert set(batch) == {"pixel_values", "input_ids", "labels", "token_weights"}
     single = processor(pictures[0], annotations={"image_id": 1, "annotations": rows})
     assert single["labels"].shape == (1, batch["labels"].shape[1])
 

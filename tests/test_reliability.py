@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import train
-from pix2seq import checkpoint
+from pix2seq import train
+from pix2seq.training import checkpoint
 from tests.runs import TINY, arguments, rows
 
 KILLS = 20
@@ -23,7 +23,7 @@ KILLS = 20
 def test_kill_9_at_random_moments_leaves_no_unusable_state(shapes_root, tmp_path, record_property):
     """Every other kill waits for a save to begin."""
     words = ["--max_steps", "400", "--ckpt_every", "1", "--eval_every", "100", "--sample_every", "100"]
-    assert train.main(arguments(shapes_root, tmp_path / "whole", *words)) == 0
+    assert train.run_training(arguments(shapes_root, tmp_path / "whole", *words)) == 0
     output = tmp_path / "killed"
     command = [sys.executable, "train.py", *TINY, *words, "--root", str(shapes_root), "--output_dir", str(output)]
     command += ["--resume", "auto"]

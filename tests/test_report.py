@@ -11,19 +11,19 @@ import numpy as np
 import pytest
 from PIL import Image, ImageColor
 
-import evaluate
-from pix2seq.command_line import parse
-from pix2seq.config import EvaluateArguments
+from pix2seq import evaluate
+from pix2seq.argument_parser import parse
 from pix2seq.data import find_split, load_annotations
-from pix2seq.evaluation import figures, matches, page
-from pix2seq.evaluation.analysis import analyse, best_of_each
-from pix2seq.evaluation.examples import TRUTH, WRONG, draw_error
-from pix2seq.evaluation.figures import FIGURES, threshold
-from pix2seq.evaluation.matches import KINDS, match
+from pix2seq.evaluate import EvaluateArguments
+from pix2seq.evaluation.coco_metrics import METRICS, coco_metrics, load_ground_truth, remap_ids
 from pix2seq.evaluation.output_folder import Skipped
-from pix2seq.evaluation.report import write_report
-from pix2seq.scoring import METRICS, coco_metrics, load_ground_truth, numbered
-from pix2seq.visualize import CELL
+from pix2seq.evaluation.report import figures, html, matching
+from pix2seq.evaluation.report.analysis import analyse, best_of_each
+from pix2seq.evaluation.report.examples import TRUTH, WRONG, draw_error
+from pix2seq.evaluation.report.figures import FIGURES, threshold
+from pix2seq.evaluation.report.matching import KINDS, match
+from pix2seq.evaluation.report.write import write_report
+from pix2seq.visualization import CELL
 from tests.test_scoring import CATEGORIES, plain_pycocotools, random_dataset
 
 
@@ -256,11 +256,11 @@ def test_a_threshold_is_rounded_down(tmp_path, monkeypatch, blank_charts):
 
 def test_matching_takes_a_part_of_the_images_at_a_time(monkeypatch):
     """The same matches whatever the part, and no more is asked of hotcoco at once."""
-    truth, predictions = numbered(*many_objects(1))
+    truth, predictions = remap_ids(*many_objects(1))
     whole, asked = match(truth, predictions), []
-    score = matches.evaluate_fast
-    monkeypatch.setattr(matches, "AT_ONCE", 7)
-    monkeypatch.setattr(matches, "evaluate_fast", lambda *args: asked.append(len(args[0]["images"])) or score(*args))
+    score = matching.evaluate_fast
+    monkeypatch.setattr(matching, "AT_ONCE", 7)
+    monkeypatch.setattr(matching, "evaluate_fast", lambda *args: asked.append(len(args[0]["images"])) or score(*args))
     parts = match(truth, predictions)
     for name in ("row", "found", "ignored", "label", "score", "image"):
         np.testing.assert_array_equal(getattr(parts, name), getattr(whole, name))
@@ -319,7 +319,7 @@ def check_page(folder, examples: int) -> str:
 def blank_charts(monkeypatch):
     """Charts take most of a report's time; where a test looks at something else they are not drawn."""
     blank = {key: lambda numbers: Image.new("RGB", (8, 8)) for key in FIGURES}
-    monkeypatch.setattr("pix2seq.evaluation.report.FIGURES", blank)
+    monkeypatch.setattr("pix2seq.evaluation.report.write.FIGURES", blank)
 
 
 @pytest.fixture
@@ -413,7 +413,7 @@ def test_many_classes_and_names_of_all_kinds(tmp_path):
     assert "<b>&amp;" not in text
     assert "same (-3)" in text
     assert "same (-2)" in text
-    assert re.findall(r"([^{}\n]*){[^}]*overflow-wrap: anywhere", page.STYLE) == [".facts ", " td.text "]  # no numbers
+    assert re.findall(r"([^{}\n]*){[^}]*overflow-wrap: anywhere", html.STYLE) == [".facts ", " td.text "]  # no numbers
 
 
 def test_a_class_may_begin_with_an_underscore(monkeypatch):
@@ -429,7 +429,7 @@ def test_a_class_may_begin_with_an_underscore(monkeypatch):
 
 
 def run(*words) -> int:
-    return evaluate.run(parse(EvaluateArguments, list(map(str, words))))
+    return evaluate.evaluate(parse(EvaluateArguments, list(map(str, words))))
 
 
 def test_report_of_a_checkpoint(shapes_root, tmp_path, make_model, blank_charts):
@@ -486,7 +486,7 @@ def test_an_earlier_report_is_not_taken_for_a_later_one(shapes_root, tmp_path, b
     assert any(name.startswith("report/example_") for name in contents(out))
     for name in ("report/mine.png", "notes.txt"):
         (out / name).write_text("mine")
-    assert run(*words, "--num_pictures", 0) == 0
+    assert run(*words, "--num_images", 0) == 0
     numbers = {"metrics.json", "predictions.json", "scored_against.json", "evaluation.json"}
     assert contents(out) == numbers | {"report/mine.png", "notes.txt"}
     (out / "report/mine.png").unlink()
@@ -542,7 +542,7 @@ def test_a_folder_that_cannot_be_written_is_named(shapes_root, tmp_path, capsys,
     monkeypatch.setattr(evaluate, "oracle_predictions", None)  # it is not reached
 
     def complaint(folder) -> str:
-        assert run("--oracle", "--root", shapes_root, "--output_dir", folder, "--num_pictures", 0, "--report") == 2
+        assert run("--oracle", "--root", shapes_root, "--output_dir", folder, "--num_images", 0, "--report") == 2
         error = capsys.readouterr().err
         assert error.startswith(f"evaluate.py: error: --output_dir {folder}: cannot be written to (")
         assert error.count("\n") == 1

@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import train
-from pix2seq import checkpoint
-from pix2seq.model import Pix2SeqForObjectDetection
+from pix2seq import train
+from pix2seq.models import Pix2SeqForObjectDetection
+from pix2seq.training import checkpoint
 from tests.runs import arguments, edited, interrupt_at, rows
 
 
@@ -24,10 +24,10 @@ def test_an_interrupted_run_resumed_equals_one_that_was_not(
     output = tmp_path / "out"
     with monkeypatch.context() as patch:
         interrupt_at(patch, step, signal.SIGTERM)
-        assert train.main(arguments(shapes_root, output)) == 75
+        assert train.run_training(arguments(shapes_root, output)) == 75
     status = json.loads((output / "status.json").read_text())
     assert (status["state"], status["step"], status["reason"]) == ("preempted", step, "SIGTERM")
-    assert train.main(arguments(shapes_root, output, "--resume", "auto", "--num_workers", "1")) == 0
+    assert train.run_training(arguments(shapes_root, output, "--resume", "auto", "--num_workers", "1")) == 0
     assert rows(output) == rows(finished)
     weights, expected = (load_file(folder / "final" / "model.safetensors") for folder in (output, finished))
     difference = max((weights[name].double() - expected[name].double()).abs().max().item() for name in expected)
@@ -48,11 +48,11 @@ def test_a_run_killed_between_checkpoints_repeats_the_lost_steps_exactly(finishe
     with monkeypatch.context() as patch:
         patch.setattr(train, "train_step", dies)
         with pytest.raises(RuntimeError, match="power cut"):
-            train.main(arguments(shapes_root, output))
+            train.run_training(arguments(shapes_root, output))
     assert json.loads((output / "status.json").read_text())["state"] == "failed"
     with (output / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "tr')  # the line it was writing
-    assert train.main(arguments(shapes_root, output, "--resume", "auto")) == 0
+    assert train.run_training(arguments(shapes_root, output, "--resume", "auto")) == 0
     assert rows(output) == rows(finished)
 
 
@@ -62,7 +62,7 @@ ACCUMULATING = ("--batch_size", "2", "--gradient_accumulation_steps", "3", "--em
 @pytest.fixture(scope="module")
 def accumulated(shapes_root, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("accumulated") / "out"
-    assert train.main(arguments(shapes_root, output, *ACCUMULATING)) == 0
+    assert train.run_training(arguments(shapes_root, output, *ACCUMULATING)) == 0
     return output
 
 
@@ -80,9 +80,9 @@ def test_accumulation_resumes_exactly_too(accumulated, shapes_root, tmp_path, mo
 
     with monkeypatch.context() as patch:
         patch.setattr(Pix2SeqForObjectDetection, "forward", forward)
-        assert train.main(arguments(shapes_root, tmp_path / "cut", *ACCUMULATING)) == 75
+        assert train.run_training(arguments(shapes_root, tmp_path / "cut", *ACCUMULATING)) == 75
     assert json.loads((tmp_path / "cut" / "status.json").read_text())["step"] == step
-    assert train.main(arguments(shapes_root, tmp_path / "cut", *ACCUMULATING, "--resume", "auto")) == 0
+    assert train.run_training(arguments(shapes_root, tmp_path / "cut", *ACCUMULATING, "--resume", "auto")) == 0
     assert rows(tmp_path / "cut") == rows(accumulated)
     states = [
         torch.load(output / "checkpoints" / "step_00000006" / "trainer.pt", weights_only=True)
@@ -99,7 +99,7 @@ def test_a_run_made_longer_goes_on_at_its_new_rate(shapes_root, tmp_path):
     rates = {}
     for name, steps in (("whole", "8"), ("parts", "4"), ("parts", "8")):
         more = ("--max_steps", steps, "--resume", "auto")
-        assert train.main(arguments(shapes_root, tmp_path / name, *words, *more)) == 0
+        assert train.run_training(arguments(shapes_root, tmp_path / name, *words, *more)) == 0
         rates[name] = [row["train/lr"] for row in rows(tmp_path / name) if "train/lr" in row]
     assert rates["parts"][4:] == rates["whole"][4:]
 
@@ -117,17 +117,17 @@ def test_a_checkpoint_of_another_form_is_refused_and_flags_newer_than_it_are_not
 
     flags = (folder / "training.yaml").read_text().splitlines(keepends=True)
     rewrite("training.yaml", "".join(line for line in flags if "decay_steps" not in line).encode())
-    assert train.main(arguments(shapes_root, output, "--resume", "auto")) == 0
+    assert train.run_training(arguments(shapes_root, output, "--resume", "auto")) == 0
     content = torch.load(folder / "trainer.pt", weights_only=True)
     older = {"format": 2, "statistics": torch.ones(4, 5, dtype=torch.float64)}  # those of the row being counted
     torch.save(content | older, tmp_path / "old.pt")
     rewrite("trainer.pt", (tmp_path / "old.pt").read_bytes())
-    assert train.main(arguments(shapes_root, output, "--resume", "auto", "--max_steps", "8")) == 0
+    assert train.run_training(arguments(shapes_root, output, "--resume", "auto", "--max_steps", "8")) == 0
     assert rows(output)[-2]["step"] == 8
     shutil.rmtree(output / "checkpoints" / "step_00000008")
     torch.save(content | {"format": 1}, tmp_path / "old.pt")
     rewrite("trainer.pt", (tmp_path / "old.pt").read_bytes())
-    assert train.main(arguments(shapes_root, output, "--resume", "auto")) == 2
+    assert train.run_training(arguments(shapes_root, output, "--resume", "auto")) == 2
     assert "was written by another version of the code" in capsys.readouterr().err
 
 
@@ -140,8 +140,8 @@ def test_a_run_that_died_before_its_first_checkpoint_begins_its_metrics_anew(
         patch.setattr(train, "save", lambda training: 1 / 0)
         interrupt_at(patch, 4, signal.SIGTERM)
         with pytest.raises(ZeroDivisionError):
-            train.main(arguments(shapes_root, output, *words))
-    assert train.main(arguments(shapes_root, output, *words)) == 0
+            train.run_training(arguments(shapes_root, output, *words))
+    assert train.run_training(arguments(shapes_root, output, *words)) == 0
     assert rows(output) == rows(finished)
 
 
@@ -150,14 +150,14 @@ def test_an_older_checkpoint_is_told_by_its_step_not_its_name(finished, shapes_r
     shutil.copytree(finished, output)
     for step, name, code in ((6, "a_backup", 0), (3, "zzz", 2)):
         shutil.copytree(finished / "checkpoints" / f"step_0000000{step}", tmp_path / name)
-        assert train.main(arguments(shapes_root, output, "--resume", str(tmp_path / name))) == code
+        assert train.run_training(arguments(shapes_root, output, "--resume", str(tmp_path / name))) == code
     assert "which this would abandon" in capsys.readouterr().err
 
 
 def test_resuming_a_finished_run_takes_no_step_and_keeps_it(finished, shapes_root, tmp_path):
     output = tmp_path / "out"
     shutil.copytree(finished, output)
-    assert train.main(arguments(shapes_root, output, "--resume", "auto")) == 0
+    assert train.run_training(arguments(shapes_root, output, "--resume", "auto")) == 0
     assert rows(output) == rows(finished)
 
 
@@ -166,7 +166,7 @@ def test_a_broken_newest_checkpoint_is_passed_over(finished, shapes_root, tmp_pa
     shutil.copytree(finished, output)
     weights = output / "checkpoints" / "step_00000006" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-10])
-    assert train.main(arguments(shapes_root, output, "--resume", "auto")) == 0
+    assert train.run_training(arguments(shapes_root, output, "--resume", "auto")) == 0
     assert rows(output) == rows(finished)
     assert "step_00000006 is passed over: model.safetensors" in (output / "train.log").read_text()
 
@@ -192,17 +192,19 @@ def test_any_flipped_byte_in_any_file_is_found_and_the_checkpoint_before_it_used
 def test_resuming_with_other_flags_is_refused_and_says_which(finished, shapes_root, tmp_path, capsys):
     output = tmp_path / "out"
     shutil.copytree(finished, output)
-    assert train.main(arguments(shapes_root, output, "--resume", "auto", "--lr", "0.5", "--num_bins", "64")) == 2
+    assert (
+        train.run_training(arguments(shapes_root, output, "--resume", "auto", "--lr", "0.5", "--num_bins", "64")) == 2
+    )
     message = capsys.readouterr().err
     assert "--lr 0.5 (was 0.001)" in message
     assert "--num_bins 64 (was 32)" in message
-    assert train.main(arguments(shapes_root, output, "--resume", "auto", "--batch_size", "2")) == 2
+    assert train.run_training(arguments(shapes_root, output, "--resume", "auto", "--batch_size", "2")) == 2
     assert "is 2 and was 4" in capsys.readouterr().err
 
 
 def test_a_used_folder_is_not_overwritten(finished, shapes_root, capsys):
     before = sorted((finished / "checkpoints").iterdir())
-    assert train.main(arguments(shapes_root, finished)) == 2
+    assert train.run_training(arguments(shapes_root, finished)) == 2
     assert "--resume auto" in capsys.readouterr().err
     assert sorted((finished / "checkpoints").iterdir()) == before
 
@@ -221,27 +223,27 @@ def test_a_pickle_in_a_checkpoint_is_never_run(finished, shapes_root, tmp_path):
     content = {p.name: p.read_bytes() for p in folder.iterdir() if p.name != "MANIFEST.json"}
     checkpoint.commit(folder, lambda new: [(new / name).write_bytes(data) for name, data in content.items()], step=6)
     with pytest.raises(Exception, match="(?i)weights_only|unsupported"):
-        train.main(arguments(shapes_root, output, "--resume", "auto"))
+        train.run_training(arguments(shapes_root, output, "--resume", "auto"))
     assert not (tmp_path / "pwned").exists()
 
 
 def test_an_older_checkpoint_does_not_abandon_newer_ones(finished, shapes_root, capsys):
     """Resuming from step 3 where step 6 exists would have rotation and --resume auto mix two histories."""
     words = ["--resume", str(finished / "checkpoints" / "step_00000003")]
-    assert train.main(arguments(shapes_root, finished, *words)) == 2
+    assert train.run_training(arguments(shapes_root, finished, *words)) == 2
     assert "step_00000006" in capsys.readouterr().err
     assert json.loads((finished / "status.json").read_text())["state"] == "finished"
 
 
 def test_an_older_checkpoint_can_be_continued_in_another_folder(finished, shapes_root, tmp_path):
     words = ["--resume", str(finished / "checkpoints" / "step_00000003")]
-    assert train.main(arguments(shapes_root, tmp_path / "out", *words)) == 0
+    assert train.run_training(arguments(shapes_root, tmp_path / "out", *words)) == 0
     weights, expected = (load_file(folder / "final" / "model.safetensors") for folder in (tmp_path / "out", finished))
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
 
 def test_a_detector_is_no_checkpoint_to_resume_from(finished, shapes_root, tmp_path, capsys):
-    assert train.main(arguments(shapes_root, tmp_path / "out", "--resume", str(finished / "best"))) == 2
+    assert train.run_training(arguments(shapes_root, tmp_path / "out", "--resume", str(finished / "best"))) == 2
     assert "trainer.pt" in capsys.readouterr().err
 
 
@@ -253,7 +255,7 @@ def test_resuming_with_other_classes_is_refused(finished, shapes_root, tmp_path,
     output = tmp_path / "out"
     shutil.copytree(finished, output)
     root = edited(root, tmp_path / "both", "val", rename)
-    assert train.main(arguments(root, output, "--resume", "auto")) == 2
+    assert train.run_training(arguments(root, output, "--resume", "auto")) == 2
     assert "its classes are not those" in capsys.readouterr().err
 
 
@@ -262,12 +264,12 @@ def test_a_run_goes_on_with_its_own_images_only(finished, shapes_root, tmp_path,
     output = tmp_path / "out"
     shutil.copytree(finished, output)
     moved = edited(shapes_root, tmp_path / "moved", "train", lambda content: None)
-    assert train.main(arguments(moved, output, "--resume", "auto")) == 0
+    assert train.run_training(arguments(moved, output, "--resume", "auto")) == 0
 
     def swap(content):
         images = content["images"]
         images[0]["file_name"], images[1]["file_name"] = images[1]["file_name"], images[0]["file_name"]
 
     other = edited(shapes_root, tmp_path / "other", "train", swap)
-    assert train.main(arguments(other, output, "--resume", "auto")) == 2
+    assert train.run_training(arguments(other, output, "--resume", "auto")) == 2
     assert "as many images, but not those" in capsys.readouterr().err

@@ -14,9 +14,9 @@ import psutil
 import pytest
 
 from pix2seq.data import Split, StepSampler, TrainDataset, load_annotations, train_loader
-from pix2seq.scoring import coco_metrics
+from pix2seq.data.shapes import draw_image
+from pix2seq.evaluation.coco_metrics import coco_metrics
 from pix2seq.sequence import SequenceBuilder
-from pix2seq.shapes import draw_picture
 from pix2seq.tokenizer import Tokenizer
 from pix2seq.transforms import TrainTransform
 
@@ -30,7 +30,7 @@ def split(tmp_path_factory) -> Split:
     """Entries as in COCO's file, outlines included. Its images are a few files under many names."""
     folder = tmp_path_factory.mktemp("large")
     (folder / "images").mkdir()
-    image, _ = draw_picture(np.random.default_rng(0), 64, 3)
+    image, _ = draw_image(np.random.default_rng(0), 64, 3)
     rng = np.random.default_rng(0)
     boxes = (rng.random((OBJECTS, 4)) * [40, 40, 20, 20] + [0, 0, 1, 1]).round(2)
     owners, classes = rng.integers(1, IMAGES + 1, OBJECTS).tolist(), rng.integers(1, CLASSES + 1, OBJECTS).tolist()

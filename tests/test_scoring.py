@@ -11,7 +11,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from pix2seq.errors import UserError
-from pix2seq.scoring import (
+from pix2seq.evaluation.coco_metrics import (
     METRICS,
     check_predictions,
     coco_metrics,

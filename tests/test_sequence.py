@@ -35,7 +35,7 @@ def test_inputs_are_the_labels_one_later(count, noise_objects, seed):
     """A bug others shipped: labels[t] is what follows input_ids[t], and weights belong to labels."""
     build = dataclasses.replace(BUILDER, noise_objects=noise_objects, class_corruption="none")
     example = build(*random_objects(count, seed), rng(seed))
-    inputs, labels, weights = example["input_ids"], example["labels"], example["weights"]
+    inputs, labels, weights = example["input_ids"], example["labels"], example["token_weights"]
     assert inputs.shape == labels.shape == weights.shape == (build.length,)
     assert inputs.dtype == labels.dtype == np.int64
     assert weights.dtype == np.float32
@@ -72,7 +72,7 @@ def test_weights_are_the_tables(num_real, noise_objects, order):
     """A bug others shipped: weights one token late, and noise coordinates that count."""
     build = dataclasses.replace(BUILDER, noise_objects=noise_objects, order=order)
     example = build(*random_objects(num_real, 5), rng(1))
-    np.testing.assert_array_equal(example["weights"], expected_weights(build, num_real))
+    np.testing.assert_array_equal(example["token_weights"], expected_weights(build, num_real))
 
 
 @given(count=st.integers(0, 14), seed=st.integers(0, 2**32 - 1))
@@ -177,7 +177,7 @@ def test_noise_boxes_are_as_many_as_asked_and_well_formed(count, num_boxes, seed
 def test_noise_never_lies_in_the_padding(width, height, count, seed):
     boxes, labels = random_objects(count, seed)
     boxes = boxes * [width, height, width, height]
-    decoded, _ = TOKENIZER.decode(BUILDER(boxes, labels, rng(seed), content=(width, height))["labels"])
+    decoded, _ = TOKENIZER.decode(BUILDER(boxes, labels, rng(seed), valid_fraction=(width, height))["labels"])
     half_a_bin = 0.5 / 999 + 1e-9
     assert decoded[:, [0, 2]].max() <= width + half_a_bin
     assert decoded[:, [1, 3]].max() <= height + half_a_bin
@@ -187,7 +187,7 @@ def test_noise_fills_the_content():
     """The noise is made in the picture and then scaled: were it clipped to it, it would pile up at the edge."""
     made = []
     for seed in range(50):
-        example = BUILDER(np.zeros((0, 4)), np.zeros(0, int), rng(seed), content=(0.5, 0.25))
+        example = BUILDER(np.zeros((0, 4)), np.zeros(0, int), rng(seed), valid_fraction=(0.5, 0.25))
         made.append(TOKENIZER.decode(example["labels"])[0])
     centre = np.concatenate(made).reshape(-1, 2, 2).mean(axis=1)
     assert np.abs(centre.mean(axis=0) - [0.25, 0.125]).max() < 0.02
@@ -214,7 +214,7 @@ def test_corruption_has_its_frequencies(mode):
         said.append(objects_of(example["labels"])[:-1, CLASS_SLOT])
         reference = dataclasses.replace(build, class_corruption="none")(*random_objects(70, seed), rng(seed))
         np.testing.assert_array_equal(example["labels"], reference["labels"])  # what is said is never corrupted
-        np.testing.assert_array_equal(example["weights"], reference["weights"])
+        np.testing.assert_array_equal(example["token_weights"], reference["token_weights"])
     read, said = np.concatenate(read), np.concatenate(said)
     real = said != TOKENIZER.noise_id
     classes = TOKENIZER.num_classes
@@ -259,7 +259,7 @@ def test_more_objects_than_slots(order, noise_objects):
     written = {tuple(row) for row in TOKENIZER.encode(boxes, labels).tolist()}
     assert len(said) == 10
     assert len({tuple(row) for row in said.tolist()} & written) == 10
-    assert (example["weights"][:50] == 1).all()
+    assert (example["token_weights"][:50] == 1).all()
 
 
 def test_a_random_order_gives_every_object_its_turn_when_there_are_too_many():
@@ -279,10 +279,10 @@ def test_without_noise_the_sentence_ends_in_eos(num_real):
     end = TOKENS_PER_OBJECT * min(num_real, 10)
     assert build.length == 51
     assert example["labels"][end] == TOKENIZER.eos_id
-    assert example["weights"][end] == np.float32(0.1)
+    assert example["token_weights"][end] == np.float32(0.1)
     assert (example["labels"] == TOKENIZER.eos_id).sum() == 1
     assert (example["labels"][end + 1 :] == TOKENIZER.pad_id).all()
-    assert (example["weights"][end + 1 :] == 0).all()
+    assert (example["token_weights"][end + 1 :] == 0).all()
     assert TOKENIZER.eos_id not in example["input_ids"]
     assert len(TOKENIZER.decode(example["labels"])[0]) == min(num_real, 10)
 
@@ -332,7 +332,7 @@ def test_the_generator_decides_everything(noise_objects):
 
 def test_the_arrays_given_are_not_changed():
     boxes, labels = BOXES.copy(), LABELS.copy()
-    BUILDER(boxes, labels, rng(), content=(0.9, 0.7))
+    BUILDER(boxes, labels, rng(), valid_fraction=(0.9, 0.7))
     np.testing.assert_array_equal(boxes, BOXES)
     np.testing.assert_array_equal(labels, LABELS)
 
@@ -382,7 +382,7 @@ def test_mixed_noise_stands_among_the_objects_with_its_own_weights(mix_rate, low
         arrays = build(boxes, labels, np.random.default_rng(seed))
         _, kinds = tokenizer.decode(arrays["labels"])
         assert sorted(kinds.tolist()) == [NOISE_LABEL] * 5 + [0, 1, 2]
-        weights = arrays["weights"].reshape(8, 5)
+        weights = arrays["token_weights"].reshape(8, 5)
         assert (weights[kinds >= 0] == 1).all()
         assert (weights[kinds < 0] == [0, 0, 0, 0, 0.5]).all()
         mixed += (kinds[:3] < 0).any()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from pix2seq.shapes import CATEGORY_IDS, SHAPES, _draw_shape, draw_dataset, draw_picture
+from pix2seq.data.shapes import CATEGORY_IDS, SHAPES, _draw_shape, draw_dataset, draw_image
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -17,7 +17,7 @@ def contents(folder: Path) -> dict[str, str]:
 
 
 def pictures(seed: int, count: int = 120):
-    return [draw_picture(np.random.default_rng((seed, index)), 48, 5) for index in range(count)]
+    return [draw_image(np.random.default_rng((seed, index)), 48, 5) for index in range(count)]
 
 
 def test_the_layout_is_cocos(shapes_root):

@@ -10,18 +10,18 @@ import pytest
 import torch
 import webdataset
 
-from pix2seq.command_line import parse
-from pix2seq.config import Arguments
+from pix2seq.argument_parser import parse
+from pix2seq.arguments import TrainArguments
+from pix2seq.cli import main as data_command
 from pix2seq.data import Split, StepSampler, TrainDataset, find_split, load_annotations, train_loader
-from pix2seq.data.commands import main as data_command
-from pix2seq.data.images import BadImage, open_store
+from pix2seq.data.image_files import BadImage, open_store
 from pix2seq.data.shards import write_shards
 from pix2seq.errors import UserError
 from pix2seq.sequence import SequenceBuilder
 from pix2seq.tokenizer import Tokenizer
+from pix2seq.train import run_training
 from pix2seq.transforms import TrainTransform
 from tests.runs import TINY, arguments, interrupt_at, rows
-from train import main as train_main
 
 
 @pytest.fixture(scope="module")
@@ -61,9 +61,9 @@ def test_training_on_shards_is_training_on_files_and_resumes_exactly(
     words = ("--train_shards", str(shards), "--num_workers", "2")
     with monkeypatch.context() as patch:
         interrupt_at(patch, 3, signal.SIGTERM)
-        assert train_main(arguments(shapes_root, tmp_path / "shards", *words)) == 75
+        assert run_training(arguments(shapes_root, tmp_path / "shards", *words)) == 75
     again = ("--train_shards", str(shards), "--resume", "auto")
-    assert train_main(arguments(shapes_root, tmp_path / "shards", *again)) == 0
+    assert run_training(arguments(shapes_root, tmp_path / "shards", *again)) == 0
     assert rows(tmp_path / "shards") == rows(finished)
     weights = [(output / "final/model.safetensors").read_bytes() for output in (finished, tmp_path / "shards")]
     assert weights[0] == weights[1]
@@ -76,7 +76,7 @@ def test_any_reader_of_webdataset_takes_them(files, shards):
     for index, sample in enumerate(samples):
         about = json.loads(sample["json"])
         assert about["image_id"] == files.image_ids[index]
-        assert sample["png"] == files.store.read(files.places[index]).tobytes()
+        assert sample["png"] == files.store.read(files.locations[index]).tobytes()
         boxes = np.array([entry["bbox"] for entry in about["annotations"]]).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
         np.testing.assert_array_equal(boxes, files.objects(index)[0])
@@ -143,7 +143,7 @@ def test_members_lie_where_the_index_says(files, shards):
 )
 def test_shards_are_named_one_way(words, says, capsys):
     with pytest.raises(SystemExit):
-        parse(Arguments, [*TINY, *words])
+        parse(TrainArguments, [*TINY, *words])
     assert says in capsys.readouterr().err
 
 
@@ -195,11 +195,11 @@ def test_damage_inside_a_shard_is_told(files, tmp_path):
     write_shards(files, tmp_path / "out")
     split = Split(tmp_path / "out", tmp_path / "out/annotations.json")
     annotations = load_annotations(split)
-    shard, offset, size, _ = annotations.places[0].tolist()
+    shard, offset, size, _ = annotations.locations[0].tolist()
     path = tmp_path / f"out/{shard:06d}.tar"
     content = bytearray(path.read_bytes())
     content[offset + size // 2] ^= 1
     path.write_bytes(content)
     with pytest.raises(BadImage, match="damaged: not what was put into out"):
-        annotations.picture(0)
-    annotations.picture(1)
+        annotations.image_file(0)
+    annotations.image_file(1)

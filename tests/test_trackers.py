@@ -17,12 +17,12 @@ import pytest
 import torch
 from PIL import Image
 
-import train
-from pix2seq import assembly
-from pix2seq.command_line import parse
-from pix2seq.config import Arguments
-from pix2seq.run_folder import RunFolder
-from pix2seq.trackers import Example, Trackers
+from pix2seq import train
+from pix2seq.argument_parser import parse
+from pix2seq.arguments import TrainArguments
+from pix2seq.training import setup
+from pix2seq.training.run_folder import RunFolder
+from pix2seq.training.trackers import Example, Trackers
 from tests.runs import edited
 
 TINY = [
@@ -56,7 +56,9 @@ PICTURES = {"samples/predictions", "eval/predictions"}
 
 
 def run(root: Path, output: Path, *words: str, shape=TINY) -> int:
-    return train.main(parse(Arguments, [*shape, "--root", str(root), "--output_dir", str(output), *words]))
+    return train.run_training(
+        parse(TrainArguments, [*shape, "--root", str(root), "--output_dir", str(output), *words])
+    )
 
 
 def rows(output: Path) -> list[dict]:
@@ -118,7 +120,7 @@ def resumed(shapes_root, tmp_path_factory) -> tuple[Path, list[Path]]:
 
     words = ("--report_to", "wandb", "tensorboard", "--resume", "auto")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(assembly, "share_of_peak", lambda *args: 1e-6)
+        patch.setattr(setup, "mfu_factor", lambda *args: 1e-6)
         with offline_wandb(folder), patch.context() as deadly:
             deadly.setattr(train, "train_step", killed)
             with pytest.raises(RuntimeError, match="killed"):
@@ -263,7 +265,7 @@ def test_whatever_fails_in_a_tracker_the_others_go_on(tmp_path, capsys, method):
     setattr(broken, method, fails)
     for step in (1, 2):
         trackers.metrics(step, {"train/loss": 1.0})
-        trackers.picture("samples/predictions", step, tmp_path / "x.png", Image.new("RGB", (8, 8)), [], [])
+        trackers.image("samples/predictions", step, tmp_path / "x.png", Image.new("RGB", (8, 8)), [], [])
         trackers.table("eval/AP_of_classes", step, ["class", "AP"], [["cat", 0.5]])
     trackers.finish()
     said = capsys.readouterr().out
@@ -288,7 +290,7 @@ def test_pictures_go_to_each_tracker_the_way_it_takes_them(tmp_path):
     trackers, _ = started(tmp_path, files, plain, nothing)
     image, boxes = Image.new("RGB", (8, 8)), np.zeros((0, 4))
     example = Example(image, boxes, boxes[:, 0], boxes, boxes[:, 0], boxes[:, 0])
-    trackers.picture("samples/predictions", 3, tmp_path / "x.png", image, [example], ["cat"])
+    trackers.image("samples/predictions", 3, tmp_path / "x.png", image, [example], ["cat"])
     trackers.finish()
     assert files.given == [("log_artifact", str(tmp_path / "x.png"), "samples/step_3"), "finished"]
     assert plain.given[0][0] == "log_images"

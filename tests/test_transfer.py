@@ -6,11 +6,11 @@ import shutil
 import pytest
 import torch
 
-import train
-from pix2seq.command_line import parse
-from pix2seq.config import Arguments
+from pix2seq import train
+from pix2seq.argument_parser import parse
+from pix2seq.arguments import TrainArguments
 from pix2seq.errors import UserError
-from pix2seq.model import Pix2SeqForObjectDetection, adapt, load_detector
+from pix2seq.models import Pix2SeqForObjectDetection, adapt, load_detector
 from tests.runs import arguments, edited
 from tests.test_architectures import BACKBONES, build, pictures, sentences
 
@@ -121,7 +121,7 @@ def test_another_canvas(decoder, backbone):
 @pytest.fixture(scope="module")
 def trained(shapes_root, tmp_path_factory):
     output = tmp_path_factory.mktemp("source") / "out"
-    assert train.main(arguments(shapes_root, output, "--max_steps", "3", "--decoder", "transformer")) == 0
+    assert train.run_training(arguments(shapes_root, output, "--max_steps", "3", "--decoder", "transformer")) == 0
     return output / "final"
 
 
@@ -130,9 +130,9 @@ def rename_two(content):
     content["categories"].append({"id": 77, "name": "star"})
 
 
-def flags(root, output, *words) -> Arguments:
+def flags(root, output, *words) -> TrainArguments:
     common = ["--root", str(root), "--output_dir", str(output), "--max_steps", "2", "--batch_size", "4"]
-    return parse(Arguments, [*common, "--num_workers", "0", "--warmup_steps", "0", *words])
+    return parse(TrainArguments, [*common, "--num_workers", "0", "--warmup_steps", "0", *words])
 
 
 def test_a_run_from_a_detector_of_other_classes(trained, shapes_root, tmp_path):
@@ -140,7 +140,7 @@ def test_a_run_from_a_detector_of_other_classes(trained, shapes_root, tmp_path):
     root = edited(edited(shapes_root, tmp_path / "a", "train", rename_two), tmp_path / "b", "val", rename_two)
     args = flags(root, tmp_path / "out", "--init_from", str(trained), "--num_bins", "16", "--lr", "1e-9")
     assert (args.decoder, args.image_size, args.num_bins) == ("transformer", 64, 16)
-    assert train.main(args) == 0
+    assert train.run_training(args) == 0
     log = (tmp_path / "out" / "train.log").read_text()
     assert "classes kept: rectangle, triangle, cross" in log
     assert "new classes: blob, star" in log
@@ -152,7 +152,7 @@ def test_a_run_from_a_detector_of_other_classes(trained, shapes_root, tmp_path):
         model.decoder.lm_head.weight[first + 1 : first + 4], source.decoder.lm_head.weight[first + 1 : first + 4]
     )
     words = ("--init_from", str(trained), "--num_bins", "16", "--lr", "1e-9", "--max_steps", "3", "--resume", "auto")
-    assert train.main(flags(root, tmp_path / "out", *words)) == 0
+    assert train.run_training(flags(root, tmp_path / "out", *words)) == 0
 
 
 def test_a_recipe_may_say_what_fine_tuning_may_change(trained, shapes_root, tmp_path):
@@ -170,7 +170,7 @@ def test_a_recipe_may_say_what_fine_tuning_may_change(trained, shapes_root, tmp_
     ],
 )
 def test_another_shape_is_refused(trained, shapes_root, tmp_path, capsys, words, says):
-    assert train.main(flags(shapes_root, tmp_path / "out", "--init_from", str(trained), *words)) == 2
+    assert train.run_training(flags(shapes_root, tmp_path / "out", "--init_from", str(trained), *words)) == 2
     message = capsys.readouterr().err
     assert says in message
     assert message.count("\n") == 1
@@ -190,7 +190,7 @@ def test_what_is_no_detector_is_refused_in_one_line(trained, shapes_root, tmp_pa
         ("no_flags", "has no training.yaml"),
     ):
         tiny = arguments(shapes_root, tmp_path / "out", "--init_from", str(tmp_path / name))
-        assert train.main(tiny) == 2
+        assert train.run_training(tiny) == 2
         message = capsys.readouterr().err
         assert says in message
         assert message.startswith(f"train.py: error: --init_from {tmp_path / name}")
@@ -217,10 +217,10 @@ def test_a_canvas_the_backbone_cannot_take_is_refused():
 def test_a_fine_tuned_run_resumes_without_what_it_started_from(trained, shapes_root, tmp_path):
     source = tmp_path / "source"
     shutil.copytree(trained, source)
-    assert train.main(flags(shapes_root, tmp_path / "out", "--init_from", str(source))) == 0
+    assert train.run_training(flags(shapes_root, tmp_path / "out", "--init_from", str(source))) == 0
     shutil.rmtree(source)
     words = ("--init_from", str(source), "--max_steps", "3", "--resume", "auto")
-    assert train.main(flags(shapes_root, tmp_path / "out", *words)) == 0
+    assert train.run_training(flags(shapes_root, tmp_path / "out", *words)) == 0
 
 
 def spoil(config: dict, change: dict) -> dict:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from pix2seq.transforms import PAD_VALUE, EvalTransform, TrainTransform, fitted_size, to_original_pixels
+from pix2seq.transforms import PAD_VALUE, EvalTransform, TrainTransform, resized_size, to_original_pixels
 
 PURE = torch.tensor([0, 255, 0], dtype=torch.uint8)
 
@@ -77,7 +77,7 @@ def test_the_canvas_has_the_size_asked_for(image_size, size):
     canvas = EvalTransform(image_size)(image, whole)
     assert canvas.image.shape == (3, image_size, image_size)
     assert max(canvas.size) == image_size
-    assert canvas.boxes[0] == pytest.approx([0, 0, *canvas.content], abs=1e-6)
+    assert canvas.boxes[0] == pytest.approx([0, 0, *canvas.valid_fraction], abs=1e-6)
 
 
 def test_the_scale_really_shrinks_and_grows_objects():
@@ -123,7 +123,7 @@ def test_padding_is_grey_on_all_channels():
 def test_content_is_the_covered_part():
     canvas = EvalTransform(100)(torch.zeros(3, 50, 200, dtype=torch.uint8))
     assert canvas.size == (25, 100)
-    assert canvas.content == (1.0, 0.25)
+    assert canvas.valid_fraction == (1.0, 0.25)
 
 
 def coordinates(side: int) -> torch.Tensor:
@@ -168,8 +168,8 @@ def test_boxes_beyond_the_picture_are_clipped():
     for seed in range(30):
         canvas = run(TrainTransform(64), image, boxes, seed)
         assert (canvas.boxes >= 0).all()
-        assert (canvas.boxes[:, [0, 2]] <= canvas.content[0] + 1e-9).all()
-        assert (canvas.boxes[:, [1, 3]] <= canvas.content[1] + 1e-9).all()
+        assert (canvas.boxes[:, [0, 2]] <= canvas.valid_fraction[0] + 1e-9).all()
+        assert (canvas.boxes[:, [1, 3]] <= canvas.valid_fraction[1] + 1e-9).all()
 
 
 def test_boxes_that_are_cropped_away_are_reported():
@@ -216,13 +216,13 @@ def test_boxes_in_the_padding_are_clipped_to_the_picture():
 
 
 def test_fitted_size_keeps_the_aspect_and_fills_the_longer_side():
-    assert fitted_size((480, 640), 640) == (480, 640)
-    assert fitted_size((427, 640), 320) == (213, 320)
-    assert fitted_size((1, 1000), 64) == (1, 64)
+    assert resized_size((480, 640), 640) == (480, 640)
+    assert resized_size((427, 640), 320) == (213, 320)
+    assert resized_size((1, 1000), 64) == (1, 64)
     for length in range(1, 400):
         for side in (64, 640):
-            assert fitted_size((length, 400), side)[1] == side
-            assert fitted_size((length, length), side) == (side, side)
+            assert resized_size((length, 400), side)[1] == side
+            assert resized_size((length, length), side) == (side, side)
 
 
 def test_identical_generators_give_identical_results():

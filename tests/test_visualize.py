@@ -5,7 +5,7 @@ import time
 import numpy as np
 from PIL import Image, ImageColor
 
-from pix2seq.visualize import (
+from pix2seq.visualization import (
     CELL,
     GREY,
     MARGIN,
@@ -15,7 +15,7 @@ from pix2seq.visualize import (
     draw_examples,
     grid,
     paragraph,
-    sentence_table,
+    sequence_table,
     side_by_side,
 )
 
@@ -134,8 +134,8 @@ def test_examples_stand_four_in_a_row():
 
 def test_a_table_is_pale_where_tokens_have_no_weight():
     line = (["1", "2", "3", "4", "a name that is much too long for its cell"], [True] * 5, RED, "object 1")
-    full = mask(sentence_table([line], "", 400), RED)
-    noise = mask(sentence_table([(line[0], [False] * 4 + [True], RED, "")], "5 more", 400), RED)
+    full = mask(sequence_table([line], "", 400), RED)
+    noise = mask(sequence_table([(line[0], [False] * 4 + [True], RED, "")], "5 more", 400), RED)
     assert full.any(0)[:180].sum() > 150
     assert not noise[:, :180].any()
     assert noise[:, 185:280].sum() == full[:, 185:280].sum()

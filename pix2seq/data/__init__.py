@@ -10,8 +10,8 @@ The commands of `python -m pix2seq.data` stand beside them: check, show, convert
 
 from pix2seq.data.coco import Annotations, Categories, load_annotations
 from pix2seq.data.datasets import EvalDataset, TrainDataset
-from pix2seq.data.loading import StepSampler, eval_loader, train_loader
-from pix2seq.data.sources import Split, find_split
+from pix2seq.data.layouts import Split, find_split
+from pix2seq.data.loaders import StepSampler, eval_loader, train_loader
 
 __all__ = [
     "Annotations",

@@ -15,12 +15,12 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 from pix2seq.charts import dataset_overview
 from pix2seq.data.coco import Annotations, load_annotations
-from pix2seq.data.faults import ERROR, WARNING, Fault, shown
-from pix2seq.data.images import FORMATS_OF_SUFFIX, BadImage, Picture
-from pix2seq.data.sources import Split
+from pix2seq.data.image_files import FORMATS_OF_SUFFIX, BadImage, ImageFile
+from pix2seq.data.issues import ERROR, WARNING, DatasetIssue, shown
+from pix2seq.data.layouts import Split
 from pix2seq.errors import UserError
 from pix2seq.progress import progress
-from pix2seq.visualize import CELL, color_of, draw_boxes, enlarge
+from pix2seq.visualization import CELL, color_of, draw_boxes, enlarge
 
 NUM_EXAMPLES = 8
 SHOWN = 20  # faults of a kind that are printed; the JSON file has all of them
@@ -30,11 +30,11 @@ SHOWN = 20  # faults of a kind that are printed; the JSON file has all of them
 class Report:
     """faults, and of each split what it holds: see `_statistics`."""
 
-    faults: list[Fault] = field(default_factory=list)
+    faults: list[DatasetIssue] = field(default_factory=list)
     statistics: dict[str, dict] = field(default_factory=dict)
     draw: Callable[[], Image.Image] | None = None
 
-    def of(self, severity: str) -> list[Fault]:
+    def of(self, severity: str) -> list[DatasetIssue]:
         return [fault for fault in self.faults if fault.severity == severity]
 
     def __str__(self) -> str:
@@ -74,7 +74,9 @@ def check(
             categories = loaded["train"].categories if "train" in loaded else None
             loaded[name] = load_annotations(split, categories, follow_links)
         except UserError as error:
-            report.faults.append(Fault("unusable", str(split.json), "", str(error).removeprefix(f"{split.json}: ")))
+            report.faults.append(
+                DatasetIssue("unusable", str(split.json), "", str(error).removeprefix(f"{split.json}: "))
+            )
             continue
         report.faults += loaded[name].faults
         digests[name], faults = _inspect_all(loaded[name], f"checking {name}", num_workers)
@@ -83,7 +85,7 @@ def check(
     for name, annotations in loaded.items():
         if not annotations.trainable.any():
             value = f"{len(annotations)} images of {name} without an object"
-            report.faults.append(Fault("no-objects", str(annotations.split.json), "", value))
+            report.faults.append(DatasetIssue("no-objects", str(annotations.split.json), "", value))
     if "train" in loaded:
         report.faults += _faults_of_classes(loaded["train"])
         report.draw = partial(_picture, loaded, max_objects)
@@ -91,7 +93,7 @@ def check(
         value = f"the same pixels as {loaded['train'].name(digests['train'][digest][0])}"
         for index in digests["val"][digest]:
             name = shown(str(loaded["val"].file_names[index]))
-            report.faults.append(Fault("leak", str(loaded["val"].split.images), name, value))
+            report.faults.append(DatasetIssue("leak", str(loaded["val"].split.images), name, value))
     report.faults.sort(key=lambda fault: (fault.kind, fault.file, fault.entry))
     return report
 
@@ -110,7 +112,7 @@ class _Inspection(Dataset):
             return index, [], None  # told when the file was read
         faults = []
         try:
-            picture = self.annotations.picture(index)
+            picture = self.annotations.image_file(index)
             faults = _faults_of_header(
                 picture, str(self.annotations.file_names[index]), tuple(self.annotations.sizes[index].tolist())
             )
@@ -121,23 +123,29 @@ class _Inspection(Dataset):
         return index, faults, digest.hexdigest()
 
 
-def _inspect_all(annotations: Annotations, what: str, num_workers: int) -> tuple[dict[str, list[int]], list[Fault]]:
+def _inspect_all(
+    annotations: Annotations, what: str, num_workers: int
+) -> tuple[dict[str, list[int]], list[DatasetIssue]]:
     """The images by their digests, and what is wrong with them."""
     found, faults, images = {}, [], str(annotations.split.images)
     loader = DataLoader(_Inspection(annotations), batch_size=None, num_workers=num_workers)
     for index, said, digest in progress(loader, what):
-        faults += [Fault(kind, images, shown(str(annotations.file_names[index])), value) for kind, value in said]
+        faults += [
+            DatasetIssue(kind, images, shown(str(annotations.file_names[index])), value) for kind, value in said
+        ]
         if digest is not None:
             found.setdefault(digest, []).append(index)
     for indices in found.values():
         first = str(annotations.file_names[indices[0]])
         for index in indices[1:]:
             if (name := str(annotations.file_names[index])) != first:
-                faults.append(Fault("duplicate-image", images, shown(name), f"the same pixels as {shown(first)}"))
+                faults.append(
+                    DatasetIssue("duplicate-image", images, shown(name), f"the same pixels as {shown(first)}")
+                )
     return found, faults
 
 
-def _faults_of_header(picture: Picture, name: str, annotated: tuple[int, int]) -> list[tuple[str, str]]:
+def _faults_of_header(picture: ImageFile, name: str, annotated: tuple[int, int]) -> list[tuple[str, str]]:
     image, faults = picture.header, []
     expected = FORMATS_OF_SUFFIX.get(Path(name).suffix.lower())
     if expected is not None and image.format not in expected:
@@ -172,15 +180,15 @@ def _faults_of_header(picture: Picture, name: str, annotated: tuple[int, int]) -
     return faults
 
 
-def _faults_of_classes(annotations: Annotations) -> list[Fault]:
+def _faults_of_classes(annotations: Annotations) -> list[DatasetIssue]:
     file, first, faults = str(annotations.split.json), {}, []
     counts = np.bincount(annotations.labels[annotations.trainable], minlength=len(annotations.categories.ids))
     for category_id, name, count in zip(*_columns(annotations), counts, strict=True):
         entry = f"category {category_id}"
         if first.setdefault(name, category_id) != category_id:
-            faults.append(Fault("class-name-twice", file, entry, f"{name!r} is category {first[name]}, too"))
+            faults.append(DatasetIssue("class-name-twice", file, entry, f"{name!r} is category {first[name]}, too"))
         if count == 0 and counts.any():
-            faults.append(Fault("class-unused", file, entry, f"{name!r} has no object"))
+            faults.append(DatasetIssue("class-unused", file, entry, f"{name!r} has no object"))
     return faults
 
 
@@ -232,7 +240,7 @@ def _picture(loaded: dict[str, Annotations], max_objects: int) -> Image.Image:
     while len(examples) < NUM_EXAMPLES and index < len(train):
         boxes, labels = train.objects(index)
         try:
-            large, boxes = enlarge(to_pil_image(train.picture(index).pixels()), boxes, CELL)
+            large, boxes = enlarge(to_pil_image(train.image_file(index).pixels()), boxes, CELL)
             names = [train.categories.names[label] for label in labels]
             examples.append(draw_boxes(large, boxes, names, [color_of(label) for label in labels]))
         except BadImage:

@@ -12,20 +12,20 @@ from pathlib import Path
 
 import numpy as np
 
-from pix2seq.data.faults import (
-    Fault,
-    box_faults,
+from pix2seq.data.image_files import BadImage, ImageFile, Store, open_store
+from pix2seq.data.issues import (
+    DatasetIssue,
+    count_by_kind,
+    find_box_issues,
     is_finite,
     is_id,
     is_text,
     listed,
     shown,
-    tally,
     usable_images,
     usable_objects,
 )
-from pix2seq.data.images import BadImage, Picture, Store, open_store
-from pix2seq.data.sources import Split
+from pix2seq.data.layouts import Split
 from pix2seq.errors import UserError
 
 
@@ -42,7 +42,7 @@ class Annotations:
     """A COCO annotation file as arrays, which worker processes share instead of copying.
 
     image_ids (N,), file_names (N,)   in the order of the file
-    places (N, ...)                   where the store finds each image
+    locations (N, ...)                   where the store finds each image
     sizes (N, 2)                      (height, width) of each image as annotated, 0 if it is not
     offsets (N + 1,)                  the objects of image i are rows offsets[i] ... offsets[i + 1] - 1
     boxes (M, 4) float32              xyxy in pixels of the original image, as annotated
@@ -58,25 +58,25 @@ class Annotations:
     store: Store
     image_ids: np.ndarray
     file_names: np.ndarray
-    places: np.ndarray
+    locations: np.ndarray
     sizes: np.ndarray
     offsets: np.ndarray
     boxes: np.ndarray
     labels: np.ndarray
     trainable: np.ndarray
     crowd: np.ndarray
-    faults: list[Fault] = field(default_factory=list)
+    faults: list[DatasetIssue] = field(default_factory=list)
     bad_images: dict[int, BadImage] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.image_ids)
 
-    def picture(self, index: int) -> Picture:
+    def image_file(self, index: int) -> ImageFile:
         """The image's file, of which the header is read. Raises BadImage."""
         if index in self.bad_images:
             raise self.bad_images[index]
         annotated = tuple(self.sizes[index].tolist())
-        return Picture(self.store.read(self.places[index]), annotated if min(annotated) > 0 else None)
+        return ImageFile(self.store.read(self.locations[index]), annotated if min(annotated) > 0 else None)
 
     def name(self, index: int) -> str:
         """The image's file, to be shown."""
@@ -106,7 +106,7 @@ class Annotations:
             self,
             image_ids=self.image_ids[indices],
             file_names=self.file_names[indices],
-            places=self.places[indices],
+            locations=self.locations[indices],
             sizes=self.sizes[indices],
             offsets=np.concatenate([[0], np.cumsum(ends - starts)]),
             boxes=self.boxes[rows],
@@ -129,7 +129,7 @@ class Annotations:
             return [line]
         return [
             line,
-            f"faults in {self.split.json}: {tally(self.faults)} (--check_data says where, and what becomes of it)",
+            f"faults in {self.split.json}: {count_by_kind(self.faults)} (--check_data says where, and what becomes of it)",
         ]
 
 
@@ -152,7 +152,7 @@ def load_annotations(split: Split, categories: Categories | None = None, follow_
     categories = categories or found
     images, faults = usable_images(content["images"], split.json)
     if not images:
-        raise UserError(f"{split.json}: holds no images that can be used ({tally(faults)})")
+        raise UserError(f"{split.json}: holds no images that can be used ({count_by_kind(faults)})")
     entries, wrong = usable_objects(
         content["annotations"], (image["id"] for image in images), categories.ids, split.json
     )
@@ -166,11 +166,13 @@ def load_annotations(split: Split, categories: Categories | None = None, follow_
     labels = np.array([label_of_category[entry["category_id"]] for entry in entries], dtype=np.int64)
     crowd = np.array([bool(entry.get("iscrowd", 0)) for entry in entries], dtype=bool)
     boxes = np.array([entry["bbox"] for entry in entries], dtype=np.float32).reshape(-1, 4)
-    faults += box_faults(boxes, sizes[owners], crowd, entries, split.json)
+    faults += find_box_issues(boxes, sizes[owners], crowd, entries, split.json)
 
     names = [image["file_name"] for image in images]
-    places, misplaced = store.locate(names)
-    faults += [Fault(bad.kind, str(split.images), shown(names[index]), bad.why) for index, bad in misplaced.items()]
+    locations, misplaced = store.locate(names)
+    faults += [
+        DatasetIssue(bad.kind, str(split.images), shown(names[index]), bad.why) for index, bad in misplaced.items()
+    ]
     rows = np.argsort(owners, kind="stable")
     boxes, crowd = boxes[rows], crowd[rows]
     boxes[:, 2:] += boxes[:, :2]
@@ -182,7 +184,7 @@ def load_annotations(split: Split, categories: Categories | None = None, follow_
         image_ids=image_ids,
         # Not a list: workers that look at Python objects copy them, and their memory grows.
         file_names=np.array(names, dtype=np.dtypes.StringDType()),
-        places=places,
+        locations=locations,
         sizes=sizes,
         offsets=np.concatenate([[0], np.cumsum(np.bincount(owners, minlength=len(images)))]),
         boxes=boxes,

@@ -1,33 +1,27 @@
-"""Datasets from the command line: `python -m pix2seq.data COMMAND ...`
+"""The dataset commands of `pix2seq`: check, show, convert and shard.
 
-    check --root DIR              what is in it, and everything that is wrong with it
-    show --root DIR               what the model will see, decoded back from its tokens
-    convert DIR OUT               YOLO or Pascal VOC -> COCO's layout; the images stay where they are
-    shard --root DIR --output OUT the training images packed into WebDataset shards
-
-check, show and shard take the flags of train.py, recipes included. --help after a command lists its own.
+check, show and shard take the arguments of `train.py`, recipes included.
 """
 
 import argparse
 import os
 import shlex
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from pix2seq.assembly import find_splits, load_data
-from pix2seq.command_line import parse
-from pix2seq.config import Arguments, flag
+from pix2seq.argument_parser import LineErrorParser, parse, run_command
+from pix2seq.arguments import TrainArguments, argument
 from pix2seq.data.check import check
 from pix2seq.data.coco import load_annotations
 from pix2seq.data.convert import convert
-from pix2seq.data.faults import ERROR
+from pix2seq.data.issues import ERROR
 from pix2seq.data.shards import write_shards
 from pix2seq.data.show import show
 from pix2seq.errors import UserError
+from pix2seq.training.setup import find_splits, load_data
 
 
-def check_data(args: Arguments) -> int:
+def check_data(args: TrainArguments) -> int:
     """Prints what is in a dataset and what is wrong with it, and writes it into the run folder; the exit code."""
     report = check(*find_splits(args), args.follow_links, args.max_objects, min(args.num_workers, os.cpu_count() or 1))
     folder = Path(args.output_dir) / "data"
@@ -41,11 +35,11 @@ def check_data(args: Arguments) -> int:
 
 
 @dataclass
-class ShowArguments(Arguments):
-    output: str = flag("show.png", "picture to write")
-    num_images: int = flag(4, "images shown, a row each")
-    first: int = flag(0, "number of the first of them, in the annotation file's order")
-    epoch: int = flag(0, "whose augmentation is shown")
+class ShowArguments(TrainArguments):
+    output: str = argument("show.png", "picture to write")
+    num_images: int = argument(4, "images shown, a row each")
+    first: int = argument(0, "number of the first of them, in the annotation file's order")
+    epoch: int = argument(0, "whose augmentation is shown")
 
     def __post_init__(self):
         super().__post_init__()
@@ -70,9 +64,9 @@ def show_data(args: ShowArguments) -> int:
 
 
 @dataclass
-class ShardArguments(Arguments):
-    output: str | None = flag(None, "folder for the shards")
-    shard_mb: float = flag(512, "megabytes of a shard")
+class ShardArguments(TrainArguments):
+    output: str | None = argument(None, "folder for the shards")
+    shard_mb: float = argument(512, "megabytes of a shard")
 
     def __post_init__(self):
         super().__post_init__()
@@ -95,23 +89,18 @@ def shard_data(args: ShardArguments) -> int:
     return 0
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-def convert_parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="pix2seq.data convert", description="YOLO or Pascal VOC -> COCO's layout")
+def convert_parser(program: str = "pix2seq convert") -> argparse.ArgumentParser:
+    """The arguments of `pix2seq convert`."""
+    parser = LineErrorParser(prog=program, description="Convert YOLO or Pascal VOC to COCO annotation files.")
     parser.add_argument("source", type=Path, help="folder with data.yaml, or with Pascal VOC's XML files")
-    parser.add_argument("output", type=Path, help="folder for the COCO annotation files, and links to the images")
+    parser.add_argument("output", type=Path, help="folder for the COCO annotation files and links to the images")
     parser.add_argument(
-        "--follow_links", action="store_true", help="also open what lies outside the folder: behind links, or in lists"
+        "--follow_links", action="store_true", help="also open files outside the folder, behind links or in lists"
     )
     return parser
 
 
-def convert_data(words: list[str]) -> int:
-    args = convert_parser().parse_args(words)
+def convert_data(args: argparse.Namespace) -> int:
     flags, parts = [], convert(args.source, args.output, args.follow_links, lambda line: print(f"note: {line}"))
     for part in parts:
         print(f"{part.name}: {part.num_images} images, {part.num_objects} objects -> {part.json}")
@@ -128,21 +117,21 @@ def convert_data(words: list[str]) -> int:
     return 0
 
 
-COMMANDS = {
-    "check": lambda words: check_data(parse(Arguments, words, "pix2seq.data check")),
-    "show": lambda words: show_data(parse(ShowArguments, words, "pix2seq.data show")),
-    "convert": convert_data,
-    "shard": lambda words: shard_data(parse(ShardArguments, words, "pix2seq.data shard")),
-}
+def check_main(argv: list[str] | None = None, program: str = "pix2seq check") -> int:
+    """Parses the command line and checks a dataset; returns the exit code."""
+    return run_command(check_data, parse(TrainArguments, argv, program), program=program)
 
 
-def main(words: list[str]) -> int:
-    """Runs a command; the exit code. A mistake of the user is told in one line."""
-    if not words or words[0] not in COMMANDS:
-        print(__doc__, file=sys.stdout if words in (["-h"], ["--help"]) else sys.stderr)
-        return 0 if words in (["-h"], ["--help"]) else 2
-    try:
-        return COMMANDS[words[0]](words[1:])
-    except UserError as error:
-        print(f"pix2seq.data {words[0]}: error: {error}", file=sys.stderr)
-        return 2
+def show_main(argv: list[str] | None = None, program: str = "pix2seq show") -> int:
+    """Parses the command line and draws training examples; returns the exit code."""
+    return run_command(show_data, parse(ShowArguments, argv, program), program=program)
+
+
+def shard_main(argv: list[str] | None = None, program: str = "pix2seq shard") -> int:
+    """Parses the command line and writes shards; returns the exit code."""
+    return run_command(shard_data, parse(ShardArguments, argv, program), program=program)
+
+
+def convert_main(argv: list[str] | None = None, program: str = "pix2seq convert") -> int:
+    """Parses the command line and converts a dataset; returns the exit code."""
+    return run_command(convert_data, convert_parser(program).parse_args(argv), program=program)

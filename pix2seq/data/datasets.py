@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from pix2seq.colors import ColorAugmentation
 from pix2seq.data.coco import Annotations
-from pix2seq.data.images import BadImage
+from pix2seq.data.image_files import BadImage
 from pix2seq.errors import UserError
 from pix2seq.sequence import SequenceBuilder
 from pix2seq.transforms import PAD_VALUE, EvalTransform, TrainTransform
@@ -26,7 +26,7 @@ class TrainDataset(Dataset):
 
     annotations: Annotations
     transform: TrainTransform
-    build: SequenceBuilder
+    sequence_builder: SequenceBuilder
     seed: int
     colors: ColorAugmentation | None = None
 
@@ -50,12 +50,12 @@ class TrainDataset(Dataset):
 
     def _example(self, index: int, rng: np.random.Generator) -> dict:
         boxes, labels = self.annotations.objects(index)
-        canvas = self.transform(self.annotations.picture(index), boxes, rng)
+        canvas = self.transform(self.annotations.image_file(index), boxes, rng)
         image_id, size = self.annotations.image_ids[index], np.array(canvas.size)
         example = {"pixel_values": canvas.image, "image_id": image_id, "size": size}
         if self.colors is not None:
-            example["colors"] = self.colors.draw(rng)
-        return example | self.build(canvas.boxes, labels[canvas.kept], rng, canvas.content)
+            example["color_ops"] = self.colors.draw(rng)
+        return example | self.sequence_builder(canvas.boxes, labels[canvas.kept], rng, canvas.valid_fraction)
 
 
 @dataclass
@@ -75,7 +75,7 @@ class EvalDataset(Dataset):
         """
         item = {"image_id": self.annotations.image_ids[index], "unreadable": ""}
         try:
-            picture = self.annotations.picture(index)
+            picture = self.annotations.image_file(index)
             canvas = self.transform(picture)
         except BadImage as bad:
             side = self.transform.image_size

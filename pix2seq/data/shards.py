@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from pix2seq.data.coco import Annotations, read_json
-from pix2seq.data.images import SHARDS_INDEX, BadImage
-from pix2seq.data.sources import SHARDS_JSON
+from pix2seq.data.image_files import SHARDS_INDEX, BadImage
+from pix2seq.data.layouts import SHARDS_JSON
 from pix2seq.errors import UserError
 from pix2seq.progress import progress
 
@@ -58,11 +58,11 @@ def write_shards(annotations: Annotations, output: Path, shard_mb: float = 512) 
 def _file(annotations: Annotations, index: int) -> bytes:
     """The bytes of an image that can be decoded."""
     try:
-        annotations.picture(index).pixels()
-        return annotations.store.read(annotations.places[index]).tobytes()
+        annotations.image_file(index).pixels()
+        return annotations.store.read(annotations.locations[index]).tobytes()
     except BadImage as bad:
         raise UserError(
-            f"{annotations.name(index)}: {bad}; mend or remove it first (`python -m pix2seq.data check` lists all)"
+            f"{annotations.name(index)}: {bad}; mend or remove it first (`python -m pix2seq check` lists all)"
         ) from None
 
 

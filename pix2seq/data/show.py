@@ -6,11 +6,11 @@ import numpy as np
 from PIL import Image
 from torchvision.transforms.v2.functional import to_pil_image
 
-from pix2seq.colors import paint
+from pix2seq.colors import apply_color_ops
 from pix2seq.data.datasets import TrainDataset
-from pix2seq.data.images import BadImage
+from pix2seq.data.image_files import BadImage
 from pix2seq.tokenizer import NOISE_LABEL, TOKENS_PER_OBJECT
-from pix2seq.visualize import GREY, color_of, draw_boxes, enlarge, grid, paragraph, sentence_table
+from pix2seq.visualization import GREY, color_of, draw_boxes, enlarge, grid, paragraph, sequence_table
 
 SIDE = 400  # of a picture
 MOST_OBJECTS, MOST_NOISE = 6, 3  # rows of the table
@@ -22,7 +22,7 @@ def show(dataset: TrainDataset, indices: Sequence[int], epoch: int = 0) -> Image
     (noise objects dashed), and the sentence, an object a line, pale where a token has no weight."""
     rows = [[_annotated(dataset, index), *_example(dataset, (epoch, index, 0))] for index in indices]
     sheet = grid(rows, ("the file and its annotations", "what the model sees", "what it learns to say"), SIDE)
-    bins = dataset.build.tokenizer.num_bins
+    bins = dataset.sequence_builder.tokenizer.num_bins
     return _with_caption(
         sheet,
         f"A line is an object, five tokens; the lines, one after the other, are the sentence. Numbers are bins: 0 is "
@@ -34,7 +34,7 @@ def show(dataset: TrainDataset, indices: Sequence[int], epoch: int = 0) -> Image
 def _annotated(dataset: TrainDataset, index: int) -> Image.Image:
     annotations = dataset.annotations
     try:
-        image = to_pil_image(annotations.picture(index).pixels())
+        image = to_pil_image(annotations.image_file(index).pixels())
     except BadImage:
         return Image.new("RGB", (SIDE, SIDE), GREY)
     boxes, labels = annotations.objects(index)
@@ -44,10 +44,10 @@ def _annotated(dataset: TrainDataset, index: int) -> Image.Image:
 
 
 def _example(dataset: TrainDataset, key: tuple[int, int, int]) -> tuple[Image.Image, Image.Image]:
-    example, tokenizer = dataset[key], dataset.build.tokenizer
+    example, tokenizer = dataset[key], dataset.sequence_builder.tokenizer
     pixels = example["pixel_values"]
-    if "colors" in example:
-        pixels = paint(pixels[None], example["size"][None], example["colors"][None])[0]
+    if "color_ops" in example:
+        pixels = apply_color_ops(pixels[None], example["size"][None], example["color_ops"][None])[0]
     names = dataset.annotations.categories.names
     boxes, labels = tokenizer.decode(example["labels"])
     captions = ["" if label == NOISE_LABEL else f"{n + 1} {names[label]}" for n, label in enumerate(labels)]
@@ -61,7 +61,7 @@ def _example(dataset: TrainDataset, key: tuple[int, int, int]) -> tuple[Image.Im
 
     count = len(labels)
     tokens = example["labels"][: count * TOKENS_PER_OBJECT].reshape(count, -1)
-    weights = example["weights"][: count * TOKENS_PER_OBJECT].reshape(count, -1)
+    weights = example["token_weights"][: count * TOKENS_PER_OBJECT].reshape(count, -1)
     real, noise = np.flatnonzero(labels != NOISE_LABEL), np.flatnonzero(labels == NOISE_LABEL)
     lines = []
     for n in sorted([*real[:MOST_OBJECTS], *noise[:MOST_NOISE]]):
@@ -76,8 +76,8 @@ def _example(dataset: TrainDataset, key: tuple[int, int, int]) -> tuple[Image.Im
         for extra, what in ((len(real) - MOST_OBJECTS, "objects"), (len(noise) - MOST_NOISE, "noise objects"))
         if extra > 0
     ]
-    ends = [] if dataset.build.noise_objects else ["the end of the sentence"]
-    return canvas, sentence_table(lines, " and ".join(left_out + ends), SIDE)
+    ends = [] if dataset.sequence_builder.noise_objects else ["the end of the sentence"]
+    return canvas, sequence_table(lines, " and ".join(left_out + ends), SIDE)
 
 
 def _with_caption(sheet: Image.Image, text: str) -> Image.Image:

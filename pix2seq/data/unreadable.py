@@ -23,7 +23,7 @@ class UnreadableImages:
     lines: set[str] = field(default_factory=set)
 
     @classmethod
-    def of(cls, annotations: Annotations, share: float) -> "UnreadableImages":
+    def from_annotations(cls, annotations: Annotations, share: float) -> "UnreadableImages":
         """Those known before any file is opened. Raises TooManyUnreadable if they are more than a `share`."""
         unreadable = cls(share * len(annotations))
         unreadable.lines |= {f"{annotations.name(index)}: {bad}" for index, bad in annotations.bad_images.items()}

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pix2seq.demo.desk import FULL, Desk, Line, Sentence, beginning
+from pix2seq.demo.worker import FULL, InferenceWorker, Line, Sentence, beginning
 from pix2seq.errors import UserError
 from pix2seq.tokenizer import SLOTS
 
@@ -119,7 +119,7 @@ def fault_html(why: str) -> str:
     return f'<p class="fault">{html.escape(why)}</p>'
 
 
-async def watch(desk: Desk, sentence: Sentence, pace: int) -> AsyncIterator[tuple[str, str]]:
+async def watch(desk: InferenceWorker, sentence: Sentence, pace: int) -> AsyncIterator[tuple[str, str]]:
     """Picture and sentence as a page shows them, again and again while these grow, or why they cannot be shown.
 
     pace   tokens a second at most (0: any number)
@@ -148,7 +148,7 @@ async def watch(desk: Desk, sentence: Sentence, pace: int) -> AsyncIterator[tupl
         await asyncio.sleep(1 / FRAMES)
 
 
-def build_page(desk: Desk, examples: list[str], threshold: float, pace: int):
+def build_page(desk: InferenceWorker, examples: list[str], threshold: float, pace: int):
     """The page, with these files as examples, and `/detect` for programs. Raises UserError."""
     gradio = _gradio()
     of_examples: dict[int, Sentence] = {}

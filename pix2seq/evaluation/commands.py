@@ -1,39 +1,28 @@
-"""A closer look at detectors, from the command line: `python -m pix2seq.evaluation COMMAND ...`
-
-    compare A B       which of two is better, and whether that can be told: folders of evaluate.py, or results files
-    tokens            how an object was written, token by token: what else it could have been, and where it looked
-
---help after a command lists its flags.
-"""
+"""The evaluation commands of `pix2seq`: compare and tokens."""
 
 import argparse
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
 from torchvision.transforms.v2.functional import to_pil_image
 from transformers.utils import logging as transformers_logging
 
+from pix2seq.argument_parser import LineErrorParser, run_command
 from pix2seq.data.coco import read_json
-from pix2seq.data.faults import tally
-from pix2seq.data.images import BadImage, open_file
+from pix2seq.data.image_files import BadImage, open_file
+from pix2seq.data.issues import count_by_kind
 from pix2seq.errors import UserError
-from pix2seq.evaluation.compare import FEWEST_RESAMPLES, common_truth, compare, table, verdict
+from pix2seq.evaluation.coco_metrics import check_predictions, load_ground_truth
+from pix2seq.evaluation.compare import FEWEST_RESAMPLES, common_truth, compare, summary_line, table
 from pix2seq.evaluation.output_folder import read_truth
-from pix2seq.evaluation.tokens import read_object, token_picture
-from pix2seq.model import load_detector
-from pix2seq.scoring import check_predictions, load_ground_truth
+from pix2seq.evaluation.token_figure import token_figure, trace_object
+from pix2seq.models import load_detector
 from pix2seq.transforms import EvalTransform
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-def compare_parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="pix2seq.evaluation compare", description="Which of two detectors is better?")
+def compare_parser(program: str = "pix2seq compare") -> argparse.ArgumentParser:
+    parser = LineErrorParser(prog=program, description="Which of two detectors is better?")
     parser.add_argument("a", type=Path, help="output folder of evaluate.py, or a COCO results file")
     parser.add_argument("b", type=Path, help="another, of the same images")
     parser.add_argument("--gt", type=Path, help="COCO annotation file (default: what A and B were scored against)")
@@ -43,8 +32,8 @@ def compare_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _compare(words: list[str]) -> int:
-    args = compare_parser().parse_args(words)
+def run_compare(args: argparse.Namespace) -> int:
+    """Compares two models on the same images; returns the exit code."""
     for name, value, least in (("resamples", args.resamples, FEWEST_RESAMPLES), ("seed", args.seed, 0)):
         if value < least:
             raise UserError(f"--{name} {value}: must be at least {least}")
@@ -60,7 +49,7 @@ def _compare(words: list[str]) -> int:
         check_predictions(results[-1], truth, f"{letter} {file}")
     rows = compare(truth, *results, args.resamples, args.seed)
     print(f"A: {args.a}\nB: {args.b}\n{len(truth['images'])} images, {args.resamples} resamples of them\n")
-    sentence = verdict(rows[0], len(truth["images"]))
+    sentence = summary_line(rows[0], len(truth["images"]))
     print(f"{table(rows)}\n\n{sentence}")
     if args.output is not None:
         _write(args.output, rows, sentence, args)
@@ -84,7 +73,7 @@ def _check_output(path: Path, *inputs: Path | None) -> None:
 def _ground_truth(args) -> dict:
     """What both were scored against, which must be the same, or --gt. Raises UserError."""
     if args.gt is not None:
-        return load_ground_truth(args.gt, warn=lambda faults: print(f"faults in {args.gt}: {tally(faults)}"))
+        return load_ground_truth(args.gt, warn=lambda faults: print(f"faults in {args.gt}: {count_by_kind(faults)}"))
     known = [truth for truth in map(read_truth, (args.a, args.b)) if truth is not None]
     if not known:
         raise UserError("--gt: missing (the COCO annotation file of the images; neither A nor B tells which)")
@@ -110,8 +99,8 @@ def _write(path: Path, rows, sentence: str, args) -> None:
     print(f"written to {path}")
 
 
-def tokens_parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="pix2seq.evaluation tokens", description="How was an object written, token by token?")
+def tokens_parser(program: str = "pix2seq tokens") -> argparse.ArgumentParser:
+    parser = LineErrorParser(prog=program, description="How was an object written, token by token?")
     parser.add_argument("--checkpoint", required=True, help="OUT/best, OUT/final, a checkpoint folder, or a hub name")
     parser.add_argument("--image", type=Path, required=True, help="file of a picture")
     parser.add_argument("--object", type=int, help="which of the objects written, from 1 (default: of highest score)")
@@ -119,8 +108,8 @@ def tokens_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _tokens(words: list[str]) -> int:
-    args = tokens_parser().parse_args(words)
+def run_tokens(args: argparse.Namespace) -> int:
+    """Draws how an object was decoded; returns the exit code."""
     try:
         pixels = open_file(args.image).pixels()
     except BadImage as error:
@@ -131,8 +120,8 @@ def _tokens(words: list[str]) -> int:
     transformers_logging.disable_progress_bar()
     model = load_detector(args.checkpoint, "--checkpoint").eval()
     canvas = EvalTransform(model.config.image_size)(pixels)
-    written = read_object(model, canvas.image[None], args.object)
-    picture = token_picture(written, to_pil_image(canvas.image), model.tokenizer, model.config.class_names)
+    written = trace_object(model, canvas.image[None], args.object)
+    picture = token_figure(written, to_pil_image(canvas.image), model.tokenizer, model.config.class_names)
     try:
         picture.save(args.output, "PNG")
     except OSError as error:
@@ -141,16 +130,11 @@ def _tokens(words: list[str]) -> int:
     return 0
 
 
-COMMANDS = {"compare": _compare, "tokens": _tokens}
+def compare_main(argv: list[str] | None = None, program: str = "pix2seq compare") -> int:
+    """Parses the command line and compares two models; returns the exit code."""
+    return run_command(run_compare, compare_parser(program).parse_args(argv), program=program)
 
 
-def main(words: list[str]) -> int:
-    """Runs a command; the exit code. A mistake of the user is told in one line."""
-    if not words or words[0] not in COMMANDS:
-        print(__doc__, file=sys.stdout if words in (["-h"], ["--help"]) else sys.stderr)
-        return 0 if words in (["-h"], ["--help"]) else 2
-    try:
-        return COMMANDS[words[0]](words[1:])
-    except UserError as error:
-        print(f"pix2seq.evaluation {words[0]}: error: {error}", file=sys.stderr)
-        return 2
+def tokens_main(argv: list[str] | None = None, program: str = "pix2seq tokens") -> int:
+    """Parses the command line and draws how an object was decoded; returns the exit code."""
+    return run_command(run_tokens, tokens_parser(program).parse_args(argv), program=program)

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pix2seq.data.faults import shown
-from pix2seq.evaluation.matches import IOUS, Matches, match
+from pix2seq.data.issues import shown
+from pix2seq.evaluation.coco_metrics import class_names, remap_ids
+from pix2seq.evaluation.report.matching import IOUS, Matches, match
 from pix2seq.progress import progress
-from pix2seq.scoring import class_names, numbered
 
 RECALLS = np.linspace(0, 1, 101)
 FEWEST_RESAMPLES = 100  # of fewer, an interval's ends are two or three resamples
@@ -19,7 +19,7 @@ FEWEST_IMAGES = 20  # of fewer, noise is called a difference more often than in 
 INTERVAL = (2.5, 97.5)  # percentiles
 
 
-class Resampled:
+class BootstrapAP:
     """AP of a resample of the images, given how often each has been drawn."""
 
     def __init__(self, matches: Matches):
@@ -102,7 +102,7 @@ class Row:
 def compare(truth: dict, a: list[dict], b: list[dict], resamples: int = 1000, seed: int = 0) -> list[Row]:
     """AP, AP50, AP75, then the AP of each class; NaN where there is nothing to find. Both have been checked."""
     names = [name for _, name in sorted(class_names(truth).items())]
-    scorers = [Resampled(match(*numbered(truth, predictions))) for predictions in (a, b)]
+    scorers = [BootstrapAP(match(*remap_ids(truth, predictions))) for predictions in (a, b)]
     num_images = len(truth["images"])
     whole = [_rows(scorer(np.ones(num_images, int))) for scorer in scorers]
     rng = np.random.default_rng(seed)
@@ -137,7 +137,7 @@ def _percentiles(differences: np.ndarray) -> np.ndarray:
     return bounds
 
 
-def verdict(row: Row, num_images: int) -> str:
+def summary_line(row: Row, num_images: int) -> str:
     """One sentence. Of a few images, intervals by resampling are too narrow to go by."""
     if num_images < FEWEST_IMAGES:
         return (

@@ -14,11 +14,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pix2seq.data.faults import Fault, tally
+from pix2seq.data.issues import DatasetIssue, count_by_kind
 from pix2seq.errors import UserError
-from pix2seq.evaluation.figures import FIGURES
-from pix2seq.evaluation.matches import KINDS
-from pix2seq.scoring import SCORED_KEYS, load_ground_truth
+from pix2seq.evaluation.coco_metrics import SCORED_KEYS, load_ground_truth
+from pix2seq.evaluation.report.figures import FIGURES
+from pix2seq.evaluation.report.matching import KINDS
 
 TRUTH = "scored_against.json"
 SHOWN = 3  # of what was skipped
@@ -30,7 +30,7 @@ class Skipped:
     of the annotation file."""
 
     unreadable: list[str] = field(default_factory=list)
-    faults: list[Fault] = field(default_factory=list)
+    faults: list[DatasetIssue] = field(default_factory=list)
 
     def lines(self) -> list[str]:
         """For a reader, none where nothing was skipped."""
@@ -41,7 +41,7 @@ class Skipped:
                 f"Not read: {_images(unreadable['count'])}, whose objects count as not found. {_some(unreadable)}"
             )
         if self.faults:
-            what = f"{tally(self.faults)} (python -m pix2seq.data check says what becomes of each)"
+            what = f"{count_by_kind(self.faults)} (python -m pix2seq check says what becomes of each)"
             lines.append(f"Faults in the annotation file: {what}. {_some(faults)}")
         return lines
 

@@ -8,11 +8,11 @@ import torch
 from tqdm import tqdm
 
 from pix2seq.data import EvalDataset, eval_loader
-from pix2seq.data.images import BadImage
-from pix2seq.decoding import DecodingOptions, Detections, Interrupted, NonFiniteLogits
-from pix2seq.preemption import Stopped
+from pix2seq.data.image_files import BadImage
+from pix2seq.generation import DecodingOptions, Detections, Interrupted, NonFiniteLogits
 from pix2seq.progress import progress
 from pix2seq.tokenizer import Tokenizer
+from pix2seq.training.preemption import Stopped
 from pix2seq.transforms import to_original_pixels
 
 
@@ -78,11 +78,11 @@ def predict(
     gathered = accelerator.gather_for_metrics(results, use_gather_object=True)
     by_image = {image_id: rows for image_id, rows, _ in reversed(gathered)}
     if accelerator.is_main_process:
-        (warn or warn_of_unreadable)([line for *_, line in gathered if line])
+        (warn or warn_unreadable)([line for *_, line in gathered if line])
     return [row for image_id in dataset.annotations.image_ids.tolist() for row in by_image[image_id]]
 
 
-def warn_of_unreadable(lines: list[str], write: Callable[[str], None] = tqdm.write) -> None:
+def warn_unreadable(lines: list[str], write: Callable[[str], None] = tqdm.write) -> None:
     """One line of all there are, if there are any."""
     if lines:
         more = f" (and {len(lines) - 3} more)" if len(lines) > 3 else ""
@@ -116,7 +116,7 @@ def oracle_predictions(
         image_id = int(annotations.image_ids[index])
         boxes, labels = annotations.objects(index)
         try:
-            picture = annotations.picture(index)
+            picture = annotations.image_file(index)
             canvas = transform(picture, boxes)
         except BadImage as bad:
             unreadable.append(f"{annotations.name(index)}: {bad}")
@@ -125,5 +125,5 @@ def oracle_predictions(
         boxes = to_original_pixels(boxes, transform.image_size, canvas.size, tuple(picture.shape[-2:]))
         detections = Detections(boxes, labels, np.ones(len(boxes)))
         results += coco_results(image_id, detections, annotations.categories.ids)
-    (warn or warn_of_unreadable)(unreadable)
+    (warn or warn_unreadable)(unreadable)
     return results

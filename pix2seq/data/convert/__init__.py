@@ -9,7 +9,7 @@ from pathlib import Path
 from pix2seq.data.convert.files import Classes, Source, SourceImage, absolute
 from pix2seq.data.convert.voc import read_voc
 from pix2seq.data.convert.yolo import read_yolo
-from pix2seq.data.faults import is_text
+from pix2seq.data.issues import is_text
 from pix2seq.errors import UserError
 
 # What the "info" of a file written here says; any other file is somebody's and is not overwritten.
@@ -99,9 +99,7 @@ def _content(name: str, pictures: list[SourceImage], categories: Classes) -> tup
         (width, height), file_name = picture.size, picture.path.relative_to(folder).as_posix()
         images.append({"id": image_id, "file_name": file_name, "width": width, "height": height})
         if not is_text(file_name):
-            raise UserError(
-                f"{ascii(str(picture.path))}: its name is not UTF-8, which annotation files are; rename it"
-            )
+            raise UserError(f"{str(picture.path)!a}: its name is not UTF-8, which annotation files are; rename it")
         for label, box in picture.objects:
             annotations.append(
                 {

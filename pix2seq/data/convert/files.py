@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from pix2seq.data.images import EXIF_ORIENTATION, FORMATS, FORMATS_OF_SUFFIX
+from pix2seq.data.image_files import EXIF_ORIENTATION, FORMATS, FORMATS_OF_SUFFIX
 from pix2seq.errors import UserError
 
 
@@ -58,7 +58,7 @@ class Source:
         return read_lines(self.own(path))
 
     def size(self, path: Path) -> tuple[int, int]:
-        return upright_size(self.own(path))
+        return oriented_size(self.own(path))
 
     def pictures(self, folder: Path) -> Iterator[Path]:
         """Those in a folder, at any depth."""
@@ -68,18 +68,18 @@ class Source:
             folders[:] = sorted(f for f in folders if os.path.realpath(os.path.join(place, f)) not in seen)
             for name in folders:
                 self.own(Path(place, name))
-            yield from (Path(place, name) for name in sorted(names) if is_picture(name))
+            yield from (Path(place, name) for name in sorted(names) if is_image_name(name))
 
     def left_out(self, what: str, paths: Collection[Path]) -> None:
         if paths:
             self.tell(f"{len(paths)} {what}, the first of them {min(paths)}")
 
 
-def is_picture(name: str) -> bool:
+def is_image_name(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in FORMATS_OF_SUFFIX and not name.startswith(".")
 
 
-def upright_size(path: Path) -> tuple[int, int]:
+def oriented_size(path: Path) -> tuple[int, int]:
     """(width, height) of a picture as it is shown, from its header."""
     try:
         with Image.open(path, formats=FORMATS) as image:

@@ -16,7 +16,7 @@ from pix2seq.data.convert.files import (
     Source,
     SourceImage,
     absolute,
-    is_picture,
+    is_image_name,
     read_bytes,
 )
 from pix2seq.errors import UserError
@@ -96,7 +96,7 @@ def _voc_splits(dataset: Source) -> dict[str, list[tuple[Path, Path]]]:
 def _names_by_stem(folder: Path) -> dict[str, list[str]]:
     names: dict[str, list[str]] = {}
     for name in sorted(os.listdir(folder)) if folder.is_dir() else ():
-        if is_picture(name):
+        if is_image_name(name):
             names.setdefault(os.path.splitext(name)[0], []).append(name)
     return names
 

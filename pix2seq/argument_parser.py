@@ -1,0 +1,226 @@
+"""Parses command lines and YAML recipes into dataclasses, and stores the arguments of a training run.
+
+There is one parsing path. A recipe is a YAML file of arguments; it is flattened to command-line words placed in front
+of the actual command line. Types, choices and unknown names are therefore checked in one place, and the command line
+overrides the recipe.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import json
+import math
+import sys
+from collections.abc import Callable, Iterable
+from importlib import resources
+from pathlib import Path
+from typing import get_type_hints
+
+import yaml
+from transformers import HfArgumentParser
+from transformers.utils import cached_file
+
+from pix2seq.errors import UserError
+
+TRAINING_FILE = "training.yaml"
+
+
+class LineErrorParser(argparse.ArgumentParser):
+    """An ArgumentParser that prints one line, without the usage, for an error."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+class GroupedArgumentParser(LineErrorParser, HfArgumentParser):
+    """An HfArgumentParser that lists the fields of each base dataclass in a group of its own."""
+
+    def _add_dataclass_arguments(self, dtype: type) -> None:
+        type_hints = get_type_hints(dtype)
+        added = set()
+        for base in reversed(dtype.__mro__):
+            own = {field.name for field in dataclasses.fields(base)} if dataclasses.is_dataclass(base) else set()
+            title = vars(base).get("_argument_group_name")
+            group = self.add_argument_group(title) if title and own - added else self
+            for field in dataclasses.fields(dtype):
+                if field.name in own - added:
+                    field.type = type_hints[field.name]
+                    self._parse_dataclass_field(group, field)
+            added |= own
+
+
+def parse(kind: type, argv: list[str] | None = None, program: str | None = None):
+    """Parses a command line into the dataclass `kind`. An error prints one line and exits with code 2.
+
+    Three optional class attributes of `kind` change the parsing. `PRESETS = {name: value -> {argument: value}}` lists
+    arguments that stand for others; explicit arguments win over them. `DEFAULTS` has the same form, and everything
+    wins over it. `POSITIONAL` names the list argument that words without a flag are appended to.
+
+    Args:
+        kind: dataclass of the arguments.
+        argv: words of the command line. Default: `sys.argv[1:]`.
+        program: name of the program in messages. Default: that of `sys.argv[0]`.
+
+    Returns:
+        An instance of `kind`.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    parser = GroupedArgumentParser(kind, prog=program, usage="%(prog)s [arguments]", allow_abbrev=False)
+    try:
+        recipe, presets = _recipe_words(argv, parser), getattr(kind, "PRESETS", {})
+        words = _expand_presets(recipe, presets) + _expand_presets(argv, presets)
+        for name, arguments_of in getattr(kind, "DEFAULTS", {}).items():
+            if (value := _last_value(name, recipe + argv)) is not None:
+                words = _to_words(arguments_of(value)) + words
+        arguments, unknown = parser.parse_args_into_dataclasses(
+            words, return_remaining_strings=True, look_for_args_file=False
+        )
+    except ValueError as error:
+        parser.error(str(error))
+    for name, value in vars(arguments).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            parser.error(f"--{name} {value}: must be a finite number")
+        if value == "":
+            parser.error(f"--{name}: is empty; omit the flag or give a value")
+    names = [name for action in parser._actions for name in action.option_strings]
+    for word in unknown:
+        if word.startswith("--"):
+            parser.error(f"{word}: no such flag{did_you_mean(word.split('=')[0], names)}")
+        if not hasattr(kind, "POSITIONAL"):
+            parser.error(f"{word!r}: does not belong to any flag")
+        getattr(arguments, kind.POSITIONAL).append(word)
+    return arguments
+
+
+def run_command(main: Callable[..., int], *arguments, program: str) -> int:
+    """Calls `main(*arguments)` and returns its exit code; prints a `UserError` as one line and returns 2."""
+    try:
+        return main(*arguments)
+    except UserError as error:
+        print(f"{program}: error: {error}", file=sys.stderr)
+        return 2
+
+
+def _expand_presets(words: list[str], presets: dict) -> list[str]:
+    """Puts the arguments that the presets among the words stand for in front of the words."""
+    for name, arguments_of in presets.items():
+        if (value := _last_value(name, words)) is not None:
+            words = _to_words(arguments_of(value)) + words
+    return words
+
+
+def _last_value(name: str, words: list[str]) -> str | None:
+    """The value that the last occurrence of a flag sets, before any parsing."""
+    value = None
+    for index, word in enumerate(words):
+        if word == f"--{name}" and index + 1 < len(words):
+            value = words[index + 1]
+        elif word.startswith(f"--{name}="):
+            value = word.split("=", 1)[1]
+    return value
+
+
+def _recipe_words(argv: list[str], parser: HfArgumentParser) -> list[str]:
+    """The recipe named by --config as command-line words."""
+    path = _last_value("config", argv)
+    if path is None:
+        return []
+    try:
+        recipe = yaml.safe_load(_recipe_path(path).read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--config {path}: cannot be read ({error})") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"--config {path}: is not YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(recipe, dict):
+        raise ValueError(f"--config {path}: must consist of 'flag: value' lines")
+    names = {action.dest for action in parser._actions} - {"help", "config"}
+    for name in recipe:
+        if name not in names:
+            raise ValueError(f"--config {path}: {name!r} is not a flag{did_you_mean(str(name), names)}")
+    return _to_words(recipe)
+
+
+def _recipe_path(path: str):
+    """The file; if there is none, the packaged recipe named `demo`, `demo.yaml` or `configs/demo.yaml`, for example."""
+    file = Path(path)
+    packaged = resources.files("pix2seq") / "configs" / f"{file.stem}.yaml"
+    is_recipe_name = file.parent in (Path("."), Path("configs")) and file.suffix in ("", ".yaml")
+    return packaged if is_recipe_name and not file.exists() and packaged.is_file() else file
+
+
+def _to_words(arguments: dict) -> list[str]:
+    words = []
+    for name, value in arguments.items():
+        if isinstance(value, list):
+            words += [f"--{name}", *map(_to_word, value)]
+        elif value is not None:
+            words.append(f"--{name}={_to_word(value)}")
+    return words
+
+
+def _to_word(value) -> str:
+    return json.dumps(value, default=str) if isinstance(value, dict | bool) else str(value)
+
+
+def did_you_mean(word: str, names: Iterable[str]) -> str:
+    """Returns " (did you mean NAME?)" for the most similar name, or "" if none is similar."""
+    close = difflib.get_close_matches(word, list(names), n=1, cutoff=0.5)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def to_yaml(arguments) -> str:
+    """The arguments as a recipe that parses back to the same values."""
+    values = {k: v for k, v in dataclasses.asdict(arguments).items() if v is not None and k != "config"}
+    values["report_to"] = values.get("report_to") or ["none"]
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def changed_arguments(before: dict, arguments, ignored: set[str]) -> str:
+    """Compares the arguments of an earlier run with the current ones.
+
+    Args:
+        before: arguments of the earlier run; missing ones had the value of their default.
+        arguments: dataclass of the current arguments.
+        ignored: names that may differ.
+
+    Returns:
+        A list such as "--lr 0.5 (was 0.1)", or "" if nothing differs.
+    """
+    now = yaml.safe_load(to_yaml(arguments))
+    fields = dataclasses.fields(arguments)
+    before = {f.name: f.default for f in fields if f.name in now and f.name not in ignored} | before
+    names = [name for name in before | now if name not in ignored and before.get(name) != now.get(name)]
+    return ", ".join(f"--{name} {now.get(name)} (was {before.get(name)})" for name in names)
+
+
+def write_training_arguments(arguments, folder: Path) -> None:
+    """Writes the arguments a model was trained with beside its weights."""
+    (folder / TRAINING_FILE).write_text(to_yaml(arguments))
+
+
+def read_training_arguments(name: str | Path, flag: str) -> dict:
+    """Reads the arguments that a model was trained with.
+
+    Args:
+        name: folder or hub name of the model.
+        flag: flag that names the model, for error messages.
+
+    Returns:
+        The arguments, {} if the model has no training.yaml.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    try:
+        path = cached_file(str(name), TRAINING_FILE, _raise_exceptions_for_missing_entries=False)
+    except OSError:  # neither a folder nor a hub name
+        path = None
+    if path is None:
+        return {}
+    try:
+        arguments = yaml.safe_load(Path(path).read_text())
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{flag} {name}: {TRAINING_FILE} cannot be read ({error})") from None
+    if not isinstance(arguments, dict):
+        raise UserError(f"{flag} {name}: {TRAINING_FILE} does not contain arguments")
+    return arguments

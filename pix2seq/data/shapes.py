@@ -1,0 +1,144 @@
+"""The embedded dataset: coloured shapes on noisy backgrounds, drawn from a seed into a COCO-layout folder.
+
+    python -m pix2seq shapes data/shapes
+
+The same arguments always draw the same pictures. Train and val come from different streams of the generator, so no
+picture is in both. Shapes overlap now and then, and some pictures hold nothing at all.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from pix2seq.progress import progress
+
+SHAPES = ("ellipse", "rectangle", "triangle", "cross")
+# Not 1 ... 4: real annotation files have gaps, and code that assumes none should break here first.
+CATEGORY_IDS = (1, 3, 7, 11)
+
+_COLORS = ((230, 60, 50), (60, 170, 70), (60, 100, 230), (240, 200, 40), (190, 70, 210), (40, 200, 210))
+_SUPERSAMPLING = 2
+
+
+def draw_dataset(
+    folder: str | Path, num_train: int = 8000, num_val: int = 200, size: int = 64, max_shapes: int = 4, seed: int = 0
+) -> Path:
+    """Draws images/{train,val}2017 and annotations/instances_{train,val}2017.json under `folder` and returns it.
+
+    A folder that already holds exactly this dataset is left as it is. One with anything else in it is refused with a
+    ValueError, lest somebody's data be overwritten.
+    """
+    folder = Path(folder)
+    recipe = {"num_train": num_train, "num_val": num_val, "size": size, "max_shapes": max_shapes, "seed": seed}
+    written = folder / "shapes.json"
+    if written.exists() and json.loads(written.read_text()) == recipe:
+        return folder
+    if folder.is_dir() and any(folder.iterdir()) and not written.exists():
+        raise ValueError(f"{folder} is not empty and holds no shapes dataset: name another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    written.write_text("null")  # from here on the folder is ours, and unfinished
+    for stream, (split, count) in enumerate((("train", num_train), ("val", num_val))):
+        images_folder = folder / "images" / f"{split}2017"
+        images_folder.mkdir(parents=True, exist_ok=True)
+        images, annotations = [], []
+        for index in progress(range(count), f"drawing {split}"):
+            image, objects = draw_image(np.random.default_rng((seed, stream, index)), size, max_shapes)
+            file_name = f"{index:06d}.png"
+            image.save(images_folder / file_name)
+            images.append({"id": index + 1, "file_name": file_name, "width": size, "height": size})
+            for label, (x1, y1, x2, y2) in objects:
+                annotations.append(
+                    {
+                        "id": len(annotations) + 1,
+                        "image_id": index + 1,
+                        "category_id": CATEGORY_IDS[label],
+                        "bbox": [x1, y1, x2 - x1, y2 - y1],
+                        "area": (x2 - x1) * (y2 - y1),
+                        "iscrowd": 0,
+                    }
+                )
+        categories = [{"id": i, "name": name} for i, name in zip(CATEGORY_IDS, SHAPES, strict=True)]
+        (folder / "annotations").mkdir(exist_ok=True)
+        (folder / "annotations" / f"instances_{split}2017.json").write_text(
+            json.dumps({"images": images, "annotations": annotations, "categories": categories})
+        )
+    written.write_text(json.dumps(recipe))
+    return folder
+
+
+def draw_image(
+    rng: np.random.Generator, size: int, max_shapes: int
+) -> tuple[Image.Image, list[tuple[int, tuple[float, float, float, float]]]]:
+    """One picture and its objects as (label, xyxy in pixels). About one picture in twenty holds none."""
+    low, high = sorted(rng.integers(0, 256, 2))
+    background = rng.integers(low, high + 1, 3) + rng.normal(0, 12, (size, size, 3))
+    picture = Image.fromarray(np.clip(background, 0, 255).astype(np.uint8))
+    picture = picture.resize((size * _SUPERSAMPLING,) * 2, Image.Resampling.NEAREST)
+    draw = ImageDraw.Draw(picture)
+    objects: list[tuple[int, tuple[float, float, float, float]]] = []
+    count = 0 if rng.random() < 0.05 else int(rng.integers(1, max_shapes + 1))
+    for _ in range(count):
+        box = _place(rng, size, [taken for _, taken in objects])
+        if box is None:
+            continue
+        label = int(rng.integers(len(SHAPES)))
+        color = tuple(np.clip(np.array(_COLORS[rng.integers(len(_COLORS))]) + rng.integers(-20, 21, 3), 0, 255))
+        _draw_shape(draw, SHAPES[label], [v * _SUPERSAMPLING for v in box], tuple(int(c) for c in color))
+        objects.append((label, box))
+    return picture.resize((size, size), Image.Resampling.BOX), objects
+
+
+def _place(rng: np.random.Generator, size: int, taken: list) -> tuple[float, float, float, float] | None:
+    """A box that overlaps earlier ones a little at most, so that no shape hides another."""
+    for _ in range(20):
+        width, height = (float(v) for v in rng.uniform(0.2, 0.5, 2) * size)
+        if max(width, height) > 1.5 * min(width, height):
+            continue
+        x, y = float(rng.uniform(0, size - width)), float(rng.uniform(0, size - height))
+        x1, y1, x2, y2 = (round(v * 2) / 2 for v in (x, y, x + width, y + height))
+        area = (x2 - x1) * (y2 - y1)
+        if all(_overlap((x1, y1, x2, y2), other) < 0.15 * min(area, _area(other)) for other in taken):
+            return x1, y1, x2, y2
+    return None
+
+
+def _area(box) -> float:
+    return (box[2] - box[0]) * (box[3] - box[1])
+
+
+def _overlap(a, b) -> float:
+    return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
+
+
+def _draw_shape(draw: ImageDraw.ImageDraw, name: str, box, color) -> None:
+    x1, y1, x2, y2 = box[0], box[1], box[2] - 1, box[3] - 1  # PIL paints the last pixel too
+    if name == "ellipse":
+        draw.ellipse((x1, y1, x2, y2), fill=color)
+    elif name == "rectangle":
+        draw.rectangle((x1, y1, x2, y2), fill=color)
+    elif name == "triangle":
+        draw.polygon([((x1 + x2) / 2, y1), (x1, y2), (x2, y2)], fill=color)
+    elif name == "cross":
+        third_x, third_y = (x2 - x1) / 3, (y2 - y1) / 3
+        draw.rectangle((x1 + third_x, y1, x2 - third_x, y2), fill=color)
+        draw.rectangle((x1, y1 + third_y, x2, y2 - third_y), fill=color)
+
+
+def main(argv: list[str] | None = None, program: str = "pix2seq shapes") -> int:
+    """Parses the command line and draws the dataset; returns the exit code."""
+    parser = argparse.ArgumentParser(prog=program, description="Draw the shapes dataset as a COCO-layout folder.")
+    parser.add_argument("folder", help="where to put it")
+    parser.add_argument("--num_train", type=int, default=8000)
+    parser.add_argument("--num_val", type=int, default=200)
+    parser.add_argument("--size", type=int, default=64, help="side of a picture in pixels")
+    parser.add_argument("--max_shapes", type=int, default=4)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    try:
+        print(draw_dataset(**vars(args)))
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"{program}: error: {error}\n")
+    return 0
