@@ -44,7 +44,7 @@ from benchmarks.record import environment
 from pix2seq.argument_parser import parse
 from pix2seq.arguments import TrainArguments
 from pix2seq.data import Annotations, StepSampler, TrainDataset, train_loader
-from pix2seq.data.image_files import BadImage, Folder, ImageFile
+from pix2seq.data.image_files import BadImageError, Folder, ImageFile
 from pix2seq.data.loaders import collate
 from pix2seq.errors import UserError
 from pix2seq.plan import PlanArguments, plan
@@ -70,7 +70,7 @@ def training_set(root: str, image_size: int, num_images: int) -> TrainDataset:
     def readable(index: int) -> bool:
         try:
             return whole.image_file(index).pixels() is not None
-        except BadImage:
+        except BadImageError:
             return False
 
     if not (indices := [index for index in range(len(whole)) if readable(index)]):

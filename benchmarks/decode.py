@@ -31,7 +31,7 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from benchmarks.record import environment
 from pix2seq.generation import DecodingOptions, generate
-from pix2seq.models import build_detector
+from pix2seq.models import build_model
 from pix2seq.models.llama_decoder import CACHE
 from pix2seq.tokenizer import TOKENS_PER_OBJECT, Tokenizer
 
@@ -252,7 +252,7 @@ def full_pipeline(model, batch: int, image_size: int, objects: int, rounds: int)
 
 def detector(args: argparse.Namespace, decoder: str):
     torch.manual_seed(0)
-    model = build_detector(
+    model = build_model(
         backbone="{model_type: resnet}",
         image_size=args.image_size,
         max_objects=args.num_objects,

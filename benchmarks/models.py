@@ -11,7 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from pix2seq.arguments import PRESETS
-from pix2seq.models import build_detector
+from pix2seq.models import build_model
 from pix2seq.tokenizer import TOKENS_PER_OBJECT
 
 # The authors' figures for the classic decoder, in millions, with a vocabulary of 3000 tokens.
@@ -22,7 +22,7 @@ NUM_CLASSES, IMAGE_SIZE, MAX_OBJECTS = 80, 640, 100
 def measure(size: str, decoder: str) -> dict:
     """One forward pass of one image and one training sentence."""
     with torch.device("meta"):
-        model = build_detector(
+        model = build_model(
             category_ids=tuple(range(NUM_CLASSES)),
             class_names=tuple(f"class {label}" for label in range(NUM_CLASSES)),
             decoder=decoder,

@@ -32,7 +32,7 @@ from pix2seq.arguments import TrainArguments
 from pix2seq.data import train_loader
 from pix2seq.data.shapes import draw_dataset
 from pix2seq.models.llama_decoder import prefix_positions
-from pix2seq.training.cost import detector_cost, flop_counter, peak_flops, step_cost
+from pix2seq.training.cost import flop_counter, model_step_cost, peak_flops, step_cost
 from pix2seq.training.preemption import StopRequest
 
 OBJECTS = 7  # in a picture, for DETR's targets: COCO's mean
@@ -149,7 +149,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict:
     batch = next(batches)
     targets = int((batch["token_weights"] != 0).sum())
     length = training.train_set.sequence_builder.length
-    cost = detector_cost(model, args.batch_size, length, args.mixed_precision, targets // args.batch_size)
+    cost = model_step_cost(model, args.batch_size, length, args.mixed_precision, targets // args.batch_size)
     steps = {"pix2seq": lambda: train.train_step(training, [batch])}
     flops = {"pix2seq": cost.step_flops}
 

@@ -28,7 +28,7 @@ from pix2seq.evaluation import oracle_predictions, predict, prediction_image, wa
 from pix2seq.evaluation.coco_metrics import coco_metrics, load_ground_truth, load_predictions, metrics_table
 from pix2seq.evaluation.output_folder import Skipped, prepare, write_numbers, writing
 from pix2seq.evaluation.report.write import write_report
-from pix2seq.models import load_detector
+from pix2seq.models import load_model
 from pix2seq.tokenizer import Tokenizer
 from pix2seq.transforms import EvalTransform
 
@@ -106,7 +106,7 @@ def detect(args: EvaluateArguments, skipped: Skipped) -> tuple[dict, list[dict],
     the images that cannot be read."""
     transformers_logging.disable_progress_bar()
     model, training = (
-        load_detector(args.checkpoint, "--checkpoint"),
+        load_model(args.checkpoint, "--checkpoint"),
         read_training_arguments(args.checkpoint, "--checkpoint"),
     )
     accelerator = Accelerator(

@@ -29,7 +29,7 @@ from pix2seq.arguments import argument
 from pix2seq.data.shapes import draw_image
 from pix2seq.errors import UserError
 from pix2seq.generation import DecodingOptions, Detections, NonFiniteLogits, generate
-from pix2seq.models import Pix2SeqConfig, Pix2SeqForObjectDetection, load_detector
+from pix2seq.models import Pix2SeqConfig, Pix2SeqForObjectDetection, load_model
 from pix2seq.models.image_processing_pix2seq import Pix2SeqImageProcessor
 from pix2seq.models.llama_decoder import CACHE, prefix_positions
 from pix2seq.progress import progress
@@ -342,7 +342,7 @@ def run_export(args: ExportArguments) -> int:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--output_dir {output}: is there already; name a new folder")
     transformers_logging.disable_progress_bar()
-    detector = load_detector(args.checkpoint, "--checkpoint").float().eval().requires_grad_(False)
+    detector = load_model(args.checkpoint, "--checkpoint").float().eval().requires_grad_(False)
 
     def write(folder: Path) -> None:
         config = detector.config

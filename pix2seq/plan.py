@@ -18,9 +18,9 @@ import torch
 from pix2seq.argument_parser import parse, run_command
 from pix2seq.arguments import MODEL_DEFAULTS, TrainArguments, argument
 from pix2seq.data.coco import read_coco
-from pix2seq.models import build_detector
+from pix2seq.models import build_model
 from pix2seq.tokenizer import TOKENS_PER_OBJECT
-from pix2seq.training.cost import GPUS, detector_cost
+from pix2seq.training.cost import GPUS, model_step_cost
 from pix2seq.training.optimizer import parameter_groups
 from pix2seq.training.setup import find_splits, prepare_for_training, step_sampler
 
@@ -74,7 +74,7 @@ def plan(args: PlanArguments) -> dict:
     """All figures by name. Raises UserError."""
     num_images, num_val, num_classes = dataset_size(args)
     with torch.device("meta"):
-        model = build_detector(
+        model = build_model(
             category_ids=tuple(range(num_classes)),
             class_names=tuple(map(str, range(num_classes))),
             load_pretrained=False,
@@ -87,7 +87,7 @@ def plan(args: PlanArguments) -> dict:
     length = TOKENS_PER_OBJECT * args.max_objects + (0 if args.noise_objects else 1)
     real = TOKENS_PER_OBJECT * min(COCO_OBJECTS, args.max_objects)
     targets = real + (args.max_objects - min(COCO_OBJECTS, args.max_objects) if args.noise_objects else 1)
-    cost = detector_cost(model, args.batch_size, length, args.mixed_precision, targets)
+    cost = model_step_cost(model, args.batch_size, length, args.mixed_precision, targets)
     with torch.no_grad():
         visual = model.encode(torch.zeros(1, 3, args.image_size, args.image_size, device="meta")).shape[1]
 

@@ -25,14 +25,14 @@ from transformers.utils import logging as transformers_logging
 
 from pix2seq.argument_parser import parse, run_command
 from pix2seq.arguments import DecodingArguments, argument
-from pix2seq.data.image_files import BadImage
+from pix2seq.data.image_files import BadImageError
 from pix2seq.data.issues import shown
 from pix2seq.errors import UserError
 from pix2seq.inference.inputs import find_inputs, is_camera, is_video, name_inputs
 from pix2seq.inference.predictor import Pix2Seq, Precision
 from pix2seq.inference.result_files import FORMATS, ResultFolder, coco_rows, write_labels, write_results
 from pix2seq.inference.video import Video, opencv, video_writer
-from pix2seq.models import load_detector
+from pix2seq.models import load_model
 from pix2seq.progress import progress
 
 MOST_JPEG_PIXELS = 65500  # of a side
@@ -111,7 +111,7 @@ def predict_video(
     camera, count = is_camera(source), 0
     try:
         video = Video(int(source) if camera else source)
-    except BadImage as bad:
+    except BadImageError as bad:
         yield f"{source}: {bad}"
         return
     frames = progress(video, f"predicting {shown(source)}", video.total)
@@ -152,7 +152,7 @@ def predict(args: PredictArguments) -> int:
 
     transformers_logging.disable_progress_bar()
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # how many pixels are too many is checked by us
-    model = load_detector(args.checkpoint, "--checkpoint")
+    model = load_model(args.checkpoint, "--checkpoint")
     try:
         detector = Pix2Seq(model, args.device, args.dtype, **args.decoding())
         detector.labels(args.classes)

@@ -34,7 +34,7 @@ from pix2seq.training.preemption import Stopped, StopRequest
 from pix2seq.training.run_folder import RunFolder
 from pix2seq.training.saving import export_model, save
 from pix2seq.training.setup import TrainContext, build
-from pix2seq.training.sharding import full_tensor
+from pix2seq.training.sharding import gather_full_tensor
 
 
 class NotSaved(RuntimeError):
@@ -253,7 +253,7 @@ def train_step(training: TrainContext, micro_batches: list[dict]) -> tuple[torch
         words = (output.logits, output.token_losses, labels, token_weights, loss_positions)
         statistics.append(token_statistics(*words, tokenizer, valid_fraction=size / pixel_values.shape[-1]))
     # Clipping to infinity measures the norm and changes nothing.
-    norm = full_tensor(accelerator.clip_grad_norm_(training.model.parameters(), args.max_grad_norm or math.inf))
+    norm = gather_full_tensor(accelerator.clip_grad_norm_(training.model.parameters(), args.max_grad_norm or math.inf))
     # The one place where a step waits for the device, and for the other ranks.
     flags = torch.tensor([bool(training.stop), bool(unreadable)]).to(device)
     summary_line = torch.cat([torch.stack([~torch.stack(losses).isfinite().all(), ~norm.isfinite()]), flags])

@@ -21,7 +21,7 @@ from transformers.modeling_outputs import BackboneOutput
 
 from pix2seq.errors import UserError
 from pix2seq.generation import DecodingOptions
-from pix2seq.models import Pix2SeqForObjectDetection, build_detector
+from pix2seq.models import Pix2SeqForObjectDetection, build_model
 from pix2seq.models.backbone import VisionBackbone, choose_backbone
 from pix2seq.training.optimizer import parameter_groups
 
@@ -80,7 +80,7 @@ def build(decoder: str = "llama", backbone: str = BACKBONES["resnet"], **kwargs)
         "decoding": {"top_p": 0.4, "temperature": 1.0, "seed": 0},
     }
     torch.manual_seed(0)
-    return build_detector(backbone=backbone, decoder=decoder, **defaults | kwargs)
+    return build_model(backbone=backbone, decoder=decoder, **defaults | kwargs)
 
 
 def ready(model, freeze: bool = False, batch_norm: str = "sync"):

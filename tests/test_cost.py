@@ -9,7 +9,7 @@ import torch
 from pix2seq import plan
 from pix2seq.argument_parser import parse
 from pix2seq.data import find_split, load_annotations
-from pix2seq.training.cost import GPUS, detector_cost, flop_counter, peak_flops
+from pix2seq.training.cost import GPUS, flop_counter, model_step_cost, peak_flops
 from pix2seq.training.setup import mfu_factor
 from tests.test_architectures import build
 
@@ -42,7 +42,7 @@ def test_the_count_is_that_of_a_real_step(decoder, freeze):
     model = build(decoder)
     model.backbone.prepare_for_training(freeze, "local", 1, torch.device("cpu"), model.config.image_size)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    cost = detector_cost(model, BATCH, LENGTH, "no", TARGETS)
+    cost = model_step_cost(model, BATCH, LENGTH, "no", TARGETS)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     forward, step, kept = real_step(model)
     assert cost.forward_flops == forward > 0
@@ -53,7 +53,7 @@ def test_the_count_is_that_of_a_real_step(decoder, freeze):
 def test_checkpointing_keeps_less_and_counts_the_same():
     plain, saving = build("llama"), build("llama")
     saving.gradient_checkpointing_enable({"use_reentrant": False})
-    a, b = (detector_cost(model, BATCH, LENGTH, "no", TARGETS) for model in (plain, saving))
+    a, b = (model_step_cost(model, BATCH, LENGTH, "no", TARGETS) for model in (plain, saving))
     assert a.step_flops == b.step_flops
     assert b.activation_bytes < 0.9 * a.activation_bytes
     assert a.recomputed_flops == 0
@@ -62,7 +62,7 @@ def test_checkpointing_keeps_less_and_counts_the_same():
 
 
 def test_half_precision_keeps_less():
-    full, half = (detector_cost(build("llama"), BATCH, LENGTH, name, TARGETS) for name in ("no", "bf16"))
+    full, half = (model_step_cost(build("llama"), BATCH, LENGTH, name, TARGETS) for name in ("no", "bf16"))
     assert half.activation_bytes < full.activation_bytes
     assert half.step_flops == full.step_flops
 
@@ -140,10 +140,10 @@ def test_a_run_knows_its_share_of_the_gpus_peak(make_model, shapes_root, monkeyp
     ask = (args, model, images, torch.device("cuda"), SimpleNamespace(log=said.append))
     monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
     real = images.trainable.sum() / len(images)
-    cost = detector_cost(model, 1, 20, "bf16", round(5 * real + 4 - real))
+    cost = model_step_cost(model, 1, 20, "bf16", round(5 * real + 4 - real))
     assert mfu_factor(*ask) == cost.step_flops / 989e12
     assert mfu_factor(*ask[:3], torch.device("cpu"), None) == 0
-    monkeypatch.setattr("pix2seq.training.setup.detector_cost", lambda *words: 1 / 0)
+    monkeypatch.setattr("pix2seq.training.setup.model_step_cost", lambda *words: 1 / 0)
     assert mfu_factor(*ask) == 0
     assert said == ["perf/mfu is left out: the step's FLOPs cannot be counted (division by zero)"]
     monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "Somebody's")

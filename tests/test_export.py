@@ -15,7 +15,7 @@ from transformers import AutoImageProcessor
 from pix2seq import export
 from pix2seq.data.shapes import CATEGORY_IDS, SHAPES, draw_image
 from pix2seq.export import FUNCTIONS, ExportArguments, OnnxDetector
-from pix2seq.models import Pix2SeqForObjectDetection, build_detector, load_detector
+from pix2seq.models import Pix2SeqForObjectDetection, build_model, load_model
 from pix2seq.models.image_processing_pix2seq import Pix2SeqImageProcessor
 from pix2seq.transforms import to_original_pixels
 from tests.conftest import TINY_BACKBONE
@@ -36,7 +36,7 @@ def spread(model: Pix2SeqForObjectDetection, seed: int = 0) -> Pix2SeqForObjectD
 def new_detector(decoder: str, seed: int = 0, decoder_layers: int = 2) -> Pix2SeqForObjectDetection:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = build_detector(
+        model = build_model(
             category_ids=CATEGORY_IDS,
             class_names=SHAPES,
             backbone=str(TINY_BACKBONE),
@@ -65,7 +65,7 @@ def pair(request, tmp_path_factory) -> tuple[Pix2SeqForObjectDetection, Path]:
     model = new_detector(request.param, decoder_layers=layers)
     model.save_pretrained(folder / "best")
     assert export.run_export(ExportArguments(str(folder / "best"), str(folder / "onnx"))) == 0
-    return load_detector(folder / "best", "--checkpoint").eval(), folder / "onnx"
+    return load_model(folder / "best", "--checkpoint").eval(), folder / "onnx"
 
 
 def pictures(count: int = 20) -> torch.Tensor:

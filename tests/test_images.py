@@ -19,7 +19,7 @@ import torch
 from PIL import Image, ImageOps
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from pix2seq.data.image_files import BadImage, Folder, ImageFile, Zip, open_store
+from pix2seq.data.image_files import BadImageError, Folder, ImageFile, Zip, open_store
 from pix2seq.errors import UserError
 
 
@@ -36,8 +36,8 @@ def photo(width: int, height: int) -> Image.Image:
     return Image.fromarray(np.stack(channels, axis=-1).astype(np.uint8))
 
 
-def refusal(call, *args) -> BadImage:
-    with pytest.raises(BadImage) as error:
+def refusal(call, *args) -> BadImageError:
+    with pytest.raises(BadImageError) as error:
         call(*args)
     assert "\n" not in str(error.value)
     return error.value
@@ -345,7 +345,7 @@ def test_a_place_without_pictures_is_named(tmp_path):
 
 @pytest.mark.parametrize("form", ["AVIF", "TIFF", "WEBP", "GIF", "BMP", "PPM", "JPEG2000", "PNG", "JPEG"])
 def test_whatever_a_damaged_file_does_to_its_decoder_it_is_told(form):
-    """Fuzzed: a byte or two of the first 300 changed. Nothing but BadImage may come out."""
+    """Fuzzed: a byte or two of the first 300 changed. Nothing but BadImageError may come out."""
     if form not in Image.SAVE:
         assert form == "AVIF"  # the one that Pillow may be built without
         return
@@ -357,7 +357,7 @@ def test_whatever_a_damaged_file_does_to_its_decoder_it_is_told(form):
         try:
             picture = ImageFile(data, (40, 30))
             assert picture.pixels().shape == picture.shape
-        except BadImage:
+        except BadImageError:
             refused += 1
     assert refused > 0 or form in ("PPM", "BMP")
 
@@ -408,7 +408,7 @@ def test_damaged_archives_are_one_line(tmp_path):
         data = whole.copy()
         data[rng.integers(0, len(data), 2)] = rng.integers(0, 256, 2)
         path.write_bytes(data.tobytes())
-        with contextlib.suppress(UserError, BadImage):
+        with contextlib.suppress(UserError, BadImageError):
             store = Zip(path)
             store.read(store.locate(["größe.jpg"])[0][0])
 
@@ -470,7 +470,7 @@ def test_numbers_that_no_file_has_are_told(tmp_path, field):
         struct.pack_into("<H", odd, head + 30, len(extra))
         struct.pack_into("<I", odd, end + len(extra) + 12, end + len(extra) - head)
         path.write_bytes(odd)
-        with pytest.raises((UserError, BadImage)):
+        with pytest.raises((UserError, BadImageError)):
             read_x(path)
 
 

@@ -10,14 +10,14 @@ from PIL import Image, ImageColor
 
 from pix2seq.cli import main
 from pix2seq.data import Annotations, EvalDataset, find_split, load_annotations
-from pix2seq.data.image_files import BadImage
+from pix2seq.data.image_files import BadImageError
 from pix2seq.evaluation import commands, prediction_image, worst_image
 from pix2seq.evaluation import images as images_module
 from pix2seq.evaluation.coco_metrics import load_ground_truth
 from pix2seq.evaluation.images import WRONG, worst
 from pix2seq.evaluation.token_figure import LEAST_BINS, _part, attention_weights, read_again, trace_object
 from pix2seq.generation import DecodingOptions, write
-from pix2seq.models import build_detector
+from pix2seq.models import build_model
 from pix2seq.tokenizer import TOKENS_PER_OBJECT
 from pix2seq.training.evaluator import TrainingEvaluator
 from pix2seq.training.run_folder import MOST_STEPS, RunFolder
@@ -118,7 +118,7 @@ def test_what_is_wrong_is_orange(annotations):
 
 def test_an_image_that_cannot_be_read_is_grey(annotations, monkeypatch):
     def image_file(self, index):
-        raise BadImage("unreadable-file", "it is empty")
+        raise BadImageError("unreadable-file", "it is empty")
 
     monkeypatch.setattr(Annotations, "image_file", image_file)
     assert worst_image(annotations, [], 1).width == 2 * (CELL + MARGIN) + MARGIN
@@ -142,7 +142,7 @@ def test_where_nothing_is_sure_the_pictures_say_so(annotations, monkeypatch):
     names.clear()
     prediction_image(annotations, unsure, 1)
     assert names[-1] == ["nothing scored 0.3 or more"]
-    monkeypatch.setitem(annotations.bad_images, 0, BadImage("unreadable-file", "it is empty"))
+    monkeypatch.setitem(annotations.bad_images, 0, BadImageError("unreadable-file", "it is empty"))
     prediction_image(annotations, [], 1)
     assert names[-1] == ["cannot be read"]
 
@@ -223,7 +223,7 @@ def test_a_run_draws_both(shapes_root, make_model, annotations, tmp_path):
 
 def detector(decoder: str, **kwargs):
     torch.manual_seed(0)
-    return build_detector(
+    return build_model(
         **{"category_ids": (3, 7, 9), "class_names": ("cat", "dog", "eel"), "hidden_size": 16, "encoder_layers": 1},
         **{"decoder_layers": 2, "num_heads": 2, "mlp_size": 32, "image_size": 64, "num_bins": 20, "max_objects": 3},
         backbone="{model_type: resnet, embedding_size: 8, hidden_sizes: [8, 16], depths: [1, 1], layer_type: basic}",

@@ -23,7 +23,7 @@ import pix2seq
 from pix2seq import Pix2Seq, evaluate, predict
 from pix2seq.argument_parser import parse
 from pix2seq.data import EvalDataset, eval_loader
-from pix2seq.data.image_files import BadImage
+from pix2seq.data.image_files import BadImageError
 from pix2seq.data.shapes import CATEGORY_IDS, SHAPES
 from pix2seq.errors import UserError
 from pix2seq.evaluate import EvaluateArguments
@@ -505,14 +505,14 @@ def test_decoding_and_precision_can_be_chosen(folder, pictures):
 
 def test_what_is_no_picture_is_refused(detector, tmp_path):
     (tmp_path / "broken.jpg").write_text("no picture")
-    with pytest.raises(BadImage, match=r"broken.jpg: not an image"):
+    with pytest.raises(BadImageError, match=r"broken.jpg: not an image"):
         detector(tmp_path / "broken.jpg")
     (found,) = detector.stream([tmp_path / "broken.jpg"], threshold=0)
     assert "not an image" in found.unreadable
     assert len(found) == 0
     photo(64, 64).save(tmp_path / "cut.jpg")
     (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:-300])
-    with pytest.raises(BadImage, match="truncated"):
+    with pytest.raises(BadImageError, match="truncated"):
         detector(Image.open(tmp_path / "cut.jpg"))
     for bad in (np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3)), np.zeros((0, 4, 3), np.uint8), 7, None):
         with pytest.raises(ValueError, match="must be"):

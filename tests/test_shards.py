@@ -14,7 +14,7 @@ from pix2seq.argument_parser import parse
 from pix2seq.arguments import TrainArguments
 from pix2seq.cli import main as data_command
 from pix2seq.data import Split, StepSampler, TrainDataset, find_split, load_annotations, train_loader
-from pix2seq.data.image_files import BadImage, open_store
+from pix2seq.data.image_files import BadImageError, open_store
 from pix2seq.data.shards import write_shards
 from pix2seq.errors import UserError
 from pix2seq.sequence import SequenceBuilder
@@ -200,6 +200,6 @@ def test_damage_inside_a_shard_is_told(files, tmp_path):
     content = bytearray(path.read_bytes())
     content[offset + size // 2] ^= 1
     path.write_bytes(content)
-    with pytest.raises(BadImage, match="damaged: not what was put into out"):
+    with pytest.raises(BadImageError, match="damaged: not what was put into out"):
         annotations.image_file(0)
     annotations.image_file(1)

@@ -13,7 +13,7 @@ from pix2seq import evaluate, train
 from pix2seq.argument_parser import parse
 from pix2seq.arguments import TrainArguments
 from pix2seq.evaluate import EvaluateArguments
-from pix2seq.models import load_detector
+from pix2seq.models import load_model
 from pix2seq.training import checkpoint
 from tests.runs import TINY, arguments, edited, interrupt_at, rows
 
@@ -125,7 +125,7 @@ def test_averaged_weights(shapes_root, tmp_path, monkeypatch):
     expected = seen[0]
     for weights in seen[1:]:
         expected = 0.5 * expected + 0.5 * weights
-    final = load_detector(tmp_path / "out" / "final", "")
+    final = load_model(tmp_path / "out" / "final", "")
     torch.testing.assert_close(final.projector.projection.weight.detach(), expected)
     evaluations = [row for row in rows(tmp_path / "out") if "eval/ema/AP" in row]
     assert [row["step"] for row in evaluations] == [2, 4]

@@ -10,7 +10,7 @@ from pix2seq import train
 from pix2seq.argument_parser import parse
 from pix2seq.arguments import TrainArguments
 from pix2seq.errors import UserError
-from pix2seq.models import Pix2SeqForObjectDetection, adapt, load_detector
+from pix2seq.models import Pix2SeqForObjectDetection, adapt, load_model
 from tests.runs import arguments, edited
 from tests.test_architectures import BACKBONES, build, pictures, sentences
 
@@ -145,8 +145,8 @@ def test_a_run_from_a_detector_of_other_classes(trained, shapes_root, tmp_path):
     assert "classes kept: rectangle, triangle, cross" in log
     assert "new classes: blob, star" in log
     assert "num_bins: 32 became 16" in log
-    model = load_detector(tmp_path / "out" / "final", "")
-    source = load_detector(trained, "")
+    model = load_model(tmp_path / "out" / "final", "")
+    source = load_model(trained, "")
     first = model.tokenizer.first_class_id
     torch.testing.assert_close(
         model.decoder.lm_head.weight[first + 1 : first + 4], source.decoder.lm_head.weight[first + 1 : first + 4]
@@ -199,7 +199,7 @@ def test_what_is_no_detector_is_refused_in_one_line(trained, shapes_root, tmp_pa
 
 def test_load_detector_names_the_flag(tmp_path):
     with pytest.raises(UserError, match="--init_from .*no config.json"):
-        load_detector(tmp_path, "--init_from")
+        load_model(tmp_path, "--init_from")
 
 
 def test_a_detector_saved_in_half_precision_is_trained_in_full():
@@ -234,4 +234,4 @@ def test_a_config_that_does_not_fit_its_weights_is_refused(trained, tmp_path, ch
     path = tmp_path / "spoilt" / "config.json"
     path.write_text(json.dumps(spoil(json.loads(path.read_text()), change)))
     with pytest.raises(UserError, match="config.json"):
-        load_detector(tmp_path / "spoilt", "--checkpoint")
+        load_model(tmp_path / "spoilt", "--checkpoint")

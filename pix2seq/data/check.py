@@ -15,7 +15,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 from pix2seq.charts import dataset_overview
 from pix2seq.data.coco import Annotations, load_annotations
-from pix2seq.data.image_files import FORMATS_OF_SUFFIX, BadImage, ImageFile
+from pix2seq.data.image_files import FORMATS_OF_SUFFIX, BadImageError, ImageFile
 from pix2seq.data.issues import ERROR, WARNING, DatasetIssue, shown
 from pix2seq.data.layouts import Split
 from pix2seq.errors import UserError
@@ -117,7 +117,7 @@ class _Inspection(Dataset):
                 picture, str(self.annotations.file_names[index]), tuple(self.annotations.sizes[index].tolist())
             )
             pixels = picture.pixels().contiguous()
-        except BadImage as bad:
+        except BadImageError as bad:
             return index, [*faults, (bad.kind, bad.why)], None
         digest = hashlib.blake2b(pixels.numpy(), digest_size=16, key=str(tuple(pixels.shape)).encode())
         return index, faults, digest.hexdigest()
@@ -243,7 +243,7 @@ def _picture(loaded: dict[str, Annotations], max_objects: int) -> Image.Image:
             large, boxes = enlarge(to_pil_image(train.image_file(index).pixels()), boxes, CELL)
             names = [train.categories.names[label] for label in labels]
             examples.append(draw_boxes(large, boxes, names, [color_of(label) for label in labels]))
-        except BadImage:
+        except BadImageError:
             pass
         index += 1
     sides = {name: np.sqrt(np.prod(_sides(a), axis=1)) for name, a in loaded.items()}

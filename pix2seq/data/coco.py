@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pix2seq.data.image_files import BadImage, ImageFile, Store, open_store
+from pix2seq.data.image_files import BadImageError, ImageFile, Store, open_store
 from pix2seq.data.issues import (
     DatasetIssue,
     count_by_kind,
@@ -66,13 +66,13 @@ class Annotations:
     trainable: np.ndarray
     crowd: np.ndarray
     faults: list[DatasetIssue] = field(default_factory=list)
-    bad_images: dict[int, BadImage] = field(default_factory=dict)
+    bad_images: dict[int, BadImageError] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.image_ids)
 
     def image_file(self, index: int) -> ImageFile:
-        """The image's file, of which the header is read. Raises BadImage."""
+        """The image's file, of which the header is read. Raises BadImageError."""
         if index in self.bad_images:
             raise self.bad_images[index]
         annotated = tuple(self.sizes[index].tolist())

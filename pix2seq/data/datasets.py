@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from pix2seq.colors import ColorAugmentation
 from pix2seq.data.coco import Annotations
-from pix2seq.data.image_files import BadImage
+from pix2seq.data.image_files import BadImageError
 from pix2seq.errors import UserError
 from pix2seq.sequence import SequenceBuilder
 from pix2seq.transforms import PAD_VALUE, EvalTransform, TrainTransform
@@ -44,7 +44,7 @@ class TrainDataset(Dataset):
             index = int(rng.integers(len(self.annotations))) if attempt else key[1]
             try:
                 return self._example(index, rng) | {"unreadable": "\n".join(unreadable)}
-            except BadImage as bad:
+            except BadImageError as bad:
                 unreadable.append(f"{self.annotations.name(index)}: {bad}")
         raise UserError(f"{MAX_ATTEMPTS} images in a row cannot be read, the last: {unreadable[-1]}")
 
@@ -77,7 +77,7 @@ class EvalDataset(Dataset):
         try:
             picture = self.annotations.image_file(index)
             canvas = self.transform(picture)
-        except BadImage as bad:
+        except BadImageError as bad:
             side = self.transform.image_size
             size = np.array([side, side])
             blank = torch.full((3, side, side), PAD_VALUE, dtype=torch.uint8)

@@ -38,7 +38,7 @@ FORMATS_OF_SUFFIX = {
 SHARDS_INDEX = "shards.json"
 
 
-class BadImage(ValueError):
+class BadImageError(ValueError):
     """A picture that cannot be used. `kind`: see faults.KINDS. The message says why, in one line, and not which: it
     names no folder of the machine, for reports are sent to others."""
 
@@ -52,7 +52,7 @@ class BadImage(ValueError):
 
 
 class ImageFile:
-    """A picture of which only the header has been read. Raises BadImage.
+    """A picture of which only the header has been read. Raises BadImageError.
 
     annotated   (height, width) as the annotations say, if they do. A picture whose EXIF tag swaps its sides is turned
                 if, and only if, these are the swapped ones: annotation tools differ in what they do with the tag.
@@ -62,7 +62,7 @@ class ImageFile:
 
     def __init__(self, data: np.ndarray, annotated: tuple[int, int] | None = None, upright: bool = False):
         if len(data) == 0:
-            raise BadImage("unreadable-file", "it is empty (0 bytes)")
+            raise BadImageError("unreadable-file", "it is empty (0 bytes)")
         self._data = data
         self.header = self._open()
         width, height = self.header.size
@@ -78,9 +78,9 @@ class ImageFile:
         except Image.DecompressionBombError as error:  # before it has a size
             raise _too_many(re.search(r"\d+", str(error))[0]) from None
         except Image.UnidentifiedImageError:
-            raise BadImage("unreadable-file", f"not an image, or none of {', '.join(FORMATS)}") from None
+            raise BadImageError("unreadable-file", f"not an image, or none of {', '.join(FORMATS)}") from None
         except Exception as error:  # of damaged headers, each decoder makes an error of its own
-            raise BadImage("unreadable-file", error) from None
+            raise BadImageError("unreadable-file", error) from None
 
     @property
     def orientation(self) -> int:
@@ -106,29 +106,29 @@ class ImageFile:
                 image.draft("RGB", (at_least[1], at_least[0]))
             return from_pil(ImageOps.exif_transpose(image) if self.turned else image)
         except Exception as error:  # of damaged files, each decoder makes an error of its own
-            raise BadImage("unreadable-file", error) from None
+            raise BadImageError("unreadable-file", error) from None
 
 
 def open_file(path: str | Path) -> ImageFile:
-    """A picture that nobody has annotated, upright as viewers show it. Raises BadImage."""
+    """A picture that nobody has annotated, upright as viewers show it. Raises BadImageError."""
     check_regular(path)
     return ImageFile(Folder(Path(path).parent).read(Path(path).name), upright=True)
 
 
 def check_regular(path: str | Path) -> None:
-    """Raises BadImage for a pipe, device, socket or folder: opening one may take for ever."""
+    """Raises BadImageError for a pipe, device, socket or folder: opening one may take for ever."""
     if os.path.exists(path) and not os.path.isfile(path):
-        raise BadImage("unreadable-file", "not a regular file, and only these are opened")
+        raise BadImageError("unreadable-file", "not a regular file, and only these are opened")
 
 
-def _too_many(pixels: str) -> BadImage:
-    return BadImage("too-many-pixels", f"{pixels} pixels, more than the {MAX_PIXELS / 1e6:.0f} million allowed")
+def _too_many(pixels: str) -> BadImageError:
+    return BadImageError("too-many-pixels", f"{pixels} pixels, more than the {MAX_PIXELS / 1e6:.0f} million allowed")
 
 
 def check_size(size: int) -> None:
-    """Of a file in bytes, before it is read. Raises BadImage."""
+    """Of a file in bytes, before it is read. Raises BadImageError."""
     if size > MAX_BYTES:
-        raise BadImage("unreadable-file", f"{size} bytes, more than the {MAX_BYTES / 1e6:.0f} million allowed")
+        raise BadImageError("unreadable-file", f"{size} bytes, more than the {MAX_BYTES / 1e6:.0f} million allowed")
 
 
 class Folder:
@@ -140,7 +140,7 @@ class Folder:
     def __init__(self, path: Path, follow_links: bool = False):
         self.path, self.follow_links = path, follow_links
 
-    def locate(self, names: list[str]) -> tuple[np.ndarray, dict[int, BadImage]]:
+    def locate(self, names: list[str]) -> tuple[np.ndarray, dict[int, BadImageError]]:
         """For each name the place to `read`, and of those that must not or cannot be read, by index, why. Names that
         are there in another form of Unicode are found, and told as "other-unicode-form"."""
         places, faults, listings = [], {}, {}
@@ -148,7 +148,7 @@ class Folder:
             folder, _, file = name.rpartition("/")
             parts = name.replace("\\", "/").split("/")
             if os.path.isabs(name) or name[1:3] in (":/", ":\\") or ".." in parts or "\0" in name:
-                faults[index] = BadImage("path-outside", "leads out of the folder of images")
+                faults[index] = BadImageError("path-outside", "leads out of the folder of images")
                 places.append("")
                 continue
             if folder not in listings:
@@ -159,10 +159,10 @@ class Folder:
                 kind, why = "missing-file", problem or "no such file in the folder of images"
                 if other is not None:
                     kind, why = "other-unicode-form", "the letters with marks on them are coded otherwise on disk"
-                faults[index], file = BadImage(kind, why), other or ""
+                faults[index], file = BadImageError(kind, why), other or ""
             if file and not found[file]:
                 why = "a symbolic link out of the folder of images (--follow_links allows it)"
-                faults[index], file = BadImage("path-outside", why), ""
+                faults[index], file = BadImageError("path-outside", why), ""
             places.append(f"{folder}/{file}".lstrip("/") if file else "")
         # Not a list: workers that look at Python objects copy them, and their memory grows.
         return np.array(places, dtype=np.dtypes.StringDType()), faults
@@ -197,7 +197,7 @@ class Folder:
             check_size(os.stat(self.path / place).st_size)
             return np.fromfile(self.path / place, dtype=np.uint8)
         except (OSError, MemoryError) as error:
-            raise BadImage("unreadable-file", getattr(error, "strerror", None) or error) from None
+            raise BadImageError("unreadable-file", getattr(error, "strerror", None) or error) from None
 
 
 class _Packed:
@@ -210,7 +210,7 @@ class _Packed:
     def __getstate__(self):  # for workers that are not forked
         return self.__dict__ | {"_descriptors": {}, "_names": [], "_rows": None}
 
-    def locate(self, names: list[str]) -> tuple[np.ndarray, dict[int, BadImage]]:
+    def locate(self, names: list[str]) -> tuple[np.ndarray, dict[int, BadImageError]]:
         """As Folder's; places are rows of numbers."""
         # COCO's archives put all files into a folder of their own.
         tops = {name.partition("/")[0] for name in self._names}
@@ -218,7 +218,9 @@ class _Packed:
         row_of = {name.removeprefix(top): row for row, name in enumerate(self._names)}
         row_of |= {name: row for row, name in enumerate(self._names)}
         rows = [row_of.get(name, -1) for name in names]
-        missing = {i: BadImage("missing-file", f"not in {self.path.name}") for i, row in enumerate(rows) if row < 0}
+        missing = {
+            i: BadImageError("missing-file", f"not in {self.path.name}") for i, row in enumerate(rows) if row < 0
+        }
         places = np.append(self._rows, np.full((1, self._rows.shape[1]), -1), axis=0)[rows]
         return places, missing
 
@@ -231,14 +233,14 @@ class _Packed:
             count = os.preadv(self._descriptors[file], [data], offset)
         except (OSError, MemoryError, OverflowError) as error:
             why = error.strerror if isinstance(error, OSError) else error  # the whole names a folder of the machine
-            raise BadImage("unreadable-file", f"{self._files[file].name}: {why}") from None
+            raise BadImageError("unreadable-file", f"{self._files[file].name}: {why}") from None
         if count != size:
-            raise BadImage("unreadable-file", f"{self._files[file].name} ends before it does")
+            raise BadImageError("unreadable-file", f"{self._files[file].name} ends before it does")
         return data
 
     def _whole(self, data: np.ndarray, size: int, checksum: int) -> np.ndarray:
         if len(data) != size or zlib.crc32(data) != checksum:
-            raise BadImage("unreadable-file", f"damaged: not what was put into {self.path.name}")
+            raise BadImageError("unreadable-file", f"damaged: not what was put into {self.path.name}")
         return data
 
 
@@ -258,7 +260,7 @@ class Zip(_Packed):
     def read(self, place: np.ndarray) -> np.ndarray:
         offset, packed, size, method, checksum = place.tolist()
         if method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            raise BadImage("unreadable-file", f"packed by method {method}, which cannot be unpacked")
+            raise BadImageError("unreadable-file", f"packed by method {method}, which cannot be unpacked")
         check_size(max(packed, size))
         name_length, extra_length = struct.unpack("<HH", self._bytes(0, offset + 26, 4))
         data = self._bytes(0, offset + 30 + name_length + extra_length, packed)
@@ -268,7 +270,7 @@ class Zip(_Packed):
                 unpacked = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, size + 1)
                 data = np.frombuffer(bytearray(unpacked), np.uint8)
             except zlib.error as error:
-                raise BadImage("unreadable-file", error) from None
+                raise BadImageError("unreadable-file", error) from None
         return self._whole(data, size, checksum)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from pix2seq.data.coco import Annotations, read_json
-from pix2seq.data.image_files import SHARDS_INDEX, BadImage
+from pix2seq.data.image_files import SHARDS_INDEX, BadImageError
 from pix2seq.data.layouts import SHARDS_JSON
 from pix2seq.errors import UserError
 from pix2seq.progress import progress
@@ -60,7 +60,7 @@ def _file(annotations: Annotations, index: int) -> bytes:
     try:
         annotations.image_file(index).pixels()
         return annotations.store.read(annotations.locations[index]).tobytes()
-    except BadImage as bad:
+    except BadImageError as bad:
         raise UserError(
             f"{annotations.name(index)}: {bad}; mend or remove it first (`python -m pix2seq check` lists all)"
         ) from None

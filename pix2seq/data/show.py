@@ -8,7 +8,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 from pix2seq.colors import apply_color_ops
 from pix2seq.data.datasets import TrainDataset
-from pix2seq.data.image_files import BadImage
+from pix2seq.data.image_files import BadImageError
 from pix2seq.tokenizer import NOISE_LABEL, TOKENS_PER_OBJECT
 from pix2seq.visualization import GREY, color_of, draw_boxes, enlarge, grid, paragraph, sequence_table
 
@@ -35,7 +35,7 @@ def _annotated(dataset: TrainDataset, index: int) -> Image.Image:
     annotations = dataset.annotations
     try:
         image = to_pil_image(annotations.image_file(index).pixels())
-    except BadImage:
+    except BadImageError:
         return Image.new("RGB", (SIDE, SIDE), GREY)
     boxes, labels = annotations.objects(index)
     large, boxes = enlarge(image, boxes, SIDE)

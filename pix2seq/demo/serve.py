@@ -26,7 +26,7 @@ from pix2seq.demo.page import build_page, launch
 from pix2seq.demo.worker import LEAST_SIDE, InferenceWorker
 from pix2seq.errors import UserError
 from pix2seq.inference import Pix2Seq
-from pix2seq.models import load_detector
+from pix2seq.models import load_model
 
 EXAMPLES, EXAMPLE_SIDE, EXAMPLE_SHAPES = 5, 320, 4
 
@@ -96,7 +96,7 @@ def serve(args: DemoArguments) -> None:
     except OSError as error:
         raise UserError(f"--host {args.host} --port {args.port}: cannot be served at ({error.strerror})") from None
     transformers_logging.disable_progress_bar()
-    model = load_detector(args.checkpoint, "--checkpoint")
+    model = load_model(args.checkpoint, "--checkpoint")
     try:
         detector = Pix2Seq(model, args.device, **args.decoding())
     except UserError as error:

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 from torchvision.transforms.v2.functional import to_pil_image
 
-from pix2seq.data.image_files import BadImage
+from pix2seq.data.image_files import BadImageError
 from pix2seq.generation import Interrupted, NonFiniteLogits, write
 from pix2seq.generation.decoding_state import DecodingState
 from pix2seq.inference.predictor import Pix2Seq, open_image
@@ -103,7 +103,7 @@ class InferenceWorker:
             self._read_and_write(path, sentence)
         except Interrupted:
             pass
-        except BadImage as bad:
+        except BadImageError as bad:
             sentence.fault = f"This picture cannot be used: {bad}."
         except NonFiniteLogits:
             sentence.fault = NOT_FINITE
@@ -117,7 +117,7 @@ class InferenceWorker:
         _, height, width = picture.shape
         if min(height, width) < LEAST_SIDE or max(height, width) > self.max_side:
             sides = f"{width} x {height} pixels: each side must have {LEAST_SIDE} to {self.max_side}"
-            raise BadImage("unreadable-file", sides)
+            raise BadImageError("unreadable-file", sides)
         pixels = picture.pixels()
         preview = to_pil_image(pixels)
         preview.thumbnail((SHOWN, SHOWN))

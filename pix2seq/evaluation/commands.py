@@ -10,14 +10,14 @@ from transformers.utils import logging as transformers_logging
 
 from pix2seq.argument_parser import LineErrorParser, run_command
 from pix2seq.data.coco import read_json
-from pix2seq.data.image_files import BadImage, open_file
+from pix2seq.data.image_files import BadImageError, open_file
 from pix2seq.data.issues import count_by_kind
 from pix2seq.errors import UserError
 from pix2seq.evaluation.coco_metrics import check_predictions, load_ground_truth
 from pix2seq.evaluation.compare import FEWEST_RESAMPLES, common_truth, compare, summary_line, table
 from pix2seq.evaluation.output_folder import read_truth
 from pix2seq.evaluation.token_figure import token_figure, trace_object
-from pix2seq.models import load_detector
+from pix2seq.models import load_model
 from pix2seq.transforms import EvalTransform
 
 
@@ -112,13 +112,13 @@ def run_tokens(args: argparse.Namespace) -> int:
     """Draws how an object was decoded; returns the exit code."""
     try:
         pixels = open_file(args.image).pixels()
-    except BadImage as error:
+    except BadImageError as error:
         raise UserError(f"--image {args.image}: cannot be read ({error})") from None
     if args.output.suffix.lower() not in ("", ".png"):
         raise UserError(f"--output {args.output}: must end in .png, as which it is written")
     _check_output(args.output, args.image)
     transformers_logging.disable_progress_bar()
-    model = load_detector(args.checkpoint, "--checkpoint").eval()
+    model = load_model(args.checkpoint, "--checkpoint").eval()
     canvas = EvalTransform(model.config.image_size)(pixels)
     written = trace_object(model, canvas.image[None], args.object)
     picture = token_figure(written, to_pil_image(canvas.image), model.tokenizer, model.config.class_names)

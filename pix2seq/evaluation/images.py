@@ -7,7 +7,7 @@ from PIL import Image
 from torchvision.transforms.v2.functional import to_pil_image
 
 from pix2seq.data import Annotations
-from pix2seq.data.image_files import BadImage
+from pix2seq.data.image_files import BadImageError
 from pix2seq.evaluation.coco_metrics import box_ious
 from pix2seq.visualization import CELL, GREY, PALETTE, color_of, draw_boxes, enlarge, grid, paragraph, side_by_side
 
@@ -30,7 +30,7 @@ def prediction_image(annotations: Annotations, predictions: list[dict], count: i
         (boxes, labels), why_empty = annotations.objects(index), NOTHING
         try:
             image = to_pil_image(annotations.image_file(index).pixels())
-        except BadImage:
+        except BadImageError:
             why_empty = "cannot be read"
             image, boxes, labels = Image.new("RGB", (CELL, CELL), GREY), boxes[:0], labels[:0]
         large, boxes = enlarge(image, boxes, CELL)
@@ -149,7 +149,7 @@ def _drawn(annotations: Annotations, one: Judged) -> tuple[list[Image.Image], li
     ]
     try:
         image = to_pil_image(annotations.image_file(one.index).pixels())
-    except BadImage:
+    except BadImageError:
         grey = Image.new("RGB", (CELL, CELL), GREY)
         return [grey, grey], [f"{captions[0]} (cannot be read)", captions[1]]
     return [

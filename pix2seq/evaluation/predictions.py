@@ -8,7 +8,7 @@ import torch
 from tqdm import tqdm
 
 from pix2seq.data import EvalDataset, eval_loader
-from pix2seq.data.image_files import BadImage
+from pix2seq.data.image_files import BadImageError
 from pix2seq.generation import DecodingOptions, Detections, Interrupted, NonFiniteLogits
 from pix2seq.progress import progress
 from pix2seq.tokenizer import Tokenizer
@@ -118,7 +118,7 @@ def oracle_predictions(
         try:
             picture = annotations.image_file(index)
             canvas = transform(picture, boxes)
-        except BadImage as bad:
+        except BadImageError as bad:
             unreadable.append(f"{annotations.name(index)}: {bad}")
             continue
         boxes, labels = tokenizer.decode(tokenizer.encode(canvas.boxes, labels[canvas.kept]))

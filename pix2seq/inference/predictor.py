@@ -14,11 +14,11 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 from pix2seq.argument_parser import did_you_mean
 from pix2seq.data import EvalDataset, eval_loader
-from pix2seq.data.image_files import BadImage, ImageFile, open_file
+from pix2seq.data.image_files import BadImageError, ImageFile, open_file
 from pix2seq.data.issues import listed
 from pix2seq.errors import UserError
 from pix2seq.generation import DecodingOptions, NonFiniteLogits
-from pix2seq.models import Pix2SeqForObjectDetection, load_detector
+from pix2seq.models import Pix2SeqForObjectDetection, load_model
 from pix2seq.transforms import EvalTransform, from_pil, pixels_of, to_original_pixels
 from pix2seq.visualization import CELL, color_of, draw_boxes, enlarge
 
@@ -97,7 +97,7 @@ class Pix2Seq:
         cls, name: str | Path, device: str | None = None, dtype: Precision = "float32", **decoding
     ) -> "Pix2Seq":
         """The detector in a folder or on the hub."""
-        return cls(load_detector(name, "detector"), device, dtype, **decoding)
+        return cls(load_model(name, "detector"), device, dtype, **decoding)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -126,7 +126,7 @@ class Pix2Seq:
         found = list(self.stream(sources, threshold, classes, batch_size))
         for one in found:
             if one.unreadable:
-                raise BadImage("unreadable-file", one.unreadable)
+                raise BadImageError("unreadable-file", one.unreadable)
         return found if sources is images else found[0]
 
     def stream(
@@ -194,7 +194,7 @@ class _Pictures:
 
 
 def open_image(source: Source) -> ImageFile | torch.Tensor:
-    """A file of which the header is read, or pixels uint8 (3, H, W); upright, as viewers show it. Raises BadImage for
+    """A file of which the header is read, or pixels uint8 (3, H, W); upright, as viewers show it. Raises BadImageError for
     what cannot be read, ValueError for what is no picture."""
     if isinstance(source, str | Path):
         return open_file(source)
@@ -209,7 +209,7 @@ def open_image(source: Source) -> ImageFile | torch.Tensor:
     try:
         return from_pil(ImageOps.exif_transpose(source))
     except Exception as error:  # PIL reads a file's pixels as late as here, and each decoder makes an error of its own
-        raise BadImage("unreadable-file", error) from None
+        raise BadImageError("unreadable-file", error) from None
 
 
 def _check_numbers(options: dict) -> None:

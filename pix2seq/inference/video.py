@@ -25,7 +25,7 @@ def opencv(video: str):
 
 
 class Video:
-    """The frames of a video file, or of a webcam by its number: uint8 RGB (H, W, 3). Raises UserError and BadImage.
+    """The frames of a video file, or of a webcam by its number: uint8 RGB (H, W, 3). Raises UserError and BadImageError.
 
     rate    frames a second
     total   how many there are by what the file says, which may be an estimate; infinity where nobody knows

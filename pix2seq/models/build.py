@@ -11,7 +11,7 @@ from pix2seq.models.modeling_pix2seq import Pix2SeqForObjectDetection
 from pix2seq.tokenizer import TOKENS_PER_OBJECT, Tokenizer
 
 
-def build_detector(
+def build_model(
     *,
     category_ids: tuple[int, ...],
     class_names: tuple[str, ...],

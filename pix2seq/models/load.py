@@ -9,7 +9,7 @@ from pix2seq.models.configuration_pix2seq import Pix2SeqConfig
 from pix2seq.models.modeling_pix2seq import Pix2SeqForObjectDetection
 
 
-def load_detector(name: str | Path, flag: str) -> Pix2SeqForObjectDetection:
+def load_model(name: str | Path, flag: str) -> Pix2SeqForObjectDetection:
     """The detector in a folder or on the hub, with every weight it should have. Raises UserError naming the `flag`."""
     folder, where = Path(name), f"{flag} {name}"
     if folder.is_dir() and not (folder / "config.json").is_file():

@@ -137,7 +137,7 @@ def step_cost(
         return StepCost(forward_flops, counter.get_total_flops(), recomputed[0], activation_bytes + largest[0])
 
 
-def detector_cost(model, batch_size: int, length: int, precision: str, targets_per_image: int) -> StepCost:
+def model_step_cost(model, batch_size: int, length: int, precision: str, targets_per_image: int) -> StepCost:
     """A step of a detector on `batch_size` pictures and sentences of `length` tokens, so many of which are targets."""
     side = model.config.image_size
     sentence = torch.zeros(batch_size, length, dtype=torch.long, device="meta")

@@ -7,7 +7,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 from pix2seq.colors import apply_color_ops
 from pix2seq.data import Annotations, EvalDataset
-from pix2seq.data.image_files import BadImage
+from pix2seq.data.image_files import BadImageError
 from pix2seq.evaluation import predict, prediction_image, warn_unreadable, worst_image
 from pix2seq.evaluation.coco_metrics import coco_metrics
 from pix2seq.generation import DecodingOptions
@@ -94,7 +94,7 @@ def examples(annotations: Annotations, predictions: list[dict], count: int) -> l
     for index in range(min(count, len(annotations))):
         try:
             image = to_pil_image(annotations.image_file(index).pixels())
-        except BadImage:
+        except BadImageError:
             continue
         boxes, labels = annotations.objects(index)
         mine = [row for row in predictions if row["image_id"] == annotations.image_ids[index]]

@@ -18,7 +18,7 @@ from pix2seq.training.setup import TrainContext
 DISK_ERRORS = (OSError, SafetensorError, RuntimeError)
 
 
-def write_detector(detector: Pix2SeqForObjectDetection, args: TrainArguments, path: Path) -> None:
+def write_model(detector: Pix2SeqForObjectDetection, args: TrainArguments, path: Path) -> None:
     """A from_pretrained folder, and the flags it was trained with: evaluate.py takes its defaults from them."""
     detector.save_pretrained(path)
     Pix2SeqImageProcessor.for_detector(detector.config).save_pretrained(path)
@@ -33,7 +33,7 @@ def save(training: TrainContext) -> bool:
     state = training.state.content(training.model, accelerator.reduce(training.state.meter.statistics, "sum"))
 
     def write(path: Path) -> None:
-        write_detector(detector, training.args, path)
+        write_model(detector, training.args, path)
         torch.save(state, path / trainer_state.FILE)
 
     written = True
@@ -50,7 +50,7 @@ def save(training: TrainContext) -> bool:
 def export_model(training: TrainContext, name: str, detector: Pix2SeqForObjectDetection) -> bool:
     """best/ or final/, by the main process. Returns whether it was written."""
     try:
-        manifest.commit(training.folder.path / name, partial(write_detector, detector, training.args))
+        manifest.commit(training.folder.path / name, partial(write_model, detector, training.args))
     except DISK_ERRORS as error:
         training.folder.log(f"{name}/ could not be written ({error})")
         return False

@@ -30,17 +30,17 @@ from pix2seq.data.unreadable import UnreadableImages
 from pix2seq.errors import UserError
 from pix2seq.evaluation.coco_metrics import load_ground_truth
 from pix2seq.generation import DecodingOptions
-from pix2seq.models import Pix2SeqForObjectDetection, adapt, build_detector, load_detector
+from pix2seq.models import Pix2SeqForObjectDetection, adapt, build_model, load_model
 from pix2seq.sequence import SequenceBuilder
 from pix2seq.tokenizer import TOKENS_PER_OBJECT, Tokenizer
 from pix2seq.training import checkpoint, trainer_state
-from pix2seq.training.cost import detector_cost, peak_flops
+from pix2seq.training.cost import model_step_cost, peak_flops
 from pix2seq.training.evaluator import TrainingEvaluator
 from pix2seq.training.metrics import Meter
 from pix2seq.training.optimizer import learning_rate_schedule, parameter_groups
 from pix2seq.training.preemption import StopRequest
 from pix2seq.training.run_folder import RunFolder
-from pix2seq.training.sharding import full_model
+from pix2seq.training.sharding import gather_full_model
 from pix2seq.training.trainer_state import TrainerState
 from pix2seq.transforms import EvalTransform, TrainTransform
 
@@ -70,7 +70,7 @@ class TrainContext:
         """Those to evaluate, by name: the one that learns, and its average over the steps if there is one. All ranks
         call this together."""
         average = self.state.average
-        return {"": full_model(self.unwrapped)} | ({"ema": average.module} if average is not None else {})
+        return {"": gather_full_model(self.unwrapped)} | ({"ema": average.module} if average is not None else {})
 
     @property
     def step(self) -> int:
@@ -98,7 +98,7 @@ def build(args: TrainArguments, accelerator, folder: RunFolder, stop: StopReques
     if resumed is not None:
         if changed := changed_arguments(then, args, MAY_CHANGE_ON_RESUME):
             raise UserError(f"--resume {resumed}: a resumed run keeps its flags; changed: {changed}")
-        model = load_detector(resumed, "--resume").train()
+        model = load_model(resumed, "--resume").train()
         if Categories(tuple(model.config.category_ids), model.config.class_names) != categories:
             raise UserError(f"--resume {resumed}: its classes are not those of {train_set.annotations.split.json}")
     else:
@@ -202,8 +202,8 @@ def new_detector(args: TrainArguments, categories: Categories, folder: RunFolder
         "decoding": {"top_p": args.top_p, "temperature": args.temperature, "seed": args.seed},
     }
     if args.init_from is None:
-        return build_detector(**values)
-    source = load_detector(args.init_from, "--init_from")
+        return build_model(**values)
+    source = load_model(args.init_from, "--init_from")
     shape = model_arguments(args.init_from)
     if not shape:
         raise UserError(f"--init_from {args.init_from}: has no {TRAINING_FILE}, which says how it was made")
@@ -248,7 +248,7 @@ def mfu_factor(
         with torch.device("meta"):
             twin = type(model)(model.config)
         prepare_for_training(args, twin, 1, torch.device("meta"))
-        return detector_cost(twin, 1, length, args.mixed_precision, round(targets)).step_flops / peak
+        return model_step_cost(twin, 1, length, args.mixed_precision, round(targets)).step_flops / peak
     except Exception as error:  # a backbone of anybody's may ask for values, and no run fails for a metric
         folder.log(f"perf/mfu is left out: the step's FLOPs cannot be counted ({error})")
         return 0.0

@@ -19,7 +19,7 @@ from pix2seq.models import Pix2SeqForObjectDetection
 WHOLE = StateDictOptions(full_state_dict=True)
 
 
-def full_model(detector: nn.Module) -> Pix2SeqForObjectDetection:
+def gather_full_model(detector: nn.Module) -> Pix2SeqForObjectDetection:
     """The detector itself or, if FSDP2 has sharded it, a copy that holds all of its weights.
 
     A copy, because ranks may decode different numbers of batches, and sharded layers wait for all ranks.
@@ -31,8 +31,8 @@ def full_model(detector: nn.Module) -> Pix2SeqForObjectDetection:
     return whole.train(detector.training)
 
 
-def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+def gather_full_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.gather_full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict | None:

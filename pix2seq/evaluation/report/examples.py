@@ -8,7 +8,7 @@ from PIL import Image
 from torchvision.transforms.v2.functional import to_pil_image
 
 from pix2seq.data import Annotations
-from pix2seq.data.image_files import BadImage
+from pix2seq.data.image_files import BadImageError
 from pix2seq.evaluation.report.analysis import Analysis
 from pix2seq.evaluation.report.matching import KINDS, Error
 from pix2seq.visualization import CELL, PALETTE, draw_boxes, enlarge, grid
@@ -44,7 +44,7 @@ def _drawn(kind: str, analysis: Analysis, annotations: Annotations, order: np.nd
         seen.add(error.image)
         try:
             image = to_pil_image(annotations.image_file(int(order[error.image])).pixels())
-        except BadImage:
+        except BadImageError:
             continue
         yield draw_error(image, error, analysis)
 
