@@ -26,11 +26,11 @@ from pix2seq.colors import apply_color_ops
 from pix2seq.data import train_loader
 from pix2seq.data.commands import check_data
 from pix2seq.data.unreadable import TooManyUnreadable
-from pix2seq.errors import UserError
+from pix2seq.errors import Stopped, UserError
 from pix2seq.evaluation.coco_metrics import metrics_table
 from pix2seq.training.launcher import rejoin_process_group, restarts
 from pix2seq.training.metrics import describe, token_statistics
-from pix2seq.training.preemption import Stopped, StopRequest
+from pix2seq.training.preemption import StopRequest
 from pix2seq.training.run_folder import RunFolder
 from pix2seq.training.saving import export_model, save
 from pix2seq.training.setup import TrainContext, build

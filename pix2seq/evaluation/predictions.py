@@ -9,10 +9,10 @@ from tqdm import tqdm
 
 from pix2seq.data import EvalDataset, eval_loader
 from pix2seq.data.image_files import BadImageError
+from pix2seq.errors import Stopped
 from pix2seq.generation import DecodingOptions, Detections, Interrupted, NonFiniteLogits
 from pix2seq.progress import progress
 from pix2seq.tokenizer import Tokenizer
-from pix2seq.training.preemption import Stopped
 from pix2seq.transforms import to_original_pixels
 
 

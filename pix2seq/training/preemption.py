@@ -5,10 +5,6 @@ import signal
 from pix2seq.training.launcher import set_parent_death_signal
 
 
-class Stopped(Exception):
-    """The run was told to stop in the middle of an evaluation. Raised on all ranks together."""
-
-
 class StopRequest:
     """Catches the signals from its construction on. A second Ctrl-C ends the process at once."""
 
