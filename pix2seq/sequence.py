@@ -1,6 +1,6 @@
 """Training sequences: object order, noise objects, class corruption and token weights (Pix2Seq sections 2.1 to 2.3).
 
-Inputs, labels and weights are built by one class, so that they cannot get out of step: `labels[t]` is the target for the
+One class builds inputs, labels and weights, so that they cannot get out of step: `labels[t]` is the target of the
 prediction after `input_ids[: t + 1]`, and `token_weights[t]` is its weight in the loss.
 """
 
@@ -29,8 +29,8 @@ class SequenceBuilder:
     """Builds the training sequence of an image. The defaults are those of the authors' code.
 
     With `noise_objects` (the paper's sequence augmentation, section 2.3), every sequence holds exactly `max_objects`
-    objects: the real ones, then synthetic boxes of class NOISE. The coordinates of a noise object have weight 0 and its
-    class has weight `noise_weight`, so the model learns to reject wrong boxes, and at inference it can always generate
+    objects: the real ones, then synthetic boxes of class NOISE. The coordinates of a noise object have weight 0, its
+    class has weight `noise_weight`. The model learns to reject wrong boxes, and at inference it can always generate
     `max_objects` objects. Without `noise_objects`, a sequence is the real objects followed by EOS.
 
     Args:

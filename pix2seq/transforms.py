@@ -1,10 +1,12 @@
-"""Image and box geometry: from a picture of any size to the square canvas, and back.
+"""Image transforms: geometry of images and boxes on torchvision.transforms.v2, and color augmentation.
 
-Built on torchvision.transforms.v2. Pictures are uint8 tensors (3, H, W) throughout; boxes enter as xyxy pixels of the
-picture and leave as xyxy fractions of the canvas. All randomness comes from the generator passed in.
+Images are uint8 RGB tensors (3, H, W). Boxes are xyxy: in pixels of the original image before a transform, and
+normalised to [0, 1] by the side of the padded square image after it. Coordinates in tokens refer to the padded image.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from enum import IntEnum
 
 import numpy as np
 import torch
@@ -13,52 +15,59 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 from torchvision.tv_tensors import BoundingBoxes
 
-# The authors fill the canvas with 0.3 of white and normalise nothing; filling before the normalisation is the same.
+# The authors pad with 0.3 and do not normalise images. Padding before the normalisation gives the same gray.
 PAD_VALUE = int(0.3 * 255)
 
 
 def from_pil(image: Image.Image) -> torch.Tensor:
-    """Pixels uint8 RGB (3, H, W) of a picture of any mode, as they are stored: an EXIF tag turns nothing. Raises
-    ValueError for 32 bits a pixel, and what Pillow raises for a damaged file."""
-    if image.mode.startswith("I;16"):  # Pillow would cut these off at 255
+    """Converts a PIL image of any mode to uint8 RGB (3, H, W). The EXIF orientation is not applied.
+
+    Raises:
+        ValueError: The image has 32 bits per pixel. Pillow raises other exceptions for damaged files.
+    """
+    if image.mode.startswith("I;16"):  # Pillow's conversion would clip at 255
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     elif image.mode in ("I", "F"):
-        raise ValueError("32 bits a pixel, of which nobody knows what is white")
+        raise ValueError("32 bits per pixel: the value of white is not defined; convert the image to 8 or 16 bits")
     return F.pil_to_tensor(image.convert("RGB"))
 
 
 @dataclass
 class PaddedImage:
-    """What the model sees of a picture.
+    """A transformed image, padded at the right and the bottom to a square of side S.
 
-    image     uint8 (3, S, S): the picture in the top left corner, PAD_VALUE right of it and below
-    boxes     float64 (M, 4): xyxy in [0, 1] of the canvas
-    kept      int64 (M,): which of the given boxes these are; a box with no area left in the crop is gone
-    size      (height, width) in pixels of the part of the canvas that the picture covers
+    Args:
+        image: uint8 (3, S, S), filled with PAD_VALUE outside the valid part.
+        boxes: float64 (M, 4), xyxy in [0, 1] of the padded image. Boxes without area are removed.
+        kept: int64 (M,), the index of each box among the boxes that were given.
+        valid_size: The (height, width) in pixels of the part of the square that the image covers.
     """
 
     image: torch.Tensor
     boxes: np.ndarray
     kept: np.ndarray
-    size: tuple[int, int]
+    valid_size: tuple[int, int]
 
     @property
     def valid_fraction(self) -> tuple[float, float]:
-        """(width, height) of the covered part as fractions of the canvas."""
+        """The (width, height) of the valid part, as fractions of the side."""
         side = self.image.shape[-1]
-        return self.size[1] / side, self.size[0] / side
+        return self.valid_size[1] / side, self.valid_size[0] / side
 
 
 @dataclass(frozen=True)
 class TrainTransform:
-    """The authors' augmentation: scale jitter, crop with one shared offset, flip, padding.
+    """Training augmentation of the authors' code: scale jitter, crop, horizontal flip and padding.
 
-    scale_min, scale_max   range of the scale: at 1 the picture just fits the canvas
-    flip                   probability of a horizontal flip
-    independent_crop       the crop's two offsets are drawn each for itself; with scales from 0.1 to 2 this is the
-                           large-scale jitter of Ghiasi et al. (2021)
-    iou_crop               first SSD's crop, with torchvision's figures: a part of the picture that keeps enough of at
-                           least one object; objects whose centre is outside are gone
+    Args:
+        image_size: Side S of the padded image, in pixels.
+        scale_min: Minimum scale. At scale 1, the image just fits into the square.
+        scale_max: Maximum scale.
+        flip: Probability of a horizontal flip.
+        independent_crop: Draw the vertical and the horizontal crop offset independently instead of sharing one random
+            number. With scales of 0.1 to 2, this is the large-scale jitter of Ghiasi et al. (2021).
+        iou_crop: Apply the crop of SSD first (torchvision's RandomIoUCrop). It removes objects whose centre lies
+            outside the crop.
     """
 
     image_size: int
@@ -69,15 +78,21 @@ class TrainTransform:
     iou_crop: bool = False
 
     def __call__(self, image, boxes: np.ndarray, rng: np.random.Generator) -> PaddedImage:
-        """`image`: uint8 (3, H, W), or what has such a `shape` and gives such `pixels(at_least)`: see data.Picture."""
+        """Transforms an image and its boxes.
+
+        Args:
+            image: uint8 (3, H, W), or a `pix2seq.data.image_files.ImageFile`, which is decoded as small as possible.
+            boxes: Boxes (N, 4), float64, xyxy in pixels.
+            rng: Source of all randomness.
+        """
         side = self.image_size
         boxes = BoundingBoxes(torch.from_numpy(boxes), format="XYXY", canvas_size=tuple(image.shape[-2:]))
-        if self.iou_crop and len(boxes) and min(image.shape[-2:]) >= 4:  # 0.3 of less is not a pixel
+        if self.iou_crop and len(boxes) and min(image.shape[-2:]) >= 4:  # crops of smaller images can be empty
             image, boxes = _iou_crop(image, boxes, rng)
 
         target = side * rng.uniform(self.scale_min, self.scale_max)
         size = resized_size(image.shape[-2:], target)
-        pixels = F.resize(pixels_of(image, size), size, antialias=False)
+        pixels = F.resize(read_pixels(image, size), size, antialias=False)
         boxes = F.resize(boxes, size)
 
         offsets = rng.random(2) if self.independent_crop else [rng.random()] * 2
@@ -93,65 +108,168 @@ class TrainTransform:
 
 @dataclass(frozen=True)
 class EvalTransform:
-    """The whole picture, made as large as fits the canvas (small ones grow), in the top left corner."""
+    """Resizes the whole image to fit into the square (small images grow) and pads it.
+
+    Args:
+        image_size: Side S of the padded image, in pixels.
+    """
 
     image_size: int
 
     def __call__(self, image, boxes: np.ndarray | None = None) -> PaddedImage:
-        """`image`: as TrainTransform's."""
+        """Transforms an image and, if given, its boxes. See `TrainTransform.__call__` for the arguments."""
         boxes = torch.zeros(0, 4) if boxes is None else torch.from_numpy(boxes)
         boxes = BoundingBoxes(boxes, format="XYXY", canvas_size=tuple(image.shape[-2:]))
         size = resized_size(image.shape[-2:], self.image_size)
-        # All of the file: who comes with a decoded picture has no other pixels, and its boxes should be the same.
-        pixels = F.resize(pixels_of(image), size, antialias=True)
+        # Decodes at full resolution, so that an image file and a decoded image give the same boxes.
+        pixels = F.resize(read_pixels(image), size, antialias=True)
         return _pad(pixels, F.resize(boxes, size), self.image_size)
 
 
 def resized_size(size: tuple[int, int], side: float) -> tuple[int, int]:
-    """(height, width) scaled, aspect kept, to fit a square of the given side. Truncated like the original's."""
+    """Returns the (height, width) that fits into a square of the given side, aspect ratio kept, truncated."""
     ratio = min(side / size[0], side / size[1])
-    # The longer side times its own ratio may come out a hair under the side: 1e-6 keeps it from losing a pixel.
+    # Without 1e-6, rounding errors may truncate the longer side to one pixel less than `side`.
     return max(1, int(size[0] * ratio + 1e-6)), max(1, int(size[1] * ratio + 1e-6))
 
 
 def to_original_pixels(
-    boxes: np.ndarray, side: int, size: tuple[int, int], original_size: tuple[int, int]
+    boxes: np.ndarray, side: int, valid_size: tuple[int, int], original_size: tuple[int, int]
 ) -> np.ndarray:
-    """Boxes (N, 4) xyxy in [0, 1] of the canvas -> xyxy pixels of the original picture, clipped to it, unrounded.
+    """Converts boxes from the padded image to pixels of the original image.
 
-    side            of the canvas, in pixels
-    size            (height, width) of the part of the canvas that the picture covers
-    original_size   (height, width) of the original picture
+    Args:
+        boxes: Boxes (N, 4), xyxy in [0, 1] of the padded image.
+        side: Side of the padded image, in pixels.
+        valid_size: The (height, width) of its part that the image covers, in pixels.
+        original_size: The (height, width) of the original image, in pixels.
+
+    Returns:
+        Boxes (N, 4), xyxy in pixels of the original image, clipped to it and not rounded.
     """
-    scale = [side / length * original for length, original in zip(size, original_size, strict=True)]
+    scale = [side / length * original for length, original in zip(valid_size, original_size, strict=True)]
     limit = np.array([original_size[1], original_size[0]] * 2, dtype=np.float64)
     return np.clip(boxes * np.array([scale[1], scale[0]] * 2), 0, limit)
 
 
-def pixels_of(image, at_least: tuple[int, int] | None = None) -> torch.Tensor:
-    """Those of what a transform takes, which may be decoded smaller if not below (height, width) `at_least`."""
-    return image if isinstance(image, torch.Tensor) else image.pixels(at_least)
+def read_pixels(image, min_size: tuple[int, int] | None = None) -> torch.Tensor:
+    """Returns the pixels (3, H, W) of a tensor or an `ImageFile`.
+
+    Files may be decoded at a smaller size, but not below the (height, width) `min_size`.
+    """
+    return image if isinstance(image, torch.Tensor) else image.pixels(min_size)
 
 
 def _iou_crop(image, boxes: BoundingBoxes, rng: np.random.Generator) -> tuple[torch.Tensor, BoundingBoxes]:
-    # torchvision draws from torch's global generator: lend it a seed of ours and put its state back.
+    # torchvision draws from torch's global generator, so seed it here and restore its state afterwards.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(rng.integers(2**63)))
         crop = v2.RandomIoUCrop().make_params([torch.empty(image.shape, device="meta"), boxes])
-    if not crop:  # one of the choices is to leave the picture whole
+    if not crop:  # RandomIoUCrop sometimes keeps the whole image
         return image, boxes
     centre_inside = crop.pop("is_within_crop_area")
     boxes = F.crop(boxes, **crop)
-    boxes[~centre_inside] = 0  # without area: `_pad` leaves it out
-    return F.crop(pixels_of(image), **crop), boxes
+    boxes[~centre_inside] = 0  # no area, so `_pad` removes it
+    return F.crop(read_pixels(image), **crop), boxes
 
 
 def _pad(image: torch.Tensor, boxes: BoundingBoxes, side: int) -> PaddedImage:
-    size = tuple(image.shape[-2:])
+    height, width = image.shape[-2:]
     boxes = F.clamp_bounding_boxes(boxes).numpy().astype(np.float64)
     kept = np.flatnonzero((boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1]))
-    # A pixel's three values lie side by side, as in what decoders give: putting them elsewhere takes longer than all
-    # the padding.
-    canvas = torch.full((side, side, 3), PAD_VALUE, dtype=torch.uint8).permute(2, 0, 1)
-    canvas[:, : size[0], : size[1]] = image
-    return PaddedImage(canvas, boxes[kept] / side, kept, size)
+    # Channels last in memory, as image decoders return pixels: converting the layout takes longer than the padding.
+    padded = torch.full((side, side, 3), PAD_VALUE, dtype=torch.uint8).permute(2, 0, 1)
+    padded[:, :height, :width] = image
+    return PaddedImage(padded, boxes[kept] / side, kept, (height, width))
+
+
+class ColorOp(IntEnum):
+    """The color operations that `ColorAugmentation.draw` samples and `apply_color_ops` applies."""
+
+    NONE = 0
+    BRIGHTNESS = 1
+    CONTRAST = 2
+    SATURATION = 3
+    HUE = 4
+    GRAYSCALE = 5
+    PERMUTE_CHANNELS = 6
+
+
+MAX_COLOR_OPS = 6  # per image
+CHANNEL_ORDERS = ([0, 1, 2], [0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 0, 1], [2, 1, 0])
+COLOR_FUNCTIONS: dict[int, Callable[[torch.Tensor, float], torch.Tensor]] = {
+    ColorOp.BRIGHTNESS: F.adjust_brightness,
+    ColorOp.CONTRAST: F.adjust_contrast,
+    ColorOp.SATURATION: F.adjust_saturation,
+    ColorOp.HUE: F.adjust_hue,
+    ColorOp.GRAYSCALE: lambda image, _: F.rgb_to_grayscale(image, num_output_channels=3),
+    ColorOp.PERMUTE_CHANNELS: lambda image, index: F.permute_channels(image, CHANNEL_ORDERS[int(index)]),
+}
+
+
+@dataclass(frozen=True)
+class ColorAugmentation:
+    """Samples color operations in the data workers; `apply_color_ops` applies them to a batch on its device.
+
+    Args:
+        jitter: Strength s of the color jitter of SimCLR, as in the authors' code: with probability 0.8, brightness,
+            contrast and saturation change by up to 0.8 s and hue by up to 0.2 s, in random order. 0 disables it.
+        grayscale: Probability of a conversion to grayscale, after the jitter.
+        photometric: Photometric distortion of SSD with torchvision's parameters: brightness, contrast, saturation, hue
+            and the order of the channels each change with probability 0.5.
+    """
+
+    jitter: float = 0.0
+    grayscale: float = 0.0
+    photometric: bool = False
+
+    def __bool__(self) -> bool:
+        return self.jitter > 0 or self.grayscale > 0 or self.photometric
+
+    def draw(self, rng: np.random.Generator) -> np.ndarray:
+        """Returns the operations of one image in order, float32 (MAX_COLOR_OPS, 2): pairs of ColorOp and amount."""
+        ops = []
+        if self.jitter and rng.random() < 0.8:
+            strength, hue = 0.8 * self.jitter, 0.2 * self.jitter
+            jitter = [
+                (op, rng.uniform(max(0, 1 - strength), 1 + strength))
+                for op in (ColorOp.BRIGHTNESS, ColorOp.CONTRAST, ColorOp.SATURATION)
+            ]
+            jitter.append((ColorOp.HUE, rng.uniform(-hue, hue)))
+            ops += [jitter[index] for index in rng.permutation(len(jitter))]
+        if self.photometric:
+            ops += _photometric_distortion(rng)
+        if self.grayscale and rng.random() < self.grayscale:
+            ops.append((ColorOp.GRAYSCALE, 0))
+        ops += [(ColorOp.NONE, 0)] * (MAX_COLOR_OPS - len(ops))
+        return np.array(ops, dtype=np.float32)
+
+
+def _photometric_distortion(rng: np.random.Generator) -> list[tuple[ColorOp, float]]:
+    apply = rng.random(5) < 0.5
+    contrast = (apply[1], ColorOp.CONTRAST, rng.uniform(0.5, 1.5) if apply[1] else 1.0)
+    contrast_first = rng.random() < 0.5
+    brightness = (apply[0], ColorOp.BRIGHTNESS, rng.uniform(0.875, 1.125))
+    saturation = (apply[2], ColorOp.SATURATION, rng.uniform(0.5, 1.5))
+    hue = (apply[3], ColorOp.HUE, rng.uniform(-0.05, 0.05))
+    channels = (apply[4], ColorOp.PERMUTE_CHANNELS, rng.integers(len(CHANNEL_ORDERS)))
+    middle = (contrast, saturation, hue) if contrast_first else (saturation, hue, contrast)
+    return [(op, amount) for chosen, op, amount in (brightness, *middle, channels) if chosen]
+
+
+def apply_color_ops(pixel_values: torch.Tensor, valid_sizes: torch.Tensor, color_ops: torch.Tensor) -> torch.Tensor:
+    """Applies each image's color operations to its valid part; the padding keeps its color.
+
+    Args:
+        pixel_values: uint8 (B, 3, S, S), on any device. It is not modified.
+        valid_sizes: (B, 2), on the CPU: `PaddedImage.valid_size` of each image.
+        color_ops: (B, MAX_COLOR_OPS, 2), on the CPU: from `ColorAugmentation.draw`.
+    """
+    result = pixel_values.clone()
+    for padded, (height, width), ops in zip(result, valid_sizes.tolist(), color_ops.tolist(), strict=True):
+        image = padded[:, :height, :width]
+        for op, amount in ops:
+            if op != ColorOp.NONE:
+                image = COLOR_FUNCTIONS[int(op)](image, amount)
+        padded[:, :height, :width] = image
+    return result

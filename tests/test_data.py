@@ -9,7 +9,6 @@ import pytest
 import torch
 from PIL import Image
 
-from pix2seq.colors import ColorAugmentation
 from pix2seq.data import (
     EvalDataset,
     StepSampler,
@@ -21,7 +20,7 @@ from pix2seq.data import (
 )
 from pix2seq.sequence import SequenceBuilder
 from pix2seq.tokenizer import NOISE_LABEL, Tokenizer
-from pix2seq.transforms import EvalTransform, TrainTransform
+from pix2seq.transforms import ColorAugmentation, EvalTransform, TrainTransform
 
 TOKENIZER = Tokenizer(4, 200)
 

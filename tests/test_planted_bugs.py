@@ -138,7 +138,7 @@ def test_boxes_normalised_by_the_picture_not_the_canvas(healthy, learn, monkeypa
 
     def wrong(pixels, boxes, side):
         canvas = pad(pixels, boxes, side)
-        height, width = canvas.size
+        height, width = canvas.valid_size
         canvas.boxes = canvas.boxes * np.array([side / width, side / height] * 2)
         return canvas
 

@@ -10,12 +10,11 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from pix2seq.colors import ColorAugmentation
 from pix2seq.data.coco import Annotations
 from pix2seq.data.image_files import BadImageError
 from pix2seq.errors import UserError
 from pix2seq.sequence import SequenceBuilder
-from pix2seq.transforms import PAD_VALUE, EvalTransform, TrainTransform
+from pix2seq.transforms import PAD_VALUE, ColorAugmentation, EvalTransform, TrainTransform
 
 MAX_ATTEMPTS = 100  # images in a row that cannot be read, before somebody has to look
 
@@ -51,7 +50,7 @@ class TrainDataset(Dataset):
     def _example(self, index: int, rng: np.random.Generator) -> dict:
         boxes, labels = self.annotations.objects(index)
         canvas = self.transform(self.annotations.image_file(index), boxes, rng)
-        image_id, size = self.annotations.image_ids[index], np.array(canvas.size)
+        image_id, size = self.annotations.image_ids[index], np.array(canvas.valid_size)
         example = {"pixel_values": canvas.image, "image_id": image_id, "size": size}
         if self.colors is not None:
             example["color_ops"] = self.colors.draw(rng)
@@ -83,5 +82,5 @@ class EvalDataset(Dataset):
             blank = torch.full((3, side, side), PAD_VALUE, dtype=torch.uint8)
             item["unreadable"] = f"{self.annotations.name(index)}: {bad}"
             return item | {"pixel_values": blank, "size": size, "original_size": size}
-        size, original_size = np.array(canvas.size), np.array(picture.shape[-2:])
+        size, original_size = np.array(canvas.valid_size), np.array(picture.shape[-2:])
         return item | {"pixel_values": canvas.image, "size": size, "original_size": original_size}

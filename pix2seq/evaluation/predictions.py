@@ -122,7 +122,7 @@ def oracle_predictions(
             unreadable.append(f"{annotations.name(index)}: {bad}")
             continue
         boxes, labels = tokenizer.decode(tokenizer.encode(canvas.boxes, labels[canvas.kept]))
-        boxes = to_original_pixels(boxes, transform.image_size, canvas.size, tuple(picture.shape[-2:]))
+        boxes = to_original_pixels(boxes, transform.image_size, canvas.valid_size, tuple(picture.shape[-2:]))
         detections = Detections(boxes, labels, np.ones(len(boxes)))
         results += coco_results(image_id, detections, annotations.categories.ids)
     (warn or warn_unreadable)(unreadable)
