@@ -355,7 +355,7 @@ def run_export(args: ExportArguments) -> int:
         (folder / "README.md").write_text(README.format(graphs=graphs, padding=PAD_VALUE, parity=parity))
 
     try:
-        manifest.commit(output, write)
+        manifest.write_folder_atomically(output, write)
     except OSError as error:
         raise UserError(f"--output_dir {output}: could not be written ({error.strerror or error})") from None
     except NonFiniteLogits as error:

@@ -1,7 +1,7 @@
-"""Folders that are written completely or not at all.
+"""Atomically written folders: a folder is complete or absent, even after kill -9 or on a full disk.
 
-A folder is written under a temporary name, flushed to the disk, listed with sizes and hashes in MANIFEST.json, and then
-renamed. An existing folder is replaced only when the new one is complete.
+A folder is written under a temporary name and flushed to the disk. MANIFEST.json, written last, lists the size and the
+hash of each file. Only then is the folder renamed; an existing folder is replaced only by a complete one.
 """
 
 import contextlib
@@ -17,50 +17,45 @@ MANIFEST = "MANIFEST.json"
 STEP_FOLDER = re.compile(r"step_(\d{8,})")
 
 
-def commit(final: Path, write: Callable[[Path], None], step: int | None = None) -> None:
-    """Puts what `write(folder)` writes at `final`, replacing what is there only once the new folder is complete."""
-    recover(final)
-    temporary, replaced = final.with_name(f".tmp-{final.name}"), _replaced(final)
+def write_folder_atomically(folder: Path, write: Callable[[Path], None], step: int | None = None) -> None:
+    """Creates or replaces a folder.
+
+    Args:
+        folder: Final path of the folder.
+        write: Called as `write(temporary_folder)`, creates the files. If it raises, an existing folder is unchanged.
+        step: Training step to record in the manifest.
+    """
+    recover(folder)
+    temporary, replaced = folder.with_name(f".tmp-{folder.name}"), _replaced_path(folder)
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        _write_whole(temporary, write, step)
+        temporary.mkdir(parents=True)
+        write(temporary)
+        _write_manifest(temporary, step)
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)  # on a full disk, half a checkpoint is in the way of the next
+        shutil.rmtree(temporary, ignore_errors=True)  # on a full disk, the next attempt needs the space
         raise
-    if final.exists():
+    if folder.exists():
         shutil.rmtree(replaced, ignore_errors=True)
-        final.rename(replaced)
-    temporary.rename(final)
-    _flush(final.parent)
+        folder.rename(replaced)
+    temporary.rename(folder)
+    _fsync(folder.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _write_whole(temporary: Path, write: Callable[[Path], None], step: int | None) -> None:
-    """What `write(folder)` writes, its manifest last, all of it on the disk."""
-    temporary.mkdir(parents=True)
-    write(temporary)
-    files = sorted(path for path in temporary.rglob("*") if path.is_file())
-    manifest = {
-        str(path.relative_to(temporary)): {"size": path.stat().st_size, "sha256": _sha256(path)} for path in files
-    }
-    (temporary / MANIFEST).write_text(json.dumps({"step": step, "files": manifest}, indent=1))
-    for path in (*files, temporary / MANIFEST, temporary):
-        _flush(path)
-
-
-def recover(final: Path) -> None:
-    """Puts back what a replacement was about to replace, if it was cut off between its two renames."""
-    if _replaced(final).exists() and not final.exists():
-        with contextlib.suppress(FileNotFoundError):  # another process was faster
-            _replaced(final).rename(final)
-
-
-def _replaced(final: Path) -> Path:
-    return final.with_name(f".old-{final.name}")
+def recover(folder: Path) -> None:
+    """Restores the old folder if a replacement was killed between its two renames."""
+    if _replaced_path(folder).exists() and not folder.exists():
+        with contextlib.suppress(FileNotFoundError):  # another process restored it first
+            _replaced_path(folder).rename(folder)
 
 
 def verify(folder: Path) -> str | None:
-    """None if the checkpoint is complete and unchanged, else what is wrong with it."""
+    """Checks a folder against its manifest.
+
+    Returns:
+        None if all files are complete and unchanged, otherwise a description of the first problem.
+    """
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         if (match := STEP_FOLDER.fullmatch(folder.name)) and manifest["step"] != int(match[1]):
@@ -73,8 +68,20 @@ def verify(folder: Path) -> str | None:
         if not path.is_file():
             return f"{path.relative_to(folder)} is missing"
         if path.stat().st_size != size or _sha256(path) != digest:
-            return f"{path.relative_to(folder)} is not what was written"
+            return f"{path.relative_to(folder)} is damaged: its size or hash differs from {MANIFEST}"
     return None
+
+
+def _write_manifest(folder: Path, step: int | None) -> None:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    entries = {str(path.relative_to(folder)): {"size": path.stat().st_size, "sha256": _sha256(path)} for path in files}
+    (folder / MANIFEST).write_text(json.dumps({"step": step, "files": entries}, indent=1))
+    for path in (*files, folder / MANIFEST, folder):
+        _fsync(path)
+
+
+def _replaced_path(folder: Path) -> Path:
+    return folder.with_name(f".old-{folder.name}")
 
 
 def _sha256(path: Path) -> str:
@@ -82,8 +89,8 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _flush(path: Path) -> None:
-    """Asks the disk to keep a file, or the names in a folder."""
+def _fsync(path: Path) -> None:
+    """Flushes a file, or the entries of a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -95,12 +95,12 @@ def spoil_the_flags(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "part"),
     [
-        (damage_weights, "model.safetensors is not what was written"),
+        (damage_weights, "model.safetensors is damaged"),
         (lose_a_weight, "lacks the weights bridge"),
         (lambda folder: (folder / "config.json").write_text("{}"), "holds a model of type None"),
         (lambda folder: (folder / "config.json").write_text("{"), "config.json cannot be read"),
         (lambda folder: (folder / "config.json").unlink(), "no config.json"),
-        (lambda folder: (folder / "training.yaml").write_text("a: ["), "training.yaml is not what was written"),
+        (lambda folder: (folder / "training.yaml").write_text("a: ["), "training.yaml is damaged"),
         (spoil_the_flags, "training.yaml cannot be read"),
     ],
 )
