@@ -1,4 +1,4 @@
-"""What predict.py is asked about: files, folders, globs, and the numbers of webcams, as words of a command line."""
+"""The inputs of predict.py: files, folders, glob patterns and webcams."""
 
 import glob
 import itertools
@@ -12,58 +12,72 @@ from pix2seq.errors import UserError
 VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm")
 
 
-def is_camera(word: str) -> bool:
-    return word.isdecimal() and not os.path.exists(word)
+def is_webcam(path: str) -> bool:
+    """Whether an input is the number of a webcam."""
+    return path.isdecimal() and not os.path.exists(path)
 
 
-def is_video(word: str) -> bool:
-    """By its name, or a webcam."""
-    return is_camera(word) or Path(word).suffix.lower() in VIDEO_SUFFIXES
+def is_video(path: str) -> bool:
+    """Whether an input is a video file, by its suffix, or a webcam."""
+    return is_webcam(path) or Path(path).suffix.lower() in VIDEO_SUFFIXES
 
 
-def find_inputs(words: Sequence[str], output: Path) -> tuple[list[str], list[str]]:
-    """What the words name, each once and in their order: files, pictures in folders and below them, what globs match,
-    and numbers of webcams. And what else is in these folders, but for the `output`'s. Raises UserError."""
-    found, left_out = {}, {}
-    if not words or "" in words:
-        raise UserError("no pictures: name files, folders, globs, videos or the number of a webcam, before any flag")
-    for word in words:
-        paths = [word] if os.path.exists(word) or is_camera(word) else sorted(glob.glob(word, recursive=True))
+def find_inputs(inputs: Sequence[str], output_dir: Path) -> tuple[list[str], list[str]]:
+    """Finds the images and videos that inputs stand for.
+
+    Args:
+        inputs: files, folders, glob patterns and numbers of webcams. Folders are searched recursively for images.
+        output_dir: folder that is not searched.
+
+    Returns:
+        The images and videos in order, each once, and the files of the folders that are not images by their suffix.
+
+    Raises:
+        UserError: an input stands for no file.
+    """
+    found: dict[str, str] = {}
+    skipped: dict[str, str] = {}
+    if not inputs or "" in inputs:
+        raise UserError("no inputs: name images, folders, glob patterns, videos or a webcam, before any flag")
+    for item in inputs:
+        paths = [item] if os.path.exists(item) or is_webcam(item) else sorted(glob.glob(item, recursive=True))
         if not paths:
-            raise UserError(f"{word}: {'matches nothing' if glob.has_magic(word) else 'no such file or folder'}")
+            raise UserError(f"{item}: {'matches no file' if glob.has_magic(item) else 'no such file or folder'}")
         files = []
         for path in paths:
-            pictures, others = _in_folder(Path(path), output) if os.path.isdir(path) else ([path], [])
-            files += pictures
-            left_out |= {os.path.realpath(file): file for file in others}
+            images, others = _search_folder(Path(path), output_dir) if os.path.isdir(path) else ([path], [])
+            files += images
+            skipped |= {os.path.realpath(file): file for file in others}
         if not files:
-            raise UserError(f"{word}: holds no pictures, which are {' '.join(FORMATS_OF_SUFFIX)}")
+            raise UserError(f"{item}: contains no images ({' '.join(FORMATS_OF_SUFFIX)})")
         for file in files:
             found.setdefault(os.path.realpath(file), file)
-    return list(found.values()), [file for place, file in left_out.items() if place not in found]
+    return list(found.values()), [file for real_path, file in skipped.items() if real_path not in found]
 
 
-def _in_folder(folder: Path, output: Path) -> tuple[list[str], list[str]]:
-    """Pictures by their names, and other files."""
-    pictures, others, output = [], [], output.resolve()
-    has_output = folder.resolve() in output.parents
+def _search_folder(folder: Path, output_dir: Path) -> tuple[list[str], list[str]]:
+    """The images of a folder, by their suffix, and its other files; without those of `output_dir`."""
+    images, others, output_dir = [], [], output_dir.resolve()
+    contains_output = folder.resolve() in output_dir.parents
     for path in sorted(folder.rglob("*")):
-        if path.is_dir() or (has_output and output in path.resolve().parents):
+        if path.is_dir() or (contains_output and output_dir in path.resolve().parents):
             continue
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        is_image_name = path.suffix.lower() in FORMATS_OF_SUFFIX and not hidden
-        (pictures if is_image_name else others).append(str(path))
-    return pictures, others
+        is_hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        is_image = path.suffix.lower() in FORMATS_OF_SUFFIX and not is_hidden
+        (images if is_image else others).append(str(path))
+    return images, others
 
 
-def name_inputs(paths: Sequence[str]) -> dict[str, str]:
-    """What is written for each is called as it is, without suffix; numbered where that is taken."""
-    names, taken, numbers = {}, set(), {}
+def unique_names(paths: Sequence[str]) -> dict[str, str]:
+    """The name of the output files of each input: its own without suffix, with a number where names collide."""
+    names: dict[str, str] = {}
+    used: set[str] = set()
+    counters: dict[str, itertools.count] = {}
     for path in paths:
-        stem = f"webcam_{path}" if is_camera(path) else Path(path).stem
-        # Some file systems do not tell large letters from small ones.
-        counter = numbers.setdefault(stem.casefold(), itertools.count(1))
-        choices = (stem if number == 1 else f"{stem}_{number}" for number in counter)
-        names[path] = next(choice for choice in choices if choice.casefold() not in taken)
-        taken.add(names[path].casefold())
+        stem = f"webcam_{path}" if is_webcam(path) else Path(path).stem
+        # Names are compared without case, because some file systems do not distinguish it.
+        counter = counters.setdefault(stem.casefold(), itertools.count(1))
+        candidates = (stem if number == 1 else f"{stem}_{number}" for number in counter)
+        names[path] = next(name for name in candidates if name.casefold() not in used)
+        used.add(names[path].casefold())
     return names

@@ -1,4 +1,4 @@
-"""Videos and webcams as frames, and frames as a video. OpenCV does both, and nothing else needs it."""
+"""Reads video files and webcams, and writes videos. Needs OpenCV."""
 
 import contextlib
 import math
@@ -13,9 +13,9 @@ from pix2seq.data.image_files import check_regular
 from pix2seq.errors import UserError
 
 
-def opencv(video: str):
-    """The package that reads and writes videos. Raises UserError."""
-    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # what is wrong is told in a line of ours
+def import_opencv(video: str):
+    """Imports OpenCV and turns off its log. Raises UserError that names the video if OpenCV is not installed."""
+    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
     try:
         import cv2
     except ImportError:
@@ -24,47 +24,66 @@ def opencv(video: str):
     return cv2
 
 
-class Video:
-    """The frames of a video file, or of a webcam by its number: uint8 RGB (H, W, 3). Raises UserError and BadImageError.
+class VideoReader:
+    """Iterates over the frames of a video: uint8 RGB arrays (H, W, 3).
 
-    rate    frames a second
-    total   how many there are by what the file says, which may be an estimate; infinity where nobody knows
+    Args:
+        source: video file, or number of a webcam.
+
+    Attributes:
+        frame_rate: frames per second; 30 if it is unknown.
+        num_frames: frames according to the header, which may be an estimate; infinity if the number is unknown.
+
+    Raises:
+        UserError: OpenCV is not installed.
+        BadImageError: the source is not a regular file.
     """
 
     def __init__(self, source: str | int):
-        cv2 = opencv(str(source))
+        cv2 = import_opencv(str(source))
         if isinstance(source, str):
             check_regular(source)
         self._capture = cv2.VideoCapture(source)
-        announced, rate = self._capture.get(cv2.CAP_PROP_FRAME_COUNT), self._capture.get(cv2.CAP_PROP_FPS)
-        self.rate = rate if 0 < rate < 1000 else 30.0  # some containers and cameras do not know
-        self.total = int(announced) if isinstance(source, str) and announced > 0 else math.inf
+        count, rate = self._capture.get(cv2.CAP_PROP_FRAME_COUNT), self._capture.get(cv2.CAP_PROP_FPS)
+        self.frame_rate = rate if 0 < rate < 1000 else 30.0
+        self.num_frames = int(count) if isinstance(source, str) and count > 0 else math.inf
 
     def __iter__(self) -> Iterator[np.ndarray]:
         while (frame := self._capture.read()[1]) is not None:
-            yield np.ascontiguousarray(frame[..., ::-1])  # OpenCV's colours are the other way around
+            yield np.ascontiguousarray(frame[..., ::-1])  # OpenCV uses BGR
 
     def close(self) -> None:
         self._capture.release()
 
 
 @contextlib.contextmanager
-def video_writer(path: Path, rate: float) -> Iterator[Callable[[Image.Image], None]]:
-    """What appends a frame to a video that is made with the first of them; all are of one size. Raises UserError."""
-    cv2, writer, count = opencv(str(path)), None, 0
+def open_video_writer(path: Path, frame_rate: float) -> Iterator[Callable[[Image.Image], None]]:
+    """Opens a video for writing.
 
-    def write(frame: Image.Image) -> None:
+    Args:
+        path: MP4 file.
+        frame_rate: frames per second.
+
+    Yields:
+        A function that appends a frame. All frames must have the same size.
+
+    Raises:
+        UserError: OpenCV could not write all frames.
+    """
+    cv2, writer, count = import_opencv(str(path)), None, 0
+
+    def append(frame: Image.Image) -> None:
         nonlocal writer, count
         if writer is None:
-            writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), rate, frame.size)
+            writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), frame_rate, frame.size)
         writer.write(np.asarray(frame)[..., ::-1].copy())
         count += 1
 
     try:
-        yield write
+        yield append
     finally:
         if writer is not None:
             writer.release()
-    # OpenCV keeps to itself what went wrong.
+    # OpenCV does not report errors of writing.
     if count and cv2.VideoCapture(str(path)).get(cv2.CAP_PROP_FRAME_COUNT) < count:
-        raise UserError(f"{path}: OpenCV could not write all of it")
+        raise UserError(f"{path}: OpenCV could not write all frames; check the free disk space")

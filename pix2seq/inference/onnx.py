@@ -1,0 +1,73 @@
+"""Runs an exported model with onnxruntime."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pix2seq.generation import DecodingOptions, Detections, generate
+from pix2seq.inference.onnx_graphs import ENCODER_FILE, STEP_FILE
+from pix2seq.models import Pix2SeqConfig
+from pix2seq.tokenizer import Tokenizer
+
+
+@dataclass
+class OnnxDecodingState:
+    """The visual and the cached keys and values of a batch, see `onnx_graphs.step_llama`."""
+
+    visual_key_values: np.ndarray
+    past_key_values: np.ndarray
+
+    def select_batch(self, rows: torch.Tensor) -> None:
+        """Keeps these rows of the batch."""
+        self.visual_key_values = self.visual_key_values[rows.numpy()]
+        self.past_key_values = self.past_key_values[rows.numpy()]
+
+
+class OnnxDetector:
+    """An exported model that is decoded by the same code as a `Pix2SeqForObjectDetection`.
+
+    Args:
+        folder: output folder of export.py.
+        providers: execution providers of onnxruntime, such as "CUDAExecutionProvider".
+    """
+
+    def __init__(self, folder: str | Path, providers: tuple[str, ...] = ("CPUExecutionProvider",)):
+        import onnxruntime  # an optional dependency
+
+        self.config = Pix2SeqConfig.from_pretrained(folder)
+        self.tokenizer = Tokenizer(len(self.config.category_ids), self.config.num_bins)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        self.encoder, self.step = (
+            onnxruntime.InferenceSession(Path(folder) / name, options, list(providers))
+            for name in (ENCODER_FILE, STEP_FILE)
+        )
+
+    def detect(self, pixel_values: torch.Tensor, options: DecodingOptions | None = None) -> list[Detections]:
+        """Detects objects, as `Pix2SeqForObjectDetection.detect`.
+
+        Args:
+            pixel_values: uint8 (B, 3, S, S), the output of the image processor.
+            options: decoding options. Default: those the model was evaluated with.
+
+        Returns:
+            The objects of each image, with boxes in [0, 1] of the padded square.
+        """
+        options = options or DecodingOptions(**{"max_objects": self.config.max_objects} | self.config.decoding)
+        return generate(self, pixel_values, self.tokenizer, options)
+
+    def prefill(self, pixel_values: torch.Tensor, length: int) -> OnnxDecodingState:
+        """Encodes images (B, 3, S, S) and allocates the cache of `length` tokens."""
+        (visual_key_values,) = self.encoder.run(None, {"pixel_values": pixel_values.numpy()})
+        shape = (*visual_key_values.shape[:3], length, visual_key_values.shape[4])
+        return OnnxDecodingState(visual_key_values, np.zeros(shape, visual_key_values.dtype))
+
+    def decode_step(
+        self, ids: torch.Tensor, position: int, state: OnnxDecodingState, rows: slice = slice(None)
+    ) -> torch.Tensor:
+        """Returns the logits of the next token, (B, V), or those of a slice of the vocabulary."""
+        inputs = {"input_ids": ids.numpy(), "position": np.full(len(ids), position), **vars(state)}
+        logits, state.past_key_values = self.step.run(None, inputs)
+        return torch.from_numpy(logits)[:, rows]
