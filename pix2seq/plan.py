@@ -1,77 +1,80 @@
-"""What a run will take, before anyone pays for it: steps, tokens, FLOPs, memory and hours of a recipe on given GPUs.
+"""Estimates a training run before it starts: steps, tokens, FLOPs, memory and hours of a recipe on given GPUs.
 
     python plan.py --config configs/coco_r50.yaml --gpu h100 --num_gpus 8
 
-Takes the flags of train.py and a few of its own. Without a dataset, COCO 2017's numbers of images and classes are
-used. Nothing is trained and no GPU is needed. Steps, tokens and FLOPs are exact; memory is what weights, gradients,
-optimizer and activations add up to; hours are the FLOPs at the share of the GPU's peak that --mfu says.
+It takes the arguments of train.py and a few of its own. Without a dataset, the numbers of images and classes of COCO
+2017 are used. Nothing is trained and no GPU is needed. Steps, tokens and FLOPs are exact; memory is the sum of
+weights, gradients, optimizer state and activations; hours follow from the FLOPs and the utilisation of --mfu.
 """
 
 import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
 from pix2seq.argument_parser import parse, run_command
-from pix2seq.arguments import MODEL_DEFAULTS, TrainArguments, argument
+from pix2seq.arguments import MODEL_DEFAULTS, TrainArguments, argument, check_at_least, check_value
 from pix2seq.data.coco import read_coco
 from pix2seq.models import build_model
 from pix2seq.tokenizer import TOKENS_PER_OBJECT
 from pix2seq.training.cost import GPUS, model_step_cost
+from pix2seq.training.datasets import find_splits, step_sampler
 from pix2seq.training.optimizer import parameter_groups
-from pix2seq.training.setup import find_splits, prepare_for_training, step_sampler
+from pix2seq.training.setup import prepare_for_training
 
 COCO = "COCO 2017"
-COCO_TRAIN_IMAGES, COCO_VAL_IMAGES, COCO_CLASSES, COCO_OBJECTS = 118_287, 5_000, 80, 7
+COCO_TRAIN_IMAGES, COCO_VAL_IMAGES, COCO_CLASSES, COCO_OBJECTS_PER_IMAGE = 118_287, 5_000, 80, 7
 GIB = 2**30
-CONTEXT_BYTES = 1.0 * GIB  # CUDA's own, cuDNN's work space and NCCL's buffers, about
+CONTEXT_BYTES = 1.0 * GIB  # approximate size of the CUDA context, the cuDNN workspace and the NCCL buffers
 
 
 @dataclass
 class PlanArguments(TrainArguments):
-    gpu: Literal[tuple(GPUS)] = argument("h100", "kind of GPU")
-    num_gpus: int = argument(1, "GPUs, all nodes together; one process each")
-    shard: bool = argument(False, "weights, gradients and optimizer are sharded over the GPUs (FSDP)")
-    mfu: float = argument(0.3, "share of the GPU's peak that a step reaches: an assumption, measure it")
-    output: str | None = argument(None, "JSON file to write as well")
+    """Arguments of `plan.py`: those of `train.py` and the hardware."""
+
+    _argument_group_name: ClassVar = "hardware"
+
+    gpu: Literal[tuple(GPUS)] = argument("h100", "kind of GPU")  # type: ignore[valid-type]
+    num_gpus: int = argument(1, "GPUs of all nodes together, one process each")
+    shard: bool = argument(False, "weights, gradients and optimizer state are sharded over the GPUs (FSDP)")
+    mfu: float = argument(0.3, "assumed model FLOPs utilisation: share of the peak FLOP/s that a step reaches")
+    output: str | None = argument(None, "JSON file for the numbers")
 
     def __post_init__(self):
         if not any((self.root, self.train_shards, self.train_images, self.train_json, self.val_images, self.val_json)):
             self.root = COCO
         super().__post_init__()
-        for name, good, allowed in (
-            ("num_gpus", self.num_gpus >= 1, "at least 1"),
-            ("mfu", 0 < self.mfu <= 1, "above 0 and at most 1"),
-        ):
-            if not good:
-                raise ValueError(f"--{name} {getattr(self, name)}: must be {allowed}")
+        check_at_least(self, 1, "num_gpus")
+        check_value(self, "mfu", 0 < self.mfu <= 1, "above 0 and at most 1")
         if self.shard and self.ema_decay:
-            raise ValueError("--ema_decay: is not kept of weights that FSDP shards")
+            raise ValueError("--ema_decay: is not available with weights that FSDP shards")
         if self.output and not Path(self.output).parent.is_dir():
             raise ValueError(f"--output {self.output}: its folder does not exist")
         if self.output and Path(self.output).is_dir():
-            raise ValueError(f"--output {self.output}: is a folder, and a file is to be written")
+            raise ValueError(f"--output {self.output}: is a folder; name a file")
         self.mixed_precision = self.mixed_precision or "bf16"
         if GPUS[self.gpu][self.mixed_precision] is None:
-            raise ValueError(f"--gpu {self.gpu}: has no {self.mixed_precision}; use --mixed_precision fp16")
+            raise ValueError(f"--gpu {self.gpu}: does not support {self.mixed_precision}; use --mixed_precision fp16")
 
 
 def dataset_size(args: PlanArguments) -> tuple[int, int, int]:
-    """Images to train on, images to evaluate, classes."""
+    """Numbers of training images, validation images and classes."""
     if args.root == COCO:
-        sizes = COCO_TRAIN_IMAGES, COCO_VAL_IMAGES, COCO_CLASSES
+        train_images, val_images, classes = COCO_TRAIN_IMAGES, COCO_VAL_IMAGES, COCO_CLASSES
     else:
         splits = find_splits(args)
         train, val = (read_coco((split or splits[0]).json) for split in splits)
-        sizes = len(train["images"]), len(val["images"]), len(train["categories"])
-    return (min(args.overfit, sizes[0]),) * 2 + sizes[2:] if args.overfit else sizes
+        train_images, val_images, classes = len(train["images"]), len(val["images"]), len(train["categories"])
+    if args.overfit:
+        train_images = val_images = min(args.overfit, train_images)
+    return train_images, val_images, classes
 
 
 def plan(args: PlanArguments) -> dict:
-    """All figures by name. Raises UserError."""
+    """Computes all numbers of the estimate, by name. Raises UserError for arguments that cannot be trained with."""
     num_images, num_val, num_classes = dataset_size(args)
     with torch.device("meta"):
         model = build_model(
@@ -81,95 +84,101 @@ def plan(args: PlanArguments) -> dict:
             **{name: getattr(args, name) for name in MODEL_DEFAULTS},
         )
     prepare_for_training(args, model, 1, torch.device("meta"))
-    parameter_groups(model, args.lr, args.lr, args.weight_decay, args.layer_decay)  # says what cannot be trained so
+    parameter_groups(model, args.lr, args.lr, args.weight_decay, args.layer_decay)  # validates --layer_decay
     sampler = step_sampler(args, num_images, 0, args.num_gpus)
     steps = args.max_steps or math.ceil(args.num_epochs * sampler.steps_per_epoch)
-    length = TOKENS_PER_OBJECT * args.max_objects + (0 if args.noise_objects else 1)
-    real = TOKENS_PER_OBJECT * min(COCO_OBJECTS, args.max_objects)
-    targets = real + (args.max_objects - min(COCO_OBJECTS, args.max_objects) if args.noise_objects else 1)
-    cost = model_step_cost(model, args.batch_size, length, args.mixed_precision, targets)
+    sequence_length = TOKENS_PER_OBJECT * args.max_objects + (0 if args.noise_objects else 1)
+    num_real = min(COCO_OBJECTS_PER_IMAGE, args.max_objects)
+    loss_positions = TOKENS_PER_OBJECT * num_real + (args.max_objects - num_real if args.noise_objects else 1)
+    cost = model_step_cost(model, args.batch_size, sequence_length, args.mixed_precision, loss_positions)
     with torch.no_grad():
-        visual = model.encode(torch.zeros(1, 3, args.image_size, args.image_size, device="meta")).shape[1]
+        visual_tokens = model.encode(torch.zeros(1, 3, args.image_size, args.image_size, device="meta")).shape[1]
 
     parameters = list(model.parameters())
     total = sum(p.numel() for p in parameters)
-    learning = sum(p.numel() for p in parameters if p.requires_grad)
-    # float32: weights; of what learns gradients, Adam's two averages and, with several processes, DDP's buckets.
-    state = 4 * total + (12 + (4 if args.num_gpus > 1 and not args.shard else 0)) * learning
-    if args.shard:  # and one copy whole, of each evaluation and checkpoint
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    # In float32: weights; for trained parameters gradients, two Adam moments and, with several processes, DDP buckets.
+    state = 4 * total + (12 + (4 if args.num_gpus > 1 and not args.shard else 0)) * trained
+    if args.shard:  # plus a full copy during evaluations and checkpoints
         state = state / args.num_gpus + 4 * total
     state += 4 * total if args.ema_decay else 0
-    memory = state + cost.activation_bytes + CONTEXT_BYTES
     step_flops = cost.step_flops / args.batch_size * sampler.samples_per_step
-    computed = step_flops * (1 + cost.recomputed_flops / cost.step_flops)
-    seconds = computed / (args.num_gpus * GPUS[args.gpu][args.mixed_precision] * args.mfu)
+    computed_flops = step_flops * (1 + cost.recomputed_flops / cost.step_flops)
+    seconds = computed_flops / (args.num_gpus * GPUS[args.gpu][args.mixed_precision] * args.mfu)
     return {
         "gpu": args.gpu,
         "num_gpus": args.num_gpus,
         "precision": args.mixed_precision,
         "parameters": total,
-        "learning_parameters": learning,
+        "trained_parameters": trained,
         "images": num_images,
-        "images_a_step": sampler.samples_per_step,
-        "visual_tokens_an_image": visual,
-        "sentence_tokens_an_image": length,
+        "images_per_step": sampler.samples_per_step,
+        "visual_tokens_per_image": visual_tokens,
+        "sequence_tokens_per_image": sequence_length,
         "steps": steps,
         "epochs": steps / sampler.steps_per_epoch,
         "evaluations": math.ceil(steps / args.eval_every) if args.eval_every else 1,
         "evaluation_images": num_val,
-        "forward_flops_an_image": cost.forward_flops / args.batch_size,
+        "forward_flops_per_image": cost.forward_flops / args.batch_size,
         "step_flops": step_flops,
         "run_flops": step_flops * steps,
         "state_gib": state / GIB,
         "activations_gib": cost.activation_bytes / GIB,
-        "memory_gib": memory / GIB,
+        "memory_gib": (state + cost.activation_bytes + CONTEXT_BYTES) / GIB,
         "gpu_memory_gib": GPUS[args.gpu]["memory"],
         "mfu": args.mfu,
-        "seconds_a_step": seconds,
+        "seconds_per_step": seconds,
         "hours": seconds * steps / 3600,
     }
 
 
-def table(found: dict, args: PlanArguments) -> str:
-    tokens = found["visual_tokens_an_image"] + found["sentence_tokens_an_image"]
-    fits = found["memory_gib"] <= 0.9 * found["gpu_memory_gib"]
-    split = f"{args.batch_size} x {args.gradient_accumulation_steps} accumulated x {args.num_gpus} GPUs"
+def table(numbers: dict, args: PlanArguments) -> str:
+    """The estimate as lines of text."""
+    images_per_step = numbers["images_per_step"]
+    tokens = numbers["visual_tokens_per_image"] + numbers["sequence_tokens_per_image"]
+    fits = numbers["memory_gib"] <= 0.9 * numbers["gpu_memory_gib"]
+    batch = f"{args.batch_size} x {args.gradient_accumulation_steps} accumulation x {args.num_gpus} GPUs"
     rows = [
-        ("data", f"{found['images']:,} images" + (f" ({COCO})" if args.root == COCO else "")),
-        ("GPUs", f"{found['num_gpus']} x {found['gpu']}, {found['precision']}"),
-        ("model", f"{found['parameters'] / 1e6:.1f} M parameters, {found['learning_parameters'] / 1e6:.1f} M learn"),
-        ("step", f"{found['images_a_step']} images ({split})"),
+        ("data", f"{numbers['images']:,} images" + (f" ({COCO})" if args.root == COCO else "")),
+        ("GPUs", f"{numbers['num_gpus']} x {numbers['gpu']}, {numbers['precision']}"),
+        (
+            "model",
+            f"{numbers['parameters'] / 1e6:.1f} M parameters, {numbers['trained_parameters'] / 1e6:.1f} M trained",
+        ),
+        ("step", f"{images_per_step} images ({batch})"),
         (
             "tokens",
-            f"{found['visual_tokens_an_image']} visual + {found['sentence_tokens_an_image']} of the sentence an "
-            f"image, {tokens * found['images_a_step']:,} a step",
+            f"{numbers['visual_tokens_per_image']} visual + {numbers['sequence_tokens_per_image']} sequence tokens "
+            f"per image, {tokens * images_per_step:,} per step",
         ),
-        ("run", f"{found['steps']:,} steps, {found['epochs']:.1f} epochs"),
+        ("run", f"{numbers['steps']:,} steps, {numbers['epochs']:.1f} epochs"),
         (
             "FLOPs",
-            f"{found['step_flops'] / found['images_a_step']:.2e} an image, {found['step_flops']:.2e} a step, "
-            f"{found['run_flops']:.2e} in all",
+            f"{numbers['step_flops'] / images_per_step:.2e} per image, {numbers['step_flops']:.2e} per step, "
+            f"{numbers['run_flops']:.2e} in total",
         ),
         (
             "memory",
-            f"{found['memory_gib']:.1f} GiB a GPU of {found['gpu_memory_gib']} (state {found['state_gib']:.1f}, "
-            f"activations {found['activations_gib']:.1f})" + ("" if fits else ": does not fit, or barely"),
+            f"{numbers['memory_gib']:.1f} GiB of {numbers['gpu_memory_gib']} per GPU (state "
+            f"{numbers['state_gib']:.1f}, activations {numbers['activations_gib']:.1f})"
+            + ("" if fits else ": does not fit, or only just"),
         ),
         (
             "time",
-            f"{found['hours']:,.1f} h, {found['seconds_a_step']:.2f} s a step, if a step reaches {found['mfu']:.0%} "
-            f"of the peak (--mfu); and {found['evaluations']} evaluations of {found['evaluation_images']:,} images",
+            f"{numbers['hours']:,.1f} h, {numbers['seconds_per_step']:.2f} s per step at {numbers['mfu']:.0%} "
+            f"utilisation (--mfu); {numbers['evaluations']} evaluations of {numbers['evaluation_images']:,} images",
         ),
-        ("loaders", f"must deliver {found['images_a_step'] / found['seconds_a_step']:,.0f} images/s for that"),
+        ("loading", f"{images_per_step / numbers['seconds_per_step']:,.0f} images/s are needed"),
     ]
     return "\n".join(f"{name:8}{text}" for name, text in rows)
 
 
 def run_plan(args: PlanArguments) -> int:
-    found = plan(args)
-    print(table(found, args))
+    """Prints the estimate and writes --output; returns the exit code. Raises UserError."""
+    numbers = plan(args)
+    print(table(numbers, args))
     if args.output:
-        Path(args.output).write_text(json.dumps(found, indent=1) + "\n")
+        Path(args.output).write_text(json.dumps(numbers, indent=1) + "\n")
     return 0
 
 

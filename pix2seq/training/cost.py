@@ -1,7 +1,7 @@
-"""What a training step costs, FLOPs and memory, found out without weights, data or a GPU.
+"""FLOPs and memory of a training step, counted without weights, data or a GPU.
 
-A forward and a backward pass are run on tensors that have shapes and no values. FLOPs are those of matrix products,
-convolutions and attention; a multiplication and an addition count two.
+A forward and a backward pass run on fake tensors, which have shapes but no values. FLOPs are those of matrix products,
+convolutions and attention; a multiply-add counts as two.
 """
 
 from collections.abc import Callable
@@ -13,8 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-# Dense peaks of the makers' data sheets, in FLOP/s, by how torch.cuda.get_device_name begins; then memory in GiB.
-# float32 without TF32, as PyTorch multiplies by default.
+# Dense peaks of the data sheets in FLOP/s, by the beginning of torch.cuda.get_device_name, and memory in GiB.
+# float32 is without TF32, PyTorch's default.
 GPUS = {
     "b200": {"name": "NVIDIA B200", "bf16": 2250e12, "fp16": 2250e12, "no": 75e12, "memory": 178},
     "h200": {"name": "NVIDIA H200", "bf16": 989e12, "fp16": 989e12, "no": 67e12, "memory": 139},
@@ -31,17 +31,29 @@ GPUS = {
 
 
 def peak_flops(device_name: str, precision: str) -> float | None:
-    """FLOP/s of a GPU by what PyTorch calls it; None if it is not in the table."""
-    known = [gpu for gpu in GPUS.values() if device_name.startswith(gpu["name"])]
-    return max(known, key=lambda gpu: len(gpu["name"]))[precision] if known else None
+    """Peak FLOP/s of a GPU.
+
+    Args:
+        device_name: name from `torch.cuda.get_device_name`.
+        precision: no, fp16 or bf16.
+
+    Returns:
+        FLOP/s, None for an unknown GPU.
+    """
+    matches = [gpu for gpu in GPUS.values() if device_name.startswith(gpu["name"])]
+    return max(matches, key=lambda gpu: len(gpu["name"]))[precision] if matches else None
 
 
 @dataclass
 class StepCost:
-    """forward_flops, step_flops   of one forward pass, and of it with the backward pass of what learns
-    recomputed_flops               what gradient checkpointing adds to that
-    activation_bytes               what is kept from the one pass for the other, with checkpointing also what the layer
-                                   keeps that is computed again
+    """Cost of a training step.
+
+    Attributes:
+        forward_flops: FLOPs of one forward pass.
+        step_flops: FLOPs of a forward pass and the backward pass of the trained parameters.
+        recomputed_flops: FLOPs that gradient checkpointing adds.
+        activation_bytes: memory of the tensors saved for the backward pass; with gradient checkpointing including
+            those of the layer that is recomputed.
     """
 
     forward_flops: float
@@ -58,7 +70,7 @@ def _attention_backward(gradient, query, key, value, *args, out_shape=None, **kw
     return sdpa_backward_flop_count(gradient, query, key, value)
 
 
-# The kernels of a CPU, which PyTorch's counter does not know.
+# Attention kernels of the CPU, which PyTorch's counter does not include.
 _CPU_ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
@@ -66,60 +78,67 @@ _CPU_ATTENTION = {
 
 
 def flop_counter() -> FlopCounterMode:
-    """Counts what is computed in its context: `get_total_flops()`."""
+    """A context manager that counts FLOPs: `get_total_flops()`."""
     return FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION)
 
 
 def step_cost(
-    model: nn.Module, arguments: dict, loss_of: Callable = lambda output: output.loss, precision: str = "no"
+    model: nn.Module, inputs: dict, loss_of: Callable = lambda output: output.loss, precision: str = "no"
 ) -> StepCost:
-    """One training step of `model(**arguments)`. Neither is changed, and both may lie on the meta device.
+    """Counts one training step of `model(**inputs)`.
 
-    precision   bf16 or fp16: under autocast, as Accelerate trains
+    Args:
+        model: any module, also on the meta device. It is not changed.
+        inputs: keyword arguments of the forward pass; tensors may be on the meta device.
+        loss_of: function from the output to the loss.
+        precision: no, fp16 or bf16; the last two run under autocast, as Accelerate does.
+
+    Returns:
+        The cost.
     """
     with FakeTensorMode():
-        state, kept = {}, {}
+        state, saved = {}, {}
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-            learns = isinstance(tensor, nn.Parameter) and tensor.requires_grad
-            state[name] = torch.empty(tensor.shape, dtype=tensor.dtype).requires_grad_(learns)
+            is_trained = isinstance(tensor, nn.Parameter) and tensor.requires_grad
+            state[name] = torch.empty(tensor.shape, dtype=tensor.dtype).requires_grad_(is_trained)
         own = {tensor.untyped_storage()._cdata for tensor in state.values()}
-        arguments = {
+        inputs = {
             name: torch.empty(value.shape, dtype=value.dtype) if isinstance(value, torch.Tensor) else value
-            for name, value in arguments.items()
+            for name, value in inputs.items()
         }
 
-        def keep(tensor: torch.Tensor) -> torch.Tensor:
+        def save(tensor: torch.Tensor) -> torch.Tensor:
             storage = tensor.untyped_storage()
             if storage._cdata not in own:
-                kept[storage._cdata] = storage  # held, so that no other gets its number
+                saved[storage._cdata] = storage  # a reference, so that the address is not used again
             return tensor
 
         def forward():
             with (
                 torch.autocast("cpu", torch.bfloat16, enabled=precision != "no"),
-                torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+                torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor),
             ):
-                return torch.func.functional_call(model, state, kwargs=arguments)
+                return torch.func.functional_call(model, state, kwargs=inputs)
 
-        def kept_bytes() -> int:
-            return sum(storage.nbytes() for storage in kept.values())
+        def saved_bytes() -> int:
+            return sum(storage.nbytes() for storage in saved.values())
 
         forward()
-        activation_bytes = kept_bytes()
-        kept.clear()
-        # Again without checkpointing, to see what a step is worth, and what each layer computes and keeps.
+        activation_bytes = saved_bytes()
+        saved.clear()
+        # A second pass without checkpointing gives the FLOPs of a step, and FLOPs and memory of each layer.
         layers = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
         for layer in layers:
             layer.gradient_checkpointing = False
-        before, recomputed, largest, hooks = {}, [0], [0], []
+        before, recomputed_flops, largest_layer, hooks = {}, [0], [0], []
 
         def enter(layer, inputs):
-            before[layer] = counter.get_total_flops(), kept_bytes()
+            before[layer] = counter.get_total_flops(), saved_bytes()
 
         def leave(layer, inputs, output):
             flops, size = before[layer]
-            recomputed[0] += counter.get_total_flops() - flops
-            largest[0] = max(largest[0], kept_bytes() - size)
+            recomputed_flops[0] += counter.get_total_flops() - flops
+            largest_layer[0] = max(largest_layer[0], saved_bytes() - size)
 
         for layer in layers:
             if isinstance(layer, GradientCheckpointingLayer):
@@ -134,19 +153,37 @@ def step_cost(
                 layer.gradient_checkpointing = True
             for hook in hooks:
                 hook.remove()
-        return StepCost(forward_flops, counter.get_total_flops(), recomputed[0], activation_bytes + largest[0])
+        return StepCost(
+            forward_flops=forward_flops,
+            step_flops=counter.get_total_flops(),
+            recomputed_flops=recomputed_flops[0],
+            activation_bytes=activation_bytes + largest_layer[0],
+        )
 
 
-def model_step_cost(model, batch_size: int, length: int, precision: str, targets_per_image: int) -> StepCost:
-    """A step of a detector on `batch_size` pictures and sentences of `length` tokens, so many of which are targets."""
+def model_step_cost(
+    model, batch_size: int, sequence_length: int, precision: str, loss_positions_per_image: int
+) -> StepCost:
+    """Counts a training step of a Pix2SeqForObjectDetection.
+
+    Args:
+        model: the model, also on the meta device.
+        batch_size: images.
+        sequence_length: tokens of a sequence.
+        precision: no, fp16 or bf16.
+        loss_positions_per_image: tokens with a loss weight.
+
+    Returns:
+        The cost.
+    """
     side = model.config.image_size
-    sentence = torch.zeros(batch_size, length, dtype=torch.long, device="meta")
-    arguments = {
+    token_ids = torch.zeros(batch_size, sequence_length, dtype=torch.long, device="meta")
+    inputs = {
         "pixel_values": torch.zeros(batch_size, 3, side, side, dtype=torch.uint8, device="meta"),
-        "input_ids": sentence,
-        "labels": sentence,
-        "token_weights": sentence.float(),
-        "normalizer": 1.0,
-        "loss_positions": torch.zeros(batch_size * targets_per_image, dtype=torch.long, device="meta"),
+        "input_ids": token_ids,
+        "labels": token_ids,
+        "token_weights": token_ids.float(),
+        "num_items_in_batch": 1.0,
+        "loss_positions": torch.zeros(batch_size * loss_positions_per_image, dtype=torch.long, device="meta"),
     }
-    return step_cost(model, arguments, precision=precision)
+    return step_cost(model, inputs, precision=precision)

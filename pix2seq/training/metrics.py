@@ -1,8 +1,8 @@
-"""What training says about its sentences while it learns, and how fast it is.
+"""Training metrics: loss and accuracy by kind of token, box errors, and speed.
 
-All of it is teacher-forced: what the model would say next after the right words so far. Every metric is a mean, and is
+All of them are teacher-forced: each token is predicted from the true tokens before it. Every metric is a mean that is
 carried as a sum and a count, so that it adds up over micro-batches, steps and processes, and nothing waits for the
-device before a row is written. docs/what-to-expect.md says what each one means and which values are healthy.
+device before a row is written. docs/what-to-expect.md explains each metric and its healthy values.
 """
 
 import math
@@ -14,8 +14,8 @@ import torch
 
 from pix2seq.tokenizer import CLASS_SLOT, SLOTS, TOKENS_PER_OBJECT, Tokenizer
 
-KINDS = (*SLOTS, "real", "noise", "eos")  # of tokens; one of the class slot is also either real or noise
-OBJECT_GROUPS = {1: "1", 2: "2_4", 5: "5_9", 10: "10_19", 20: "20_up"}  # places in the sentence, by the first of them
+KINDS = (*SLOTS, "real", "noise", "eos")  # a token of the class slot is also either real or noise
+OBJECT_GROUPS = {1: "1", 2: "2_4", 5: "5_9", 10: "10_19", 20: "20_up"}  # first position of a group -> its name
 
 # In the order of the columns that the functions below return.
 NAMES = (
@@ -24,10 +24,10 @@ NAMES = (
     *(f"train/bin_error_{slot}" for slot in SLOTS[:CLASS_SLOT]),
     *("train/object_acc", "train/iou", "train/sequence_acc", "train/noise_predicted", "train/noise_true"),
     *(f"train/loss_object_{group}" for group in OBJECT_GROUPS.values()),
-    # Of the targets, whatever the model says: 0 in every healthy run.
+    # Checks of the labels alone: 0 in every healthy run.
     *("data/misplaced_tokens", "data/supervised_noise", "data/inverted_boxes", "data/boxes_in_padding"),
 )
-PRINTED = ("train/loss", "train/loss_coord", "train/loss_class", "train/acc_class")  # by train.py, in every line
+PRINTED = ("train/loss", "train/loss_coord", "train/loss_class", "train/acc_class")  # in every line of the log
 
 
 @torch.no_grad()
@@ -40,27 +40,45 @@ def token_statistics(
     tokenizer: Tokenizer,
     valid_fraction: torch.Tensor,
 ) -> torch.Tensor:
-    """Sums and counts of NAMES over the tokens with weight: float64 (2, len(NAMES)).
+    """Sums and counts of all metrics over the tokens with a loss weight.
 
-    labels, weights (B, L) and targets (T,) as in Pix2SeqForObjectDetection.forward; logits (T, V) and token_losses
-    (T,) as in Pix2SeqOutput; valid_fraction (B, 2): height and width of what the picture covers, as shares of the canvas.
+    Args:
+        logits: (T, V), of the tokens at `loss_positions`.
+        token_losses: (T,), cross entropy of these tokens.
+        labels: (B, L), target token ids.
+        token_weights: (B, L), loss weights.
+        loss_positions: (T,), positions with weight in the flattened labels.
+        tokenizer: tokenizer of the model.
+        valid_fraction: (B, 2), height and width of the image as fractions of the padded square.
+
+    Returns:
+        float64 (2, len(NAMES)): sums and counts.
     """
-    said, said_bins = _answers(logits, tokenizer)
+    predicted, predicted_bins = _predictions(logits, tokenizer)
     batch, length = labels.shape
     label, weight = labels.flatten()[loss_positions], token_weights.flatten()[loss_positions]
-    columns = (torch.ones_like(weight), label, said, said_bins, weight, weight * token_losses)
+    columns = (torch.ones_like(weight), label, predicted, predicted_bins, weight, weight * token_losses)
     columns = torch.stack([column.double() for column in columns])
-    # To a row of five for each object; what has no weight is 0 there.
+    # Scatter to five tokens per object; tokens without weight are 0.
     num_objects = -(-length // TOKENS_PER_OBJECT)
     positions = loss_positions + loss_positions // length * (num_objects * TOKENS_PER_OBJECT - length)
     table = columns.new_zeros(len(columns), batch * num_objects * TOKENS_PER_OBJECT).index_copy_(1, positions, columns)
-    sentences = TokenBatch(*table.view(-1, batch, num_objects, TOKENS_PER_OBJECT), tokenizer)
-    parts = (_by_kind, _bin_errors, _of_objects, _shares_of_noise, _by_place)
-    return torch.cat([*(part(sentences) for part in parts), _faults(sentences, valid_fraction)], dim=1)
+    counted, label, predicted, predicted_bins, weight, loss = table.view(-1, batch, num_objects, TOKENS_PER_OBJECT)
+    tokens = TokenBatch(
+        counted=counted.bool(),
+        label=label,
+        predicted=predicted,
+        predicted_bins=predicted_bins,
+        weight=weight,
+        loss=loss,
+        tokenizer=tokenizer,
+    )
+    columns_of = (_loss_and_accuracy, _bin_errors, _object_metrics, _noise_rates, _loss_by_position)
+    return torch.cat([*(f(tokens) for f in columns_of), _label_errors(tokens, valid_fraction)], dim=1)
 
 
-def _answers(logits: torch.Tensor, tokenizer: Tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
-    """The likeliest tokens and the likeliest bins (T,), both as ids, with one look at the logits."""
+def _predictions(logits: torch.Tensor, tokenizer: Tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
+    """The most probable tokens and the most probable bins (T,), both as token ids, in one pass over the logits."""
     bin_logits, bins = logits[:, tokenizer.first_bin_id :].max(-1)
     other_logits, others = logits[:, : tokenizer.first_bin_id].max(-1)
     bins = bins + tokenizer.first_bin_id
@@ -69,67 +87,73 @@ def _answers(logits: torch.Tensor, tokenizer: Tokenizer) -> tuple[torch.Tensor, 
 
 @dataclass
 class TokenBatch:
-    """A batch as objects: (B, N, 5) each, float64. `counted` is 1 for tokens with weight; the others are 0 throughout.
+    """Labels and predictions of a batch, grouped by object.
 
-    label, said   the right token, and the model's       said_bins   the likeliest of the bins
-    weight, loss  the weight, and the loss times it
+    Attributes:
+        counted: bool (B, N, 5), tokens with a loss weight. The tensors below are 0 elsewhere.
+        label: float64 (B, N, 5), target token ids.
+        predicted: float64 (B, N, 5), most probable token ids.
+        predicted_bins: float64 (B, N, 5), most probable among the bins.
+        weight: float64 (B, N, 5), loss weights.
+        loss: float64 (B, N, 5), weighted losses.
+        tokenizer: tokenizer of the model.
     """
 
     counted: torch.Tensor
     label: torch.Tensor
-    said: torch.Tensor
-    said_bins: torch.Tensor
+    predicted: torch.Tensor
+    predicted_bins: torch.Tensor
     weight: torch.Tensor
     loss: torch.Tensor
     tokenizer: Tokenizer
 
     def __post_init__(self):
         tokenizer, classes = self.tokenizer, self.label[..., CLASS_SLOT]
-        self.counted = self.counted.bool()
-        self.right = self.counted & (self.said == self.label)
+        self.correct = self.counted & (self.predicted == self.label)
         self.eos = self.label == tokenizer.eos_id
         self.noise = self.counted[..., CLASS_SLOT] & (classes == tokenizer.noise_id)  # (B, N)
         self.has_class = (classes >= tokenizer.first_class_id) & (classes < tokenizer.first_bin_id)
         self.real = self.counted.all(-1) & self.has_class
         # In bins, y1 x1 y2 x2.
-        self.boxes, self.said_boxes = (
-            ids[..., :CLASS_SLOT] - tokenizer.first_bin_id for ids in (self.label, self.said_bins)
-        )
+        self.boxes = self.label[..., :CLASS_SLOT] - tokenizer.first_bin_id
+        self.predicted_boxes = self.predicted_bins[..., :CLASS_SLOT] - tokenizer.first_bin_id
 
 
-def _shares(those: list[torch.Tensor], among: torch.Tensor) -> torch.Tensor:
-    """Sums (len(those),) of what is in `among`, a mask, over the size of `among`: (2, len(those))."""
-    sums = (torch.stack([values.double() for values in those]) * among).flatten(1).sum(1)
-    return torch.stack([sums, among.sum().expand(len(those)).double()])
+def _masked_means(values: list[torch.Tensor], mask: torch.Tensor) -> torch.Tensor:
+    """Sums of each of the values within the mask, and the size of the mask: (2, len(values))."""
+    sums = (torch.stack([value.double() for value in values]) * mask).flatten(1).sum(1)
+    return torch.stack([sums, mask.sum().expand(len(values)).double()])
 
 
-def _by_kind(s: TokenBatch) -> torch.Tensor:
+def _loss_and_accuracy(tokens: TokenBatch) -> torch.Tensor:
     """Loss of all tokens and of the coordinates, then loss and accuracy of each kind."""
-    values = torch.stack([s.loss, s.weight, s.right.double(), s.counted.double()])  # (4, B, N, 5)
-    slots = (values * ~s.eos).sum((1, 2))
-    noise = (values[..., CLASS_SLOT] * s.noise).sum((1, 2))
-    eos = (values * s.eos).sum((1, 2, 3))
-    kinds = torch.stack([*slots.T, ((values[..., CLASS_SLOT]) * ~s.noise).sum((1, 2)), noise, eos], dim=1)
-    everything, coordinates = slots.sum(1) + eos, slots[:, :CLASS_SLOT].sum(1)
-    return torch.cat([torch.stack([everything, coordinates], dim=1)[:2], kinds[:2], kinds[2:]], dim=1)
+    # (4, B, N, 5)
+    values = torch.stack([tokens.loss, tokens.weight, tokens.correct.double(), tokens.counted.double()])
+    slots = (values * ~tokens.eos).sum((1, 2))
+    noise = (values[..., CLASS_SLOT] * tokens.noise).sum((1, 2))
+    eos = (values * tokens.eos).sum((1, 2, 3))
+    kinds = torch.stack([*slots.T, ((values[..., CLASS_SLOT]) * ~tokens.noise).sum((1, 2)), noise, eos], dim=1)
+    total, coordinates = slots.sum(1) + eos, slots[:, :CLASS_SLOT].sum(1)
+    return torch.cat([torch.stack([total, coordinates], dim=1)[:2], kinds[:2], kinds[2:]], dim=1)
 
 
-def _bin_errors(s: TokenBatch) -> torch.Tensor:
-    """How far the likeliest bin is from the right one, in bins, for each coordinate."""
-    counted = s.counted[..., :CLASS_SLOT] & (s.boxes >= 0)
-    errors = (s.said_boxes - s.boxes).abs() * counted
+def _bin_errors(tokens: TokenBatch) -> torch.Tensor:
+    """Distance from the most probable bin to the true bin, for each coordinate."""
+    counted = tokens.counted[..., :CLASS_SLOT] & (tokens.boxes >= 0)
+    errors = (tokens.predicted_boxes - tokens.boxes).abs() * counted
     return torch.stack([errors.sum((0, 1)), counted.sum((0, 1)).double()])
 
 
-def _of_objects(s: TokenBatch) -> torch.Tensor:
-    """Real objects all right, their IoU, and pictures all of whose real objects are right."""
-    right = s.right.all(-1)
-    pictures = _shares([(right | ~s.real).all(1)], s.real.any(1))
-    return torch.cat([_shares([right, _iou(s.boxes, s.said_boxes)], s.real), pictures], dim=1)
+def _object_metrics(tokens: TokenBatch) -> torch.Tensor:
+    """Share of real objects with all tokens correct, their mean IoU, and share of images with all objects correct."""
+    correct = tokens.correct.all(-1)
+    sequences = _masked_means([(correct | ~tokens.real).all(1)], tokens.real.any(1))
+    objects = _masked_means([correct, _paired_iou(tokens.boxes, tokens.predicted_boxes)], tokens.real)
+    return torch.cat([objects, sequences], dim=1)
 
 
-def _iou(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """IoU (...) of boxes (..., 4) in bins, y1 x1 y2 x2, one by one; 0 with a box that has no area."""
+def _paired_iou(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """IoU (...) of pairs of boxes (..., 4) in bins, y1 x1 y2 x2; 0 with a box without area."""
     overlap = torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])
     overlap, a, b = (
         sides.clamp(min=0).prod(-1) for sides in (overlap, a[..., 2:] - a[..., :2], b[..., 2:] - b[..., :2])
@@ -137,39 +161,44 @@ def _iou(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return overlap / (a + b - overlap).clamp(min=1)
 
 
-def _shares_of_noise(s: TokenBatch) -> torch.Tensor:
-    """Class tokens that are NOISE: as the model has it, and in truth."""
-    return _shares([s.said[..., CLASS_SLOT] == s.tokenizer.noise_id, s.noise], s.counted[..., CLASS_SLOT])
+def _noise_rates(tokens: TokenBatch) -> torch.Tensor:
+    """Share of class tokens predicted as NOISE, and share that is NOISE."""
+    predicted = tokens.predicted[..., CLASS_SLOT] == tokens.tokenizer.noise_id
+    return _masked_means([predicted, tokens.noise], tokens.counted[..., CLASS_SLOT])
 
 
-def _by_place(s: TokenBatch) -> torch.Tensor:
-    """Loss of real objects by their place in the sentence, OBJECT_GROUPS."""
-    losses = (torch.stack([s.loss, s.weight]) * s.real[..., None]).sum((1, 3))  # (2, N)
+def _loss_by_position(tokens: TokenBatch) -> torch.Tensor:
+    """Loss of real objects by their position in the sequence, in OBJECT_GROUPS."""
+    losses = (torch.stack([tokens.loss, tokens.weight]) * tokens.real[..., None]).sum((1, 3))  # (2, N)
     groups = torch.zeros(2, len(OBJECT_GROUPS), dtype=losses.dtype, device=losses.device)
-    for column, (first, after) in enumerate(zip(OBJECT_GROUPS, [*OBJECT_GROUPS][1:] + [None], strict=True)):
-        groups[:, column] = losses[:, first - 1 : after and after - 1].sum(1)
+    ends = [*list(OBJECT_GROUPS)[1:], None]
+    for column, (first, end) in enumerate(zip(OBJECT_GROUPS, ends, strict=True)):
+        groups[:, column] = losses[:, first - 1 : end and end - 1].sum(1)
     return groups
 
 
-def _faults(s: TokenBatch, valid_fraction: torch.Tensor) -> torch.Tensor:
-    """Targets that cannot be: tokens of another slot's kind, coordinates of noise, boxes inside out, boxes that reach
-    into the padding."""
-    coordinates = s.counted[..., :CLASS_SLOT]
-    misplaced = torch.cat([(s.boxes < 0) & ~s.eos[..., :CLASS_SLOT], ~(s.has_class | s.noise)[..., None]], dim=-1)
-    inverted = (s.boxes[..., 2:] < s.boxes[..., :2]).any(-1)
-    limits = valid_fraction.double() * (s.tokenizer.num_bins - 1) + 1  # a bin more: coordinates are rounded
+def _label_errors(tokens: TokenBatch, valid_fraction: torch.Tensor) -> torch.Tensor:
+    """Impossible labels: tokens of another slot's kind, coordinates of noise objects with a weight, boxes whose second
+    corner precedes the first, and boxes that extend into the padding."""
+    coordinates = tokens.counted[..., :CLASS_SLOT]
+    is_misplaced_coordinate = (tokens.boxes < 0) & ~tokens.eos[..., :CLASS_SLOT]
+    is_misplaced_class = ~(tokens.has_class | tokens.noise)
+    misplaced = torch.cat([is_misplaced_coordinate, is_misplaced_class[..., None]], dim=-1)
+    inverted = (tokens.boxes[..., 2:] < tokens.boxes[..., :2]).any(-1)
+    limits = valid_fraction.double() * (tokens.tokenizer.num_bins - 1) + 1  # + 1: coordinates are rounded
+    in_padding = (tokens.boxes[..., 2:] > limits[:, None]).any(-1)
     return torch.cat(
         [
-            _shares([misplaced], s.counted),
-            _shares([s.noise[..., None].expand_as(coordinates)], coordinates),
-            _shares([inverted, (s.boxes[..., 2:] > limits[:, None]).any(-1)], s.real),
+            _masked_means([misplaced], tokens.counted),
+            _masked_means([tokens.noise[..., None].expand_as(coordinates)], coordinates),
+            _masked_means([inverted, in_padding], tokens.real),
         ],
         dim=1,
     )
 
 
-def describe(statistics: torch.Tensor) -> dict[str, float]:
-    """The sums and counts as NAMES. What nothing was counted of is left out, or NaN if it is among PRINTED."""
+def compute_means(statistics: torch.Tensor) -> dict[str, float]:
+    """The means of `token_statistics` by name. Metrics without a count are omitted, or NaN if they are in PRINTED."""
     means = {
         name: total / count if count else math.nan
         for name, total, count in zip(NAMES, *statistics.tolist(), strict=True)
@@ -178,45 +207,48 @@ def describe(statistics: torch.Tensor) -> dict[str, float]:
 
 
 class Meter:
-    """What training counts between two rows of metrics.jsonl: tokens, images, seconds. Counting never waits for the
-    device.
+    """Accumulates statistics, images and seconds between two rows of metrics.jsonl, without waiting for the device.
 
-    flops_share   FLOPs of an image's share of a step, over what the GPU can do in a second; 0 if that is not known
+    Args:
+        device: device of the statistics.
+        mfu_factor: FLOPs of a training step per image, divided by the peak FLOP/s of the GPU; 0 if unknown.
     """
 
-    def __init__(self, device: torch.device, flops_share: float = 0.0):
-        self.flops_share = flops_share
+    def __init__(self, device: torch.device, mfu_factor: float = 0.0):
+        self.mfu_factor = mfu_factor
         self.statistics = torch.zeros(2, len(NAMES), dtype=torch.float64, device=device)
         self.restart()
 
     def restart(self) -> None:
+        """Starts a new row."""
         self.statistics.zero_()
         self.restart_clock()
 
     def restart_clock(self) -> None:
+        """Resets the time and the number of images, but not the statistics."""
         self.images, self.waited, self.started = 0, 0.0, time.perf_counter()
 
     def add(self, statistics: torch.Tensor, images: int) -> None:
-        """token_statistics of this process's part of a step, and its images."""
+        """Adds the `token_statistics` and the number of images of this process's part of a step."""
         self.statistics += statistics
         self.images += images
 
     @contextmanager
     def waiting(self):
-        """Time spent waiting for data."""
-        asked = time.perf_counter()
+        """Measures time spent waiting for data."""
+        started = time.perf_counter()
         yield
-        self.waited += time.perf_counter() - asked
+        self.waited += time.perf_counter() - started
 
     @contextmanager
     def paused(self):
-        """Time that is not training's: evaluations, pictures, checkpoints."""
-        began = time.perf_counter()
+        """Excludes time of evaluation, samples and checkpoints."""
+        started = time.perf_counter()
         yield
-        self.started += time.perf_counter() - began
+        self.started += time.perf_counter() - started
 
     def rates(self, num_processes: int, tokens_per_image: int) -> dict[str, float]:
-        """Speeds of all processes together."""
+        """Throughput of all processes together, waiting time, memory and model FLOPs utilisation."""
         seconds = time.perf_counter() - self.started
         images = self.images * num_processes / seconds
         rates = {
@@ -226,6 +258,6 @@ class Meter:
         }
         if self.statistics.device.type == "cuda":
             rates["perf/gpu_mem_gb"] = torch.cuda.max_memory_allocated() / 2**30
-        if self.flops_share:
-            rates["perf/mfu"] = images / num_processes * self.flops_share
+        if self.mfu_factor:
+            rates["perf/mfu"] = images / num_processes * self.mfu_factor
         return rates

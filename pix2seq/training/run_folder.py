@@ -1,4 +1,4 @@
-"""What a run writes about itself: config, environment, status, metrics and log. See `RunFolder`."""
+"""The folder of a training run: configuration, environment, status, metrics, log, samples and evaluations."""
 
 import contextlib
 import functools
@@ -9,7 +9,6 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,49 +18,61 @@ from PIL import Image
 from tqdm import tqdm
 
 import pix2seq
-from pix2seq.training.launcher import launcher_id
-from pix2seq.training.trackers import Example, Trackers
+from pix2seq.training.distributed import launcher_id
+from pix2seq.training.trackers import Trackers
 from pix2seq.visualization import strip
 
-MOST_STEPS = 12  # in the strip
+MAX_HISTORY_STEPS = 12  # steps shown in samples/strip.png
 
 
-def _survives_a_full_disk(method):
-    """A run goes on without what cannot be written, and says so."""
+def _continue_on_disk_error(method):
+    """Reports an OSError of a write instead of raising it: a full disk does not end a run."""
 
     @functools.wraps(method)
     def write(self, *args, **kwargs):
         try:
             method(self, *args, **kwargs)
         except OSError as error:
-            with contextlib.suppress(OSError):  # what is printed may go to the same disk
-                tqdm.write(f"{self.path}: {method.__name__} could not be written ({error}); the run goes on")
+            with contextlib.suppress(OSError):  # the output may go to the same disk
+                tqdm.write(f"{self.path}: {method.__name__} could not be written ({error}); training continues")
 
     return write
 
 
 class RunFolder:
-    """A run's folder. On ranks other than the main one every write is a no-op.
+    """Writes the files of a run. On ranks other than the main one every write does nothing.
 
-    config.yaml      the flags, as a recipe            checkpoints/   see checkpoint.py
-    env.json         versions, devices, command        best/ final/   plain from_pretrained folders
-    status.json      state, step, reason               samples/       pictures by step
-    metrics.jsonl    one row per logged step           eval/step_x/   metrics, predictions, pictures
-    train.log        what was printed                  trackers.json  the run's ids there
+    | file | content |
+    |---|---|
+    | config.yaml | the arguments, as a recipe |
+    | env.json | versions, devices, command |
+    | status.json | state, step, reason |
+    | metrics.jsonl | one row per logged step |
+    | train.log | printed lines |
+    | trackers.json | run ids of the trackers |
+    | checkpoints/ | see checkpoint.py |
+    | best/, final/ | from_pretrained folders |
+    | samples/ | images by step |
+    | eval/step_x/ | metrics, predictions, images |
+
+    Args:
+        path: the folder; it is created by `write_config`.
+        is_main: whether this process writes.
     """
 
     def __init__(self, path: str | Path, is_main: bool):
         self.path = Path(path)
         self.is_main = is_main
-        self._unwritten: list[str] = []  # said before the folder was made
-        self.trackers = Trackers(self.path, self.log)  # they get the metrics and pictures too
+        self._unwritten: list[str] = []  # log lines from before the folder was created
+        self.trackers = Trackers(self.path, self.log)  # they receive the metrics and images too
 
     @property
     def checkpoints(self) -> Path:
+        """The folder of the checkpoints."""
         return self.path / "checkpoints"
 
-    def describe(self, config_yaml: str, device: torch.device, num_processes: int) -> None:
-        """Makes the folder and writes what it takes to run the same again."""
+    def write_config(self, config_yaml: str, device: torch.device, num_processes: int) -> None:
+        """Creates the folder and writes config.yaml and env.json."""
         if not self.is_main:
             return
         self.path.mkdir(parents=True, exist_ok=True)
@@ -81,17 +92,22 @@ class RunFolder:
         }
         (self.path / "env.json").write_text(json.dumps(environment, indent=1))
 
-    def is_of_this_launch(self) -> bool:
-        """Whether the last run in this folder was started by the launcher that has started this process."""
+    def started_by_this_launch(self) -> bool:
+        """Whether the last run in this folder was started by the launcher that started this process."""
         try:
             return json.loads((self.path / "env.json").read_text())["launcher"] == launcher_id()
         except (OSError, ValueError, KeyError):
             return False
 
-    @_survives_a_full_disk
+    @_continue_on_disk_error
     def status(self, state: str, step: int, reason: str = "") -> None:
-        """state: running, finished, preempted or failed. Replaced in one go, so readers never see half of it. All but
-        the first end the run in the trackers too."""
+        """Replaces status.json atomically. States other than running end the run in the trackers.
+
+        Args:
+            state: running, finished, preempted or failed.
+            step: optimizer steps taken.
+            reason: why the run ended.
+        """
         if not self.is_main:
             return
         temporary = self.path / ".status.json"
@@ -100,10 +116,11 @@ class RunFolder:
             temporary.replace(self.path / "status.json")
         finally:
             if state != "running":
-                self.trackers.finish(failed=state == "failed")
+                self.trackers.finish()
 
-    @_survives_a_full_disk
+    @_continue_on_disk_error
     def log(self, message: str) -> None:
+        """Prints a message and appends it to train.log."""
         if not self.is_main:
             return
         self._unwritten.append(message)
@@ -113,30 +130,35 @@ class RunFolder:
             self._unwritten.clear()
         tqdm.write(message)
 
-    @_survives_a_full_disk
+    @_continue_on_disk_error
     def metrics(self, step: int, row: dict[str, float]) -> None:
-        """A row of metrics.jsonl."""
+        """Appends a row to metrics.jsonl."""
         if not self.is_main:
             return
-        # JSON knows no NaN: the gradient of a step that was skipped has no norm.
-        plain = {key: value if math.isfinite(value) else None for key, value in row.items()}
+        # JSON has no NaN: the gradient norm of a skipped step.
+        finite = {key: value if math.isfinite(value) else None for key, value in row.items()}
         with (self.path / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps({"step": step} | plain) + "\n")
-        self.trackers.metrics(step, row)
+            file.write(json.dumps({"step": step} | finite) + "\n")
+        self.trackers.log_metrics(step, row)
 
-    @_survives_a_full_disk
+    @_continue_on_disk_error
     def evaluation(
         self,
         step: int,
         metrics: dict[str, float],
         predictions: list[dict],
-        pictures: dict[str, Image.Image],
+        images: dict[str, Image.Image],
         name: str = "",
-        examples: Sequence[Example] = (),
-        class_names: Sequence[str] = (),
     ) -> None:
-        """What an evaluation found: eval/step_x, and a row of metrics.jsonl. `name` tells the model, if not the one
-        that learns: eval/step_x/name, and eval/name/AP and so on. `examples`: of the "predictions", for trackers."""
+        """Writes eval/step_x/ and a row of metrics.jsonl.
+
+        Args:
+            step: optimizer steps taken.
+            metrics: COCO metrics by name.
+            predictions: COCO results.
+            images: images by name.
+            name: name of the model if it is not the trained one: eval/step_x/NAME, eval/NAME/AP and so on.
+        """
         if not self.is_main:
             return
         prefix = f"eval/{name}/" if name else "eval/"
@@ -147,61 +169,59 @@ class RunFolder:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "metrics.json").write_text(json.dumps(metrics, indent=1))
         (folder / "predictions.json").write_text(json.dumps(predictions))
-        classes = [(key.removeprefix("per_class/"), ap) for key, ap in metrics.items() if key.startswith("per_class/")]
-        self.trackers.table(f"{prefix}AP_of_classes", step, ("class", "AP"), classes)
-        for what, picture in pictures.items():
-            file, shown = folder / f"{what}.png", examples if what == "predictions" else ()
-            picture.save(file)
-            self.trackers.image(f"{prefix}{what}", step, file, picture, shown, class_names)
+        for image_name, image in images.items():
+            image.save(folder / f"{image_name}.png")
+            self.trackers.log_image(f"{prefix}{image_name}", step, image)
 
-    @_survives_a_full_disk
-    def sample(
-        self,
-        name: str,
-        step: int,
-        picture: Image.Image,
-        examples: Sequence[Example] = (),
-        class_names: Sequence[str] = (),
-    ) -> None:
-        """A picture by its step: samples/name_x.png. `examples`: of the picture, for trackers."""
+    @_continue_on_disk_error
+    def sample(self, name: str, step: int, image: Image.Image) -> None:
+        """Writes samples/NAME_STEP.png."""
         if not self.is_main:
             return
         folder = self.path / "samples"
         folder.mkdir(exist_ok=True)
-        file = folder / f"{name}_{step:08d}.png"
-        picture.save(file)
-        self.trackers.image(f"samples/{name}", step, file, picture, examples, class_names)
+        image.save(folder / f"{name}_{step:08d}.png")
+        self.trackers.log_image(f"samples/{name}", step, image)
 
-    @_survives_a_full_disk
-    def strip(self, step: int, number: int) -> None:
-        """samples/strip.png: one image, the `number`-th of the samples called predictions, over the steps up to this
-        one. Drawn from these samples, so a run that is resumed has those from before too."""
+    @_continue_on_disk_error
+    def sample_history(self, step: int, number: int) -> None:
+        """Writes samples/strip.png: one image of the prediction samples over the steps.
+
+        It is drawn from the samples in the folder, so that a resumed run includes earlier ones.
+
+        Args:
+            step: last step to include.
+            number: index of the image in each sample.
+        """
         if not self.is_main:
             return
-        found = sorted((self.path / "samples").glob(f"predictions_{'[0-9]' * 8}.png"))
-        # Later ones were left by a run that broke off, which this one repeats.
-        found = [(at, file) for file in found if (at := int(file.stem[-8:])) <= step]
-        chosen = np.unique(np.linspace(0, len(found) - 1, min(len(found), MOST_STEPS)).round().astype(int))
+        files = sorted((self.path / "samples").glob(f"predictions_{'[0-9]' * 8}.png"))
+        # Samples of later steps were left by an interrupted run, which this run repeats.
+        by_step = [(at, file) for file in files if (at := int(file.stem[-8:])) <= step]
+        count = min(len(by_step), MAX_HISTORY_STEPS)
+        chosen = np.unique(np.linspace(0, len(by_step) - 1, count).round().astype(int))
         sheets = {}
-        for at, file in (found[index] for index in chosen):
-            with contextlib.suppress(OSError, SyntaxError):  # half of it, written by a process that was killed
+        for at, file in (by_step[index] for index in chosen):
+            with contextlib.suppress(OSError, SyntaxError):  # a file that a killed process was writing
                 sheets[at] = Image.open(file).convert("RGB")
         if sheets:
             strip(sheets, number).save(self.path / "samples" / "strip.png")
 
     def rewind_metrics(self, step: int, keep_evaluation: bool = True) -> None:
-        """Drops the rows after `step`, and of its own evaluation if that has to be done again: a run resumed there
-        writes them again."""
+        """Removes the rows of metrics.jsonl that a run resumed at `step` writes again.
+
+        Args:
+            step: step the run is resumed at.
+            keep_evaluation: whether the evaluation of that step is kept.
+        """
         path = self.path / "metrics.jsonl"
         if not self.is_main or not path.exists():
             return
         rows = []
         for line in path.read_text().splitlines():
-            try:
+            with contextlib.suppress(ValueError):  # the line that a killed process was writing
                 rows.append(json.loads(line))
-            except ValueError:
-                continue  # the line a killed process was writing
-        self.trackers.sent(rows)
+        self.trackers.set_sent_rows(rows)
         rows = [row for row in rows if row["step"] <= step]
         if not keep_evaluation:
             rows = [row for row in rows if row["step"] < step or not any(key.startswith("eval/") for key in row)]
@@ -211,7 +231,7 @@ class RunFolder:
 
 
 def git_commit() -> str | None:
-    """The commit of the code, if it lies in a git checkout."""
+    """The commit of the code if it is in a git checkout."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

@@ -1,4 +1,4 @@
-"""Flags and recipes: every mistake is one line and exit code 2, and a recipe is nothing but flags written down."""
+"""Arguments, recipes and presets: an error is one line and exit code 2, and a recipe consists of arguments."""
 
 import dataclasses
 from pathlib import Path
@@ -8,6 +8,7 @@ import yaml
 
 from pix2seq.argument_parser import parse, to_yaml
 from pix2seq.arguments import PRESETS, TrainArguments
+from pix2seq.cli import COMMANDS, main
 from pix2seq.evaluate import EvaluateArguments
 
 CONFIGS = sorted(Path("configs").glob("*.yaml"))
@@ -18,7 +19,7 @@ def error_of(capsys, argv: list[str], kind: type = TrainArguments) -> str:
         parse(kind, argv)
     message = capsys.readouterr().err
     assert stop.value.code == 2
-    assert message.count("\n") == 1, "a mistake is told in one line"
+    assert message.count("\n") == 1
     return message
 
 
@@ -32,7 +33,7 @@ def test_every_recipe_parses(path):
         )
 
 
-def test_there_are_recipes():
+def test_expected_recipes_exist():
     assert {"demo", "overfit", "coco_r50", "coco_r50_1333", "coco_vit_b"} <= {path.stem for path in CONFIGS}
 
 
@@ -42,20 +43,20 @@ def test_scientific_notation_in_a_recipe_is_a_number(tmp_path):
     assert parse(TrainArguments, ["--config", str(recipe)]).lr == pytest.approx(1e-3)
 
 
-def test_the_command_line_wins_over_the_recipe(tmp_path):
+def test_command_line_overrides_the_recipe(tmp_path):
     recipe = tmp_path / "r.yaml"
     recipe.write_text("lr: 1e-3\nbatch_size: 4\nroot: x\nnoise_objects: false\n")
     arguments = parse(TrainArguments, [f"--config={recipe}", "--batch_size", "8"])
     assert (arguments.batch_size, arguments.lr, arguments.noise_objects) == (8, 1e-3, False)
 
 
-def test_switches_can_be_turned_off():
+def test_boolean_flags_can_be_turned_off():
     assert parse(TrainArguments, ["--root", "x"]).noise_objects
     assert not parse(TrainArguments, ["--root", "x", "--no_noise_objects"]).noise_objects
     assert not parse(TrainArguments, ["--root", "x", "--noise_objects", "false"]).noise_objects
 
 
-def test_dump_parses_back_to_the_same_values(tmp_path):
+def test_written_arguments_parse_to_the_same_values(tmp_path):
     argv = ["--root", "x", "--lr", "3e-5", "--no_noise_objects", "--backbone", "{model_type: resnet, depths: [1, 1]}"]
     first = parse(TrainArguments, [*argv, "--report_to", "wandb", "tensorboard"])
     dump = tmp_path / "config.yaml"
@@ -64,7 +65,7 @@ def test_dump_parses_back_to_the_same_values(tmp_path):
     assert dataclasses.asdict(second) | {"config": None} == dataclasses.asdict(first)
 
 
-def test_default_output_dir_follows_the_project():
+def test_default_output_dir_follows_the_project_name():
     assert parse(TrainArguments, ["--root", "x", "--project_name", "p"]).output_dir == str(Path("runs") / "p")
 
 
@@ -87,12 +88,12 @@ def test_default_output_dir_follows_the_project():
         (["--config", "nowhere.yaml"], ["--config nowhere.yaml"]),
     ],
 )
-def test_mistakes_name_the_flag_and_what_is_allowed(capsys, argv, parts):
+def test_errors_name_the_flag_and_the_allowed_values(capsys, argv, parts):
     message = error_of(capsys, ["--root", "x", *argv])
     assert all(part in message for part in parts), message
 
 
-def test_a_missing_dataset_is_named(capsys):
+def test_missing_dataset_arguments_are_named(capsys):
     assert "--root" in error_of(capsys, [])
     assert "--train_json" in error_of(capsys, ["--train_images", "x", "--val_images", "y", "--val_json", "z"])
 
@@ -106,7 +107,7 @@ def test_a_missing_dataset_is_named(capsys):
         ("a: [1\n", ["is not YAML"]),
     ],
 )
-def test_mistakes_in_a_recipe(capsys, tmp_path, text, parts):
+def test_errors_in_a_recipe(capsys, tmp_path, text, parts):
     recipe = tmp_path / "r.yaml"
     recipe.write_text(text)
     message = error_of(capsys, ["--root", "x", "--config", str(recipe)])
@@ -125,11 +126,11 @@ def test_mistakes_in_a_recipe(capsys, tmp_path, text, parts):
         ["--checkpoint", "a", "--max_objects", "0"],
     ],
 )
-def test_evaluate_needs_one_thing_to_score(capsys, argv):
+def test_evaluate_needs_exactly_one_mode(capsys, argv):
     error_of(capsys, argv, EvaluateArguments)
 
 
-def test_help_lists_every_flag_with_a_text(capsys):
+def test_help_lists_every_argument_with_a_text(capsys):
     for kind in (TrainArguments, EvaluateArguments):
         with pytest.raises(SystemExit):
             parse(kind, ["--help"])
@@ -139,38 +140,58 @@ def test_help_lists_every_flag_with_a_text(capsys):
             assert field.metadata["help"]
 
 
-def test_a_size_wins_over_the_recipe_when_it_stands_on_the_command_line(tmp_path):
+def test_preset_on_the_command_line_overrides_the_recipe(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("hidden_size: 64\nnum_heads: 4\nroot: x\n")
-    assert parse(TrainArguments, ["--config", str(recipe), "--size", "r50-c4"]).hidden_size == 512
-    assert (
-        parse(TrainArguments, ["--config", str(recipe), "--size", "r50-c4", "--hidden_size", "256"]).hidden_size == 256
-    )
-    written = tmp_path / "config.yaml"
-    written.write_text(to_yaml(parse(TrainArguments, ["--root", "x", "--size", "r50-c4"])))
-    other = parse(TrainArguments, ["--config", str(written), "--size", "r50"])
-    assert {name: getattr(other, name) for name in PRESETS["r50"]} == PRESETS["r50"]
-    recipe.write_text("size: r50-c4\nhidden_size: 64\nnum_heads: 4\nroot: x\n")
+    argv = ["--config", str(recipe), "--preset", "r50-c4"]
+    assert parse(TrainArguments, argv).hidden_size == 512
+    assert parse(TrainArguments, [*argv, "--hidden_size", "256"]).hidden_size == 256
+    recipe.write_text("preset: r50-c4\nhidden_size: 64\nnum_heads: 4\nroot: x\n")
     arguments = parse(TrainArguments, ["--config", str(recipe)])
     assert (arguments.hidden_size, arguments.decoder_layers, arguments.backbone_stage) == (64, 8, "c4")
 
 
-@pytest.mark.parametrize("size", ["r50", "r50-c4", "vit-b", "vit-l"])
-def test_a_size_stands_for_its_flags_and_is_written_down_with_them(size, tmp_path):
-    arguments = parse(TrainArguments, ["--root", "x", "--size", size])
-    for name, value in PRESETS[size].items():
+@pytest.mark.parametrize("preset", PRESETS)
+def test_preset_is_written_with_its_arguments(preset, tmp_path):
+    arguments = parse(TrainArguments, ["--root", "x", "--preset", preset])
+    for name, value in PRESETS[preset].items():
         assert getattr(arguments, name) == value
-    (tmp_path / "config.yaml").write_text(to_yaml(arguments))
-    assert parse(TrainArguments, ["--config", str(tmp_path / "config.yaml")]) == dataclasses.replace(
-        arguments, config=str(tmp_path / "config.yaml")
-    )
+    written = tmp_path / "config.yaml"
+    written.write_text(to_yaml(arguments))
+    assert parse(TrainArguments, ["--config", str(written)]) == dataclasses.replace(arguments, config=str(written))
 
 
-def test_an_unknown_size_is_one_line(capsys):
-    assert "invalid choice: 'r5'" in error_of(capsys, ["--root", "x", "--size", "r5"])
+def test_packaged_recipes_are_found_by_name(tmp_path, monkeypatch):
+    packaged = tmp_path / "package" / "configs"
+    packaged.mkdir(parents=True)
+    (packaged / "demo.yaml").write_text("lr: 0.5\nroot: x\n")
+    monkeypatch.setattr("pix2seq.argument_parser.resources.files", lambda package: tmp_path / "package")
+    monkeypatch.chdir(tmp_path)
+    for name in ("demo", "demo.yaml", "configs/demo.yaml"):
+        assert parse(TrainArguments, ["--config", name]).lr == 0.5
+    (tmp_path / "demo.yaml").write_text("lr: 0.25\nroot: x\n")
+    assert parse(TrainArguments, ["--config", "demo.yaml"]).lr == 0.25
 
 
-def test_a_date_in_an_inline_config_is_text(tmp_path):
+def test_other_missing_recipes_are_not_replaced_by_packaged_ones(capsys):
+    assert "elsewhere/demo.yaml" in error_of(capsys, ["--root", "x", "--config", "elsewhere/demo.yaml"])
+
+
+def test_date_in_an_inline_config_is_text(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("root: x\nbackbone: {model_type: resnet, when: 2020-01-01}\n")
     assert "2020-01-01" in parse(TrainArguments, ["--config", str(recipe)]).backbone
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_subcommand_has_help(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    assert f"pix2seq {command}" in capsys.readouterr().out
+
+
+def test_unknown_subcommands_list_the_known_ones(capsys):
+    assert main(["nonsense"]) == 2
+    message = capsys.readouterr().err
+    assert all(command in message for command in COMMANDS)
