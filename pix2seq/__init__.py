@@ -1,4 +1,4 @@
-"""Object detection as language modelling. Importing the package makes its detectors known to transformers."""
+"""Object detection as language modelling (Pix2Seq). Importing the package registers the model with transformers."""
 
 __version__ = "0.1.0"
 
@@ -15,11 +15,11 @@ AutoModelForObjectDetection.register(Pix2SeqConfig, Pix2SeqForObjectDetection, e
 AutoImageProcessor.register(
     Pix2SeqConfig, image_processor_classes={"torchvision": Pix2SeqImageProcessor}, exist_ok=True
 )
-MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES["pix2seq"] = "Pix2SeqForObjectDetection"  # what pipelines go by
+MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES["pix2seq"] = "Pix2SeqForObjectDetection"  # pipelines look it up here
 
 
 def __getattr__(name: str):
-    """Pix2Seq comes with what reads files and draws, which transformers' routes do without."""
+    """Imports `Pix2Seq` lazily: its file readers and drawing functions are not needed for the transformers classes."""
     if name == "Pix2Seq":
         from pix2seq.inference import Pix2Seq
 

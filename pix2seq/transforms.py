@@ -118,12 +118,12 @@ class EvalTransform:
 
     def __call__(self, image, boxes: np.ndarray | None = None) -> PaddedImage:
         """Transforms an image and, if given, its boxes. See `TrainTransform.__call__` for the arguments."""
-        boxes = torch.zeros(0, 4) if boxes is None else torch.from_numpy(boxes)
-        boxes = BoundingBoxes(boxes, format="XYXY", canvas_size=tuple(image.shape[-2:]))
+        given = torch.zeros(0, 4) if boxes is None else torch.from_numpy(boxes)
+        annotated = BoundingBoxes(given, format="XYXY", canvas_size=tuple(image.shape[-2:]))
         size = resized_size(image.shape[-2:], self.image_size)
         # Decodes at full resolution, so that an image file and a decoded image give the same boxes.
         pixels = F.resize(read_pixels(image), size, antialias=True)
-        return _pad(pixels, F.resize(boxes, size), self.image_size)
+        return _pad(pixels, F.resize(annotated, size), self.image_size)
 
 
 def resized_size(size: tuple[int, int], side: float) -> tuple[int, int]:
@@ -252,7 +252,7 @@ def _photometric_distortion(rng: np.random.Generator) -> list[tuple[ColorOp, flo
     brightness = (apply[0], ColorOp.BRIGHTNESS, rng.uniform(0.875, 1.125))
     saturation = (apply[2], ColorOp.SATURATION, rng.uniform(0.5, 1.5))
     hue = (apply[3], ColorOp.HUE, rng.uniform(-0.05, 0.05))
-    channels = (apply[4], ColorOp.PERMUTE_CHANNELS, rng.integers(len(CHANNEL_ORDERS)))
+    channels = (apply[4], ColorOp.PERMUTE_CHANNELS, int(rng.integers(len(CHANNEL_ORDERS))))
     middle = (contrast, saturation, hue) if contrast_first else (saturation, hue, contrast)
     return [(op, amount) for chosen, op, amount in (brightness, *middle, channels) if chosen]
 

@@ -107,7 +107,7 @@ def folder(make_model, tmp_path_factory) -> Path:
         for parameter in model.parameters():
             parameter *= 3
     model.save_pretrained(folder)
-    Pix2SeqImageProcessor.for_detector(model.config).save_pretrained(folder)
+    Pix2SeqImageProcessor.from_model_config(model.config).save_pretrained(folder)
     return folder
 
 

@@ -22,7 +22,7 @@ from transformers.modeling_outputs import BackboneOutput
 from pix2seq.errors import UserError
 from pix2seq.generation import DecodingOptions
 from pix2seq.models import Pix2SeqForObjectDetection, build_model
-from pix2seq.models.backbone import VisionBackbone, choose_backbone
+from pix2seq.models.backbone import VisionBackbone, resolve_backbone
 from pix2seq.training.optimizer import parameter_groups
 
 VIT = "hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2, patch_size: 16, image_size: 32"
@@ -341,14 +341,14 @@ def test_a_cut_backbone_takes_the_weights_of_the_whole(tmp_path):
 @pytest.mark.parametrize(
     ("backbone", "stage", "says"),
     [
-        (BACKBONES["vit"], "c4", "not made of that many stages"),
-        (BACKBONES["resnet"], "c4", "not made of that many stages"),
+        (BACKBONES["vit"], "c4", "has fewer than 3 stages"),
+        (BACKBONES["resnet"], "c4", "has fewer than 3 stages"),
         (BACKBONES["convnext"], "dc5", "only a ResNet can be dilated"),
     ],
 )
 def test_backbones_that_cannot_be_cut_say_so(backbone, stage, says):
     with pytest.raises(UserError, match=says):
-        choose_backbone(backbone, stage)
+        resolve_backbone(backbone, stage)
 
 
 @everything
@@ -468,8 +468,8 @@ def test_a_processor_with_odd_pixels_is_refused(mean, tmp_path):
     ViTImageProcessor().save_pretrained(tmp_path)
     path = tmp_path / "preprocessor_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"image_mean": mean}))
-    with pytest.raises(UserError, match="three each are needed"):
-        choose_backbone(str(tmp_path))
+    with pytest.raises(UserError, match="three values each are needed"):
+        resolve_backbone(str(tmp_path))
 
 
 def test_a_timm_model_of_one_size_only():
@@ -508,7 +508,7 @@ def test_frozen_norms_folded_into_convolutions_change_nothing(kind):
 
 def test_only_a_resnets_norms_are_folded():
     """Other models' convolutions look alike and are not: grouped, or with more after the norm."""
-    backbone = VisionBackbone(choose_backbone("{model_type: hgnet_v2}").config)
+    backbone = VisionBackbone(resolve_backbone("{model_type: hgnet_v2}").config)
     backbone.prepare_for_training(False, "frozen", 1, torch.device("cpu"), 64)
     pixels = torch.rand(1, 3, 64, 64)
     with torch.no_grad():

@@ -22,7 +22,7 @@ from transformers import (
 
 from pix2seq.errors import UserError
 from pix2seq.models import Pix2SeqConfig, Pix2SeqForObjectDetection
-from pix2seq.models.backbone import IMAGENET_MEAN, IMAGENET_STD, VisionBackbone, choose_backbone
+from pix2seq.models.backbone import IMAGENET_MEAN, IMAGENET_STD, VisionBackbone, resolve_backbone
 from pix2seq.models.llama_decoder import prefix_positions
 from pix2seq.models.position_embedding import position_embedding_2d
 from pix2seq.sequence import SequenceBuilder
@@ -351,7 +351,7 @@ def test_pretrained_weights_of_a_resnet_survive(make_model, tmp_path, source_cla
             if value.is_floating_point():
                 value.uniform_(0.5, 1.5)
     source.save_pretrained(tmp_path)
-    choice = choose_backbone(str(tmp_path))
+    choice = resolve_backbone(str(tmp_path))
     assert choice.pretrained == str(tmp_path)
     assert (choice.image_mean, choice.image_std) == (IMAGENET_MEAN, IMAGENET_STD)
     model = make_model(backbone_config=choice.config)
@@ -373,7 +373,7 @@ def test_pretrained_weights_of_a_vit_survive(make_model, tmp_path):
         for value in source.state_dict().values():
             value.uniform_(0.5, 1.5)
     source.save_pretrained(tmp_path)
-    choice = choose_backbone(str(tmp_path))
+    choice = resolve_backbone(str(tmp_path))
     model = make_model(backbone_config=choice.config)
     model.backbone.load_pretrained(choice.pretrained)
     state, expected = model.backbone.model.state_dict(), source.state_dict()
@@ -386,7 +386,7 @@ def test_a_backbone_folders_own_pixels_are_used(tmp_path):
     """A bug others shipped: weights that expect one normalisation were fed another."""
     ViTModel(ViTConfig(**{k: v for k, v in TINY_VIT.items() if k != "model_type"})).save_pretrained(tmp_path)
     ViTImageProcessor(image_mean=[0.5, 0.5, 0.5], image_std=[0.25, 0.25, 0.25]).save_pretrained(tmp_path)
-    choice = choose_backbone(str(tmp_path))
+    choice = resolve_backbone(str(tmp_path))
     assert choice.image_mean == (0.5, 0.5, 0.5)
     assert choice.image_std == (0.25, 0.25, 0.25)
 
@@ -417,10 +417,10 @@ def test_the_resnets_stride(make_model):
 
 
 def test_an_inline_config():
-    choice = choose_backbone('{"model_type": "resnet", "hidden_sizes": [8, 16], "depths": [1, 1]}')
+    choice = resolve_backbone('{"model_type": "resnet", "hidden_sizes": [8, 16], "depths": [1, 1]}')
     assert choice.pretrained is None
     assert choice.config.hidden_sizes == [8, 16]
-    assert choose_backbone(" {model_type: vit, hidden_size: 24}").config.hidden_size == 24
+    assert resolve_backbone(" {model_type: vit, hidden_size: 24}").config.hidden_size == 24
 
 
 @pytest.mark.parametrize(
@@ -428,14 +428,14 @@ def test_an_inline_config():
 )
 def test_what_is_no_backbone_is_named_in_one_line(name):
     with pytest.raises(ValueError, match="no such hub model, local folder or inline config") as error:
-        choose_backbone(name)
+        resolve_backbone(name)
     assert str(error.value).startswith(f"--backbone {name}")
     assert "\n" not in str(error.value)
 
 
 def test_a_folder_without_weights(tmp_path):
     AutoConfig.for_model(**TINY_VIT).save_pretrained(tmp_path)
-    choice = choose_backbone(str(tmp_path))
+    choice = resolve_backbone(str(tmp_path))
     with pytest.raises(UserError, match=str(tmp_path)):
         VisionBackbone(choice.config).load_pretrained(choice.pretrained)
 

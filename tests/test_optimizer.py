@@ -4,14 +4,16 @@ import pytest
 import torch
 
 from pix2seq.errors import UserError
-from pix2seq.models.backbone import VisionBackbone, choose_backbone
+from pix2seq.models.backbone import VisionBackbone, resolve_backbone
 from pix2seq.training.optimizer import learning_rate_schedule, parameter_groups
 
 
 def rates(name: str, steps: int, max_steps: int, end: float, decay_steps: int = 0) -> list[float]:
     """Learning rates, of a peak of 8, of the steps of a run with a warm-up of 4."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=8.0)
-    scheduler = learning_rate_schedule(optimizer, name, 4, max_steps, end, decay_steps)
+    scheduler = learning_rate_schedule(
+        optimizer, name, warmup_steps=4, max_steps=max_steps, min_lr_ratio=end, decay_steps=decay_steps
+    )
     found = []
     for _ in range(steps):
         found.append(scheduler.get_last_lr()[0])
@@ -115,8 +117,8 @@ SWIN = "{model_type: swin, embed_dim: 8, depths: [1, 1], num_heads: [2, 2], wind
     ids=["convnext", "swin", "timm"],
 )
 def test_layers_are_told_apart_in_the_order_of_the_network(config, orders):
-    backbone = VisionBackbone(choose_backbone(config).config)
-    places = backbone.layer_of_parameters()
+    backbone = VisionBackbone(resolve_backbone(config).config)
+    places = backbone.parameter_layers()
     found = [{depth for name, (_, depth) in places.items() if f"{part}." in name} for part in orders]
     assert all(len(depths) == 1 for depths in found), found
     depths = [depths.pop() for depths in found]

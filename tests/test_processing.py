@@ -16,7 +16,7 @@ from pix2seq.argument_parser import parse
 from pix2seq.data.shapes import CATEGORY_IDS, SHAPES
 from pix2seq.evaluate import EvaluateArguments
 from pix2seq.models import Pix2SeqOutput
-from pix2seq.models.image_processing_pix2seq import as_tensor
+from pix2seq.models.image_processing_pix2seq import to_rgb_tensor
 
 
 @pytest.fixture(params=[True, False], ids=["noise_objects", "eos"])
@@ -26,7 +26,7 @@ def folder(request, make_model, tmp_path):
         for parameter in model.parameters():
             parameter *= 3
     model.save_pretrained(tmp_path / "detector")
-    Pix2SeqImageProcessor.for_detector(model.config).save_pretrained(tmp_path / "detector")
+    Pix2SeqImageProcessor.from_model_config(model.config).save_pretrained(tmp_path / "detector")
     return tmp_path / "detector"
 
 
@@ -97,15 +97,15 @@ def test_thresholds_sizes_and_empty_slots():
 
 
 def test_sizes_must_be_as_many_as_pictures():
-    with pytest.raises(ValueError, match="1 target_sizes, but 2 pictures"):
+    with pytest.raises(ValueError, match="1 target_sizes, but 2 images"):
         Pix2SeqImageProcessor().post_process_object_detection(outputs(), target_sizes=[(3, 4)])
-    with pytest.raises(ValueError, match="pixel_values alone"):
+    with pytest.raises(ValueError, match="pixel_values only"):
         Pix2SeqImageProcessor().post_process_object_detection(Pix2SeqOutput(loss=torch.tensor(0.0)))
 
 
 def test_coco_annotations_become_sentences(make_model):
     model = make_model()
-    processor = Pix2SeqImageProcessor.for_detector(model.config)
+    processor = Pix2SeqImageProcessor.from_model_config(model.config)
     rows = [
         {"bbox": [0, 0, 32, 16], "category_id": CATEGORY_IDS[1], "iscrowd": 0},
         {"bbox": [5, 5, 0, 9], "category_id": CATEGORY_IDS[1]},  # no area
@@ -138,18 +138,18 @@ def test_annotations_that_do_not_fit_are_refused():
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "1"])
 def test_pictures_of_any_mode(mode):
-    assert as_tensor(Image.new(mode, (5, 3))).shape == (3, 3, 5)
+    assert to_rgb_tensor(Image.new(mode, (5, 3))).shape == (3, 3, 5)
 
 
 @pytest.mark.parametrize("bad", [np.zeros((4, 4)), np.zeros((4, 4, 3), np.float32), np.zeros((2, 4, 4, 3), np.uint8)])
 def test_what_is_no_picture_is_refused(bad):
     with pytest.raises(ValueError, match="an image of shape"):
-        as_tensor(bad)
+        to_rgb_tensor(bad)
 
 
 def test_16_bits_are_scaled_to_8():
     levels = Image.fromarray(np.array([[0, 256, 65535]], dtype=np.uint16))
-    assert as_tensor(levels).tolist() == [[[0, 1, 255]]] * 3
+    assert to_rgb_tensor(levels).tolist() == [[[0, 1, 255]]] * 3
 
 
 def test_the_config_is_known_to_transformers(folder):

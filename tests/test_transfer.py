@@ -10,7 +10,7 @@ from pix2seq import train
 from pix2seq.argument_parser import parse
 from pix2seq.arguments import TrainArguments
 from pix2seq.errors import UserError
-from pix2seq.models import Pix2SeqForObjectDetection, adapt, load_model
+from pix2seq.models import Pix2SeqForObjectDetection, adapt_to_classes, load_model
 from tests.runs import arguments, edited
 from tests.test_architectures import BACKBONES, build, pictures, sentences
 
@@ -39,7 +39,7 @@ def adapted(source, **kwargs):
     }
     names = kwargs.pop("class_names", NEW)
     ids = tuple(range(10, 10 + len(names)))
-    return adapt(source, category_ids=ids, class_names=names, **same | kwargs)
+    return adapt_to_classes(source, category_ids=ids, class_names=names, **same | kwargs)
 
 
 @both
@@ -57,7 +57,7 @@ def test_rows_of_classes_are_kept_by_name_exactly(decoder):
     assert torch.equal(new[model.tokenizer.first_bin_id :], old[source.tokenizer.first_bin_id :])
     if decoder == "transformer":
         assert torch.equal(model.decoder.lm_head.bias[first + 3], source.decoder.lm_head.bias[first])
-    assert report[:3] == ["classes kept: eel, cat, fox", "new classes: ant, bee, gnu", "classes left out: dog"]
+    assert report[:3] == ["classes kept: eel, cat, fox", "new classes: ant, bee, gnu", "classes dropped: dog"]
     assert model.config.class_names == NEW
     assert model.config.category_ids == list(range(10, 16))
 
@@ -69,7 +69,7 @@ def test_the_same_classes_give_the_same_detector(decoder):
     model.eval()
     with torch.no_grad():
         assert torch.equal(model(pictures(), sentences()).logits, source(pictures(), sentences()).logits)
-    assert report == ["classes kept: cat, dog, eel, fox", "new classes: none", "classes left out: none"]
+    assert report == ["classes kept: cat, dog, eel, fox", "new classes: none", "classes dropped: none"]
 
 
 @both
@@ -93,7 +93,7 @@ def test_another_number_of_bins_keeps_places(decoder):
     new = model.decoder.lm_head.weight[model.tokenizer.first_bin_id :]
     torch.testing.assert_close(new[::2], old)
     torch.testing.assert_close(new[1::2], (old[1:] + old[:-1]) / 2)
-    assert "num_bins: 20 became 39" in report
+    assert "num_bins: changed from 20 to 39" in report
 
 
 @both
@@ -106,7 +106,7 @@ def test_longer_and_shorter_sentences(decoder, max_objects):
         common = sentences(length=10)
         torch.testing.assert_close(model(pictures(), common).logits, source(pictures(), common).logits)
     assert len(model.detect(pictures())[0].labels) == max_objects
-    assert f"max_objects: 3 became {max_objects}" in report
+    assert f"max_objects: changed from 3 to {max_objects}" in report
 
 
 @both
@@ -115,7 +115,7 @@ def test_another_canvas(decoder, backbone):
     source = old_detector(decoder, backbone=BACKBONES[backbone])
     model, report = adapted(source, image_size=96)
     assert len(model.eval().detect(pictures(1, 96))[0].labels) == 3
-    assert "image_size: 64 became 96" in report
+    assert "image_size: changed from 64 to 96" in report
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +144,7 @@ def test_a_run_from_a_detector_of_other_classes(trained, shapes_root, tmp_path):
     log = (tmp_path / "out" / "train.log").read_text()
     assert "classes kept: rectangle, triangle, cross" in log
     assert "new classes: blob, star" in log
-    assert "num_bins: 32 became 16" in log
+    assert "num_bins: changed from 32 to 16" in log
     model = load_model(tmp_path / "out" / "final", "")
     source = load_model(trained, "")
     first = model.tokenizer.first_class_id
@@ -186,7 +186,7 @@ def test_what_is_no_detector_is_refused_in_one_line(trained, shapes_root, tmp_pa
     (tmp_path / "no_flags" / "MANIFEST.json").unlink()
     for name, says in (
         ("vit", "holds a model of type 'vit', not 'pix2seq'"),
-        ("nowhere", "no such folder, nor a detector on the hub"),
+        ("nowhere", "no such folder and no such model on the hub"),
         ("no_flags", "has no training.yaml"),
     ):
         tiny = arguments(shapes_root, tmp_path / "out", "--init_from", str(tmp_path / name))

@@ -73,10 +73,10 @@ def test_the_canvas_has_the_size_asked_for(image_size, size):
         canvas = TrainTransform(image_size)(image, whole, rng(seed))
         assert canvas.image.shape == (3, image_size, image_size)
         assert canvas.image.dtype == torch.uint8
-        assert max(canvas.size) <= image_size
+        assert max(canvas.valid_size) <= image_size
     canvas = EvalTransform(image_size)(image, whole)
     assert canvas.image.shape == (3, image_size, image_size)
-    assert max(canvas.size) == image_size
+    assert max(canvas.valid_size) == image_size
     assert canvas.boxes[0] == pytest.approx([0, 0, *canvas.valid_fraction], abs=1e-6)
 
 
@@ -89,11 +89,11 @@ def test_the_scale_really_shrinks_and_grows_objects():
         assert width == pytest.approx(20 * scale, abs=1.1)
         assert height == pytest.approx(20 * scale, abs=1.1)
         assert canvas.boxes[0] * 100 == pytest.approx(np.array(box) * scale, abs=1e-3)
-        assert canvas.size == (round(100 * scale), round(100 * scale))
+        assert canvas.valid_size == (round(100 * scale), round(100 * scale))
     widths = []
     for seed in range(30):
         canvas = run(TrainTransform(100, 2, 2, flip=0), image, [box], seed)
-        assert canvas.size == (100, 100)
+        assert canvas.valid_size == (100, 100)
         if len(canvas.boxes):
             widths.append((canvas.boxes[0, 2] - canvas.boxes[0, 0]) * 100)
     assert max(widths) == pytest.approx(40, abs=1e-3)
@@ -101,7 +101,7 @@ def test_the_scale_really_shrinks_and_grows_objects():
 
 def test_the_scale_covers_its_whole_range_evenly():
     image = painted((64, 64), (0, 0, 64, 64))
-    sides = [run(TrainTransform(64, 0.3, 1.0), image, [], seed).size[0] / 64 for seed in range(300)]
+    sides = [run(TrainTransform(64, 0.3, 1.0), image, [], seed).valid_size[0] / 64 for seed in range(300)]
     assert min(sides) < 0.33
     assert max(sides) > 0.97
     assert np.mean(sides) == pytest.approx(0.65, abs=0.04)
@@ -113,7 +113,7 @@ def test_padding_is_grey_on_all_channels():
     image = painted((50, 100), (0, 0, 100, 50))
     shrunk = run(TrainTransform(96, 0.5, 0.5), image, [])
     for canvas in (shrunk, EvalTransform(96)(image)):
-        height, width = canvas.size
+        height, width = canvas.valid_size
         assert height < 96
         assert (canvas.image[:, height:] == 76).all()
         assert (canvas.image[:, :, width:] == 76).all()
@@ -122,7 +122,7 @@ def test_padding_is_grey_on_all_channels():
 
 def test_content_is_the_covered_part():
     canvas = EvalTransform(100)(torch.zeros(3, 50, 200, dtype=torch.uint8))
-    assert canvas.size == (25, 100)
+    assert canvas.valid_size == (25, 100)
     assert canvas.valid_fraction == (1.0, 0.25)
 
 
@@ -206,7 +206,7 @@ def test_to_original_pixels_inverts_the_eval_transform(size, side):
     corners = np.sort(rng().random((20, 2, 2)), axis=1) * [size[1], size[0]]
     boxes = corners.reshape(20, 4)
     canvas = EvalTransform(side)(torch.zeros(3, *size, dtype=torch.uint8), boxes)
-    back = to_original_pixels(canvas.boxes, side, canvas.size, size)
+    back = to_original_pixels(canvas.boxes, side, canvas.valid_size, size)
     assert np.abs(back - boxes[canvas.kept]).max() <= 1e-3
 
 

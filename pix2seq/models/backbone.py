@@ -1,17 +1,16 @@
-"""Hugging Face vision models as maps from pixels to a grid of features."""
+"""Hugging Face vision models as backbones: from pixels to one feature map."""
 
 import copy
-import dataclasses
 import re
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 import yaml
 from torch import nn
-from transformers import AutoBackbone, AutoConfig, AutoImageProcessor, AutoModel, TimmBackboneConfig
+from transformers import AutoBackbone, AutoConfig, AutoImageProcessor, AutoModel, PreTrainedModel, TimmBackboneConfig
 from transformers.configuration_utils import PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING
 from transformers.models.resnet.modeling_resnet import ResNetConvLayer, ResNetShortCut
@@ -21,17 +20,24 @@ from pix2seq.errors import UserError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-# Where a pyramid is cut: after the stage of stride 8, 16 or 32; dc5 is c5 at stride 16, its last stage dilated.
+# The last stage to use, by its stride: 8, 16 or 32. dc5 is c5 with a dilated last stage, at stride 16.
 Stage = Literal["c3", "c4", "c5", "dc5"]
 BatchNorm = Literal["sync", "local", "frozen"]
 
-# What a number follows in the names of Hugging Face's and timm's parameters: stages, and layers in them.
-_NUMBERED = re.compile(r"(?:^|\.)(?:stages?|layers?|blocks?)[._]?(\d+)")
+# Stage and layer numbers in the parameter names of transformers and timm.
+STAGE_OR_LAYER_NUMBER = re.compile(r"(?:^|\.)(?:stages?|layers?|blocks?)[._]?(\d+)")
 
 
 @dataclass
-class BackboneChoice:
-    """A backbone by its config, the pixels it expects and, if it is a pretrained one, where its weights are."""
+class BackboneSpec:
+    """A backbone to build.
+
+    Args:
+        config: Config of the vision model.
+        image_mean: Mean of the pixel normalization that the backbone expects, for RGB pixels in [0, 1].
+        image_std: Standard deviation of that normalization.
+        pretrained: Hub name or local folder of its weights; None to train from scratch.
+    """
 
     config: PretrainedConfig
     image_mean: tuple[float, ...] = IMAGENET_MEAN
@@ -39,62 +45,61 @@ class BackboneChoice:
     pretrained: str | None = None
 
 
-def choose_backbone(name: str, stage: Stage = "c5") -> BackboneChoice:
-    """A hub name or local folder, whose weights are used, or an inline config like "{model_type: resnet}".
+def resolve_backbone(name: str, stage: Stage = "c5") -> BackboneSpec:
+    """Reads the config of a backbone.
 
-    Raises UserError if it is none of these, or cannot be cut at this stage.
+    Args:
+        name: A hub name or local folder of a pretrained model, or an inline config such as "{model_type: resnet}".
+        stage: Last stage to use.
+
+    Raises:
+        UserError: There is no such model, it has no such stage, or its pixel normalization is not supported.
     """
     try:
-        if name.lstrip().startswith("{"):
-            return BackboneChoice(_cut(AutoConfig.for_model(**yaml.safe_load(name)), name, stage))
-        config = AutoConfig.from_pretrained(name)
-    except UserError:
-        raise
-    except Exception as error:  # a config's constructor may raise anything
+        inline = name.lstrip().startswith("{")
+        config = AutoConfig.for_model(**yaml.safe_load(name)) if inline else AutoConfig.from_pretrained(name)
+    except Exception as error:  # configs of arbitrary models raise any type of exception
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"--backbone {name}: no such hub model, local folder or inline config ({reason})") from None
-    choice = BackboneChoice(_cut(_usable(config), name, stage), pretrained=name)
-    mean, std = _pixels(name, config)
-    return dataclasses.replace(choice, image_mean=mean, image_std=std)
+    if inline:
+        return BackboneSpec(_truncate(config, name, stage))
+    mean, std = _pixel_statistics(name, config)
+    if config.model_type == "timm_wrapper":  # timm models on the hub are classifiers
+        config = TimmBackboneConfig(backbone=config.architecture, use_pretrained_backbone=False, out_indices=(-1,))
+    return BackboneSpec(_truncate(config, name, stage), image_mean=mean, image_std=std, pretrained=name)
 
 
-def _pixels(name: str, config: PretrainedConfig) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and deviation of the pixels a pretrained model expects. Raises UserError if its processor has odd ones."""
+def _pixel_statistics(name: str, config: PretrainedConfig) -> tuple[tuple[float, ...], tuple[float, ...]]:
     if config.model_type == "timm_wrapper":
-        known = config.pretrained_cfg or {}
-        mean, std = known.get("mean", IMAGENET_MEAN), known.get("std", IMAGENET_STD)
+        pretrained = config.pretrained_cfg or {}
+        mean, std = pretrained.get("mean", IMAGENET_MEAN), pretrained.get("std", IMAGENET_STD)
     else:
         try:
             processor = AutoImageProcessor.from_pretrained(name)
-        except (OSError, ValueError):  # a folder with nothing but a model
+        except (OSError, ValueError):  # a folder without an image processor
             return IMAGENET_MEAN, IMAGENET_STD
         mean, std = getattr(processor, "image_mean", None), getattr(processor, "image_std", None)
     for values in (mean, std):
         if not isinstance(values, list | tuple) or len(values) != 3:
             raise UserError(
-                f"--backbone {name}: its image processor has mean {mean} and std {std}: three each are needed"
+                f"--backbone {name}: its image processor has mean {mean} and std {std}: three values each are needed"
             )
     return tuple(mean), tuple(std)
 
 
-def _usable(config: PretrainedConfig) -> PretrainedConfig:
-    """timm's models on the hub are made for classification: the same model as a backbone."""
-    if config.model_type != "timm_wrapper":
-        return config
-    return TimmBackboneConfig(backbone=config.architecture, use_pretrained_backbone=False, out_indices=(-1,))
-
-
-def _cut(config: PretrainedConfig, name: str, stage: Stage) -> PretrainedConfig:
-    """The config without the stages after `stage`: a stage that is built but not used would be a weight without
-    gradient."""
+def _truncate(config: PretrainedConfig, name: str, stage: Stage) -> PretrainedConfig:
+    """Removes the stages after `stage` from the config: unused stages would be parameters without gradient."""
     if stage == "c5":
         return config
     if stage == "dc5" and config.model_type != "resnet":
-        raise UserError(f"--backbone_stage dc5: only a ResNet can be dilated; --backbone {name} is none")
+        raise UserError(f"--backbone_stage dc5: only a ResNet can be dilated, --backbone {name} is not one")
     num_stages = {"c3": 2, "c4": 3, "dc5": 4}[stage]
     values = config.to_dict()
     if len(values.get("depths") or ()) < num_stages:
-        raise UserError(f"--backbone_stage {stage}: --backbone {name} is not made of that many stages; c5 takes any")
+        raise UserError(
+            f"--backbone_stage {stage}: --backbone {name} has fewer than {num_stages} stages; "
+            "c5 works with any backbone"
+        )
     for key in ("depths", "hidden_sizes", "num_heads"):
         if isinstance(values.get(key), list | tuple):
             values[key] = list(values[key])[:num_stages]
@@ -106,32 +111,31 @@ def _cut(config: PretrainedConfig, name: str, stage: Stage) -> PretrainedConfig:
 
 
 class VisionBackbone(nn.Module):
-    """(B, 3, S, S) pixels -> (B, C, h, w) features: the last stage of a pyramid, or a ViT's patch tokens.
+    """A vision model that returns one feature map: its last stage, or the patch tokens of a ViT as a grid.
 
-    dilated   the last stage of a ResNet keeps the stride of the one before (DC5)
+    Args:
+        config: Config of the vision model.
+        dilated: Dilate the last stage of a ResNet instead of striding it (DC5).
     """
 
     def __init__(self, config: PretrainedConfig, dilated: bool = False):
         super().__init__()
-        self.is_pyramid = type(config) in MODEL_FOR_BACKBONE_MAPPING  # and so what anybody has registered
+        self.has_feature_maps = type(config) in MODEL_FOR_BACKBONE_MAPPING  # registered ones included
         self.dilated = dilated
         self.frozen = False
-        config = copy.deepcopy(config)  # AutoBackbone writes into what it is given
-        config.dtype = None  # that of the whole detector, not the one the backbone was saved in
-        if self.is_pyramid:
-            self._adopt(AutoBackbone.from_config(config))
+        config = copy.deepcopy(config)  # AutoBackbone modifies the config
+        config.dtype = None  # use the dtype of the whole model, not the one the backbone was saved in
+        if self.has_feature_maps:
+            self._set_model(AutoBackbone.from_config(config))
         else:
-            self._adopt(AutoModel.from_config(config, add_pooling_layer=False))
+            self._set_model(AutoModel.from_config(config, add_pooling_layer=False))
 
-    def _adopt(self, model: nn.Module) -> None:
-        self.model = model
-        if self.is_pyramid:
-            self.num_channels = model.channels[-1]
-        else:
-            self.num_channels = model.config.hidden_size
+    def _set_model(self, model: PreTrainedModel) -> None:
+        self.model: Any = model
+        self.num_channels = model.channels[-1] if self.has_feature_maps else model.config.hidden_size
         for module in model.modules():
             if isinstance(module, ResNetConvLayer | ResNetShortCut):
-                module.forward = partial(_convolve, module)
+                module.forward = partial(_conv_with_folded_norm, module)
         if self.dilated:
             for module in model.encoder.stages[-1].modules():
                 if isinstance(module, nn.Conv2d) and module.stride == (2, 2):
@@ -140,59 +144,69 @@ class VisionBackbone(nn.Module):
                     module.dilation = module.padding = (2, 2)
 
     def load_pretrained(self, name: str) -> None:
-        """Replaces the weights by those of a hub model or local folder. Raises UserError if some are missing."""
+        """Loads the weights of a hub model or local folder.
+
+        Raises:
+            UserError: The weights cannot be loaded, or some are missing.
+        """
         options = {"config": self.model.config, "dtype": self.model.dtype, "output_loading_info": True}
         try:
             if self.model.config.model_type == "timm_backbone":
                 self._load_timm(name)
                 return
-            if self.is_pyramid:
-                # Not AutoBackbone.from_pretrained: it asks the hub whether `name` is a repository, even for a folder.
+            if self.has_feature_maps:
+                # AutoBackbone.from_pretrained would ask the hub for a repository, even if `name` is a folder.
                 model, loading = type(self.model).from_pretrained(name, **options)
             else:
                 model, loading = AutoModel.from_pretrained(name, add_pooling_layer=False, **options)
-        except Exception as error:  # missing, damaged or foreign files fail in many ways
+        except Exception as error:  # missing, damaged or foreign files raise many types of exceptions
             raise UserError(f"--backbone {name}: its weights cannot be loaded ({error})") from None
-        # Backbones norm their features, which classifiers do not.
+        # Backbones normalise their feature maps, the classifiers that they are loaded from do not.
         if missing := [key for key in loading["missing_keys"] if "hidden_states_norms" not in key]:
             raise UserError(f"--backbone {name}: lacks the weights {', '.join(sorted(missing)[:3])}")
-        self._adopt(model)
+        self._set_model(model)
 
     def _load_timm(self, name: str) -> None:
-        import timm  # an extra: only those who name such a backbone need it
+        import timm  # an optional dependency
 
         config = self.model.config
-        file = cached_file(name, "model.safetensors")
         self.model._backbone = timm.create_model(
             config.backbone,
             pretrained=True,
-            pretrained_cfg_overlay={"file": file},
+            pretrained_cfg_overlay={"file": cached_file(name, "model.safetensors")},
             features_only=True,
             out_indices=config.out_indices,
         )
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Computes the features (B, C, h, w) of normalised pixels (B, 3, S, S)."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            if self.is_pyramid:
-                # Convolutions are faster on channels that lie side by side, and pass the layout on.
+            if self.has_feature_maps:
+                # Convolutions are faster in channels-last layout, which they pass on.
                 return self.model(pixels.contiguous(memory_format=torch.channels_last)).feature_maps[-1]
-            # Patch tokens come last, after the class token (and registers, where a model has any).
+            # Patch tokens follow the class token and the registers, if a model has them.
             tokens = self.model(pixels, interpolate_pos_encoding=True).last_hidden_state
             height, width = (length // self.model.config.patch_size for length in pixels.shape[-2:])
             return tokens[:, -height * width :].transpose(1, 2).unflatten(2, (height, width))
 
-    def layer_of_parameters(self) -> dict[str, tuple[int, int]]:
-        """By name: the stage of a parameter (the layer of a ViT, which has none), counted from 0, and how deep in the
-        network its layer is. What comes before the first stage has -1 and 0."""
-        places, stages, layers, layer = {}, [-1], [()], ()
-        for name, _ in self.named_parameters():  # in the order of the network
-            numbers = _NUMBERED.findall(name)
-            if numbers and "hidden_states_norms" not in name:  # which belong to the last layer
-                layer = tuple(numbers[:2])  # a ResNet's layers are made of layers
+    def parameter_layers(self) -> dict[str, tuple[int, int]]:
+        """Returns the stage and the layer of each parameter, by parameter name.
+
+        Stages are counted from 0; of a ViT, each layer is a stage. Layers are counted from 1 over the whole network.
+        Parameters before the first stage have stage -1 and layer 0.
+        """
+        positions: dict[str, tuple[int, int]] = {}
+        stages: list[Any] = [-1]
+        layers: list[tuple] = [()]
+        layer: tuple = ()
+        for name, _ in self.named_parameters():  # in network order
+            numbers = STAGE_OR_LAYER_NUMBER.findall(name)
+            if numbers and "hidden_states_norms" not in name:  # these norms belong to the last layer
+                layer = tuple(numbers[:2])  # a third number counts the parts of a ResNet layer
                 stages += [layer[0]] if layer[0] not in stages else []
                 layers += [layer] if layer not in layers else []
-            places[name] = stages.index(layer[0]) - 1 if layer else -1, layers.index(layer)
-        return places
+            positions[name] = stages.index(layer[0]) - 1 if layer else -1, layers.index(layer)
+        return positions
 
     def prepare_for_training(
         self,
@@ -203,79 +217,84 @@ class VisionBackbone(nn.Module):
         image_size: int,
         frozen_stages: int = 0,
     ) -> None:
-        """Decides what learns. Not part of the config: a trained detector does not depend on it.
+        """Sets which parameters are trained. The config does not contain these options.
 
-        freeze          nothing in the backbone learns, and its norms and dropout are those of evaluation
-        frozen_stages   so many stages (layers of a ViT), and what comes before them, do not learn
-        batch_norm      sync    learns, statistics over all processes (as the authors do; on GPUs, else local)
-                        local   learns, statistics of each process's own images
-                        frozen  does not learn, keeps its statistics
+        Args:
+            freeze: Train no parameter of the backbone, and keep its norms and dropout in eval mode.
+            batch_norm: "sync" trains the batch norms with statistics of all processes on GPUs, and is "local"
+                elsewhere. "local" uses the statistics of each process. "frozen" keeps the loaded statistics.
+            world_size: Number of processes.
+            device: Device of the training.
+            image_size: Side of the padded image, in pixels.
+            frozen_stages: Number of stages (of a ViT, layers) that are not trained; what precedes them is not either.
+
+        Raises:
+            UserError: The backbone has fewer stages than `frozen_stages`.
         """
         self.frozen = freeze
         if frozen_stages:
-            places = self.layer_of_parameters()
-            if frozen_stages > (last := max(stage for stage, _ in places.values())):
-                raise UserError(f"--frozen_stages {frozen_stages}: at most {last} here; or use --freeze_backbone")
-            for name, parameter in self.named_parameters():
-                if places[name][0] < frozen_stages:
-                    parameter.requires_grad_(False)
+            self._freeze_stages(frozen_stages)
         if freeze:
             self.requires_grad_(False)
         elif batch_norm == "frozen":
             for norm in self._batch_norms():
                 norm.requires_grad_(False)
         elif batch_norm == "sync" and world_size > 1 and device.type == "cuda":
-            self.model = _synchronised(self.model)
-        self._freeze_what_no_gradient_reaches(image_size)
+            self.model = _convert_sync_batchnorm(self.model)
+        self._freeze_unused_parameters(image_size)
         self.train(self.training)
 
-    def _batch_norms(self) -> list[nn.Module]:
-        # By name too: some models bring a class of their own.
-        return [m for m in self.modules() if isinstance(m, nn.BatchNorm2d) or "BatchNorm" in type(m).__name__]
+    def _freeze_stages(self, frozen_stages: int) -> None:
+        positions = self.parameter_layers()
+        if frozen_stages > (last := max(stage for stage, _ in positions.values())):
+            raise UserError(f"--frozen_stages {frozen_stages}: at most {last} here; or use --freeze_backbone")
+        for name, parameter in self.named_parameters():
+            if positions[name][0] < frozen_stages:
+                parameter.requires_grad_(False)
 
-    def _freeze_what_no_gradient_reaches(self, image_size: int) -> None:
-        """Mask tokens, classifiers' norms and the like. DDP refuses parameters without gradient, and weight decay
-        would eat them."""
-        learning = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        if not learning:
+    def _freeze_unused_parameters(self, image_size: int) -> None:
+        """Freezes mask tokens and the like: DDP rejects parameters without gradient, and weight decay shrinks them."""
+        trainable = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        if not trainable:
             return
-        patch = getattr(self.model.config, "patch_size", None)
-        side = max(64, 2 * patch) if isinstance(patch, int) else 64
-        if self.model.config.model_type == "timm_backbone":  # which may take no other size than its own
+        patch_size = getattr(self.model.config, "patch_size", None)
+        side = max(64, 2 * patch_size) if isinstance(patch_size, int) else 64
+        if self.model.config.model_type == "timm_backbone":  # some timm models accept no other image size
             side = image_size
         reference, was_training = next(self.parameters()), self.training
         pixels = torch.rand(1, 3, side, side, device=reference.device, dtype=reference.dtype)
         features = self.eval()(pixels)
-        gradients = torch.autograd.grad(features.sum(), learning, allow_unused=True)
+        gradients = torch.autograd.grad(features.sum(), trainable, allow_unused=True)
         self.train(was_training)
-        for parameter, gradient in zip(learning, gradients, strict=True):
+        for parameter, gradient in zip(trainable, gradients, strict=True):
             parameter.requires_grad_(gradient is not None)
+
+    def _batch_norms(self) -> list[nn.Module]:
+        # By name too, because some models define their own class.
+        return [m for m in self.modules() if isinstance(m, nn.BatchNorm2d) or "BatchNorm" in type(m).__name__]
 
     def train(self, mode: bool = True) -> "VisionBackbone":
         super().train(mode and not self.frozen)
         for norm in self._batch_norms():
             if not any(parameter.requires_grad for parameter in norm.parameters()):
-                norm.eval()  # what does not learn keeps its statistics
+                norm.eval()  # frozen norms keep their statistics
         return self
 
 
-def _convolve(self: nn.Module, features: torch.Tensor) -> torch.Tensor:
-    """The forward of a ResNet's convolution and batch norm. In training, a norm that does not learn is folded into the
-    convolution before it: the pass over the features, there and back, costs more than one over the weights."""
-    convolution, norm = self.convolution, self.normalization
+def _conv_with_folded_norm(layer: Any, features: torch.Tensor) -> torch.Tensor:
+    """Forward of a ResNet layer that folds a frozen batch norm into the convolution, which is faster in training."""
+    conv, norm = layer.convolution, layer.normalization
     if norm.training or norm.weight.requires_grad or not torch.is_grad_enabled():
-        return type(self).forward(self, features)
+        return type(layer).forward(layer, features)
     scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
-    features = F.conv2d(
-        *(features, convolution.weight * scale[:, None, None, None], norm.bias - norm.running_mean * scale),
-        *(convolution.stride, convolution.padding, convolution.dilation),
-    )
-    return self.activation(features) if hasattr(self, "activation") else features
+    weight, bias = conv.weight * scale[:, None, None, None], norm.bias - norm.running_mean * scale
+    features = F.conv2d(features, weight, bias, conv.stride, conv.padding, conv.dilation)
+    return layer.activation(features) if hasattr(layer, "activation") else features
 
 
-def _synchronised(model: nn.Module) -> nn.Module:
+def _convert_sync_batchnorm(model: PreTrainedModel) -> nn.Module:
     if model.config.model_type == "timm_backbone":
-        from timm.layers import convert_sync_batchnorm  # knows timm's norms, which hold an activation as well
+        from timm.layers import convert_sync_batchnorm  # also converts timm's norms with activation
 
         return convert_sync_batchnorm(model)
     return nn.SyncBatchNorm.convert_sync_batchnorm(model)

@@ -1,13 +1,14 @@
-"""A new detector from plain values: the names are those of the flags."""
+"""Builds new models from plain values, which have the names of the flags."""
 
 import torch
 from transformers import BlenderbotConfig, LlamaConfig
 from transformers.configuration_utils import PretrainedConfig
 
 from pix2seq.errors import UserError
-from pix2seq.models.backbone import choose_backbone
+from pix2seq.models.backbone import Stage, resolve_backbone
 from pix2seq.models.configuration_pix2seq import Pix2SeqConfig
 from pix2seq.models.modeling_pix2seq import Pix2SeqForObjectDetection
+from pix2seq.models.position_embedding import BinInit, PositionEmbeddingType
 from pix2seq.tokenizer import TOKENS_PER_OBJECT, Tokenizer
 
 
@@ -16,20 +17,17 @@ def build_model(
     category_ids: tuple[int, ...],
     class_names: tuple[str, ...],
     backbone: str,
-    backbone_stage: str = "c5",
+    backbone_stage: Stage = "c5",
     decoder: str = "llama",
     hidden_size: int = 256,
     encoder_layers: int = 6,
     decoder_layers: int = 6,
     num_heads: int = 8,
     mlp_size: int = 1024,
-    decoder_size: int | None = None,
-    decoder_heads: int | None = None,
-    decoder_mlp_size: int | None = None,
     dropout: float = 0.1,
     drop_path: float = 0.1,
-    position_embedding: str = "original",
-    bin_init: str = "random",
+    position_embedding: PositionEmbeddingType = "original",
+    bin_init: BinInit = "random",
     causal_prefix: bool = False,
     image_size: int = 640,
     num_bins: int = 1000,
@@ -40,29 +38,46 @@ def build_model(
     decoding: dict | None = None,
     load_pretrained: bool = True,
 ) -> Pix2SeqForObjectDetection:
-    """A detector with new weights, but for a pretrained backbone; in training mode.
+    """Builds a model with random weights and, if it is a pretrained one, the weights of the backbone.
 
-    category_ids, class_names   original id and name of each label        decoding   see Pix2SeqConfig
-    decoder_size, decoder_heads, decoder_mlp_size   default to those of the encoder
-    load_pretrained             False: a pretrained backbone's shape without its weights (for counting, say)
-    Raises UserError if there is no such backbone, or it does not turn pictures of this size into features.
+    The arguments that are not listed are described in `Pix2SeqConfig`.
+
+    Args:
+        category_ids: Category id in the annotation file of each label.
+        class_names: Class name of each label.
+        backbone: Hub name, local folder or inline config, see `resolve_backbone`.
+        backbone_stage: Last stage of the backbone to use: "c3", "c4", "c5" or "dc5".
+        decoder: "llama" (visual tokens are the prefix of a decoder-only model) or "transformer" (cross-attention, as
+            in the paper).
+        hidden_size: Width of encoder and decoder.
+        decoder_layers: Number of decoder layers.
+        num_heads: Number of attention heads of each layer of encoder and decoder.
+        mlp_size: Width of the MLPs of encoder and decoder.
+        causal_prefix: Use causal attention among the visual tokens of the "llama" decoder.
+        load_pretrained: If False, the backbone gets random weights too.
+
+    Returns:
+        The model in training mode.
+
+    Raises:
+        UserError: There is no such backbone, or it does not accept images of this size.
     """
-    choice = choose_backbone(backbone, backbone_stage)
+    spec = resolve_backbone(backbone, backbone_stage)
     config = Pix2SeqConfig(
-        backbone_config=choice.config,
+        backbone_config=spec.config,
         backbone_dilated=backbone_stage == "dc5",
         decoder_config=_decoder_config(
             decoder,
             Tokenizer(len(category_ids), num_bins),
-            size=decoder_size or hidden_size,
-            heads=decoder_heads or num_heads,
-            mlp_size=decoder_mlp_size or mlp_size,
-            layers=decoder_layers,
+            hidden_size=hidden_size,
+            num_layers=decoder_layers,
+            num_heads=num_heads,
+            mlp_size=mlp_size,
             max_objects=max_objects,
             dropout=dropout,
             causal_prefix=causal_prefix,
         ),
-        # As the authors have. Llama does without: its own layers work on the visual tokens.
+        # As in the authors' code. The Llama decoder's own layers process the visual tokens instead.
         projector_mlp=decoder == "transformer",
         output_bias=decoder == "transformer",
         hidden_size=hidden_size,
@@ -74,8 +89,8 @@ def build_model(
         position_embedding=position_embedding,
         bin_init=bin_init,
         image_size=image_size,
-        image_mean=choice.image_mean,
-        image_std=choice.image_std,
+        image_mean=spec.image_mean,
+        image_std=spec.image_std,
         num_bins=num_bins,
         max_objects=max_objects,
         noise_objects=noise_objects,
@@ -88,36 +103,36 @@ def build_model(
     )
     try:
         model = Pix2SeqForObjectDetection(config)
-    except Exception as error:  # whatever a model that is no vision model raises
+    except Exception as error:  # models that are not vision models raise any type of exception
         raise UserError(f"--backbone {backbone}: cannot be built ({error})") from None
-    if choice.pretrained is not None and load_pretrained:
-        model.backbone.load_pretrained(choice.pretrained)
-    check_canvas(model)
+    if spec.pretrained is not None and load_pretrained:
+        model.backbone.load_pretrained(spec.pretrained)
+    check_image_size(model)
     return model.train()
 
 
-def check_canvas(model: Pix2SeqForObjectDetection) -> None:
-    """Raises UserError if the backbone does not see the whole canvas, or nothing comes out of it."""
-    side, patch = model.config.image_size, getattr(model.config.backbone_config, "patch_size", None)
-    if isinstance(patch, int) and side % patch:
-        raise UserError(f"--image_size {side}: must be a multiple of {patch}, the patch size of the backbone")
+def check_image_size(model: Pix2SeqForObjectDetection) -> None:
+    """Raises UserError unless the backbone accepts images of the config's size. Leaves the model in eval mode."""
+    side, patch_size = model.config.image_size, getattr(model.config.backbone_config, "patch_size", None)
+    if isinstance(patch_size, int) and side % patch_size:
+        raise UserError(f"--image_size {side}: must be a multiple of {patch_size}, the patch size of the backbone")
     try:
         with torch.no_grad():
             model.eval().encode(torch.zeros(1, 3, side, side, dtype=torch.uint8, device=model.device))
-    except Exception as error:  # whatever a model that is no vision model, or of another size, raises
+    except Exception as error:  # backbones raise any type of exception
         raise UserError(
-            f"--backbone, --image_size {side}: pictures of this size do not become features ({error})"
+            f"--backbone, --image_size {side}: the backbone does not accept images of this size ({error})"
         ) from None
 
 
 def _decoder_config(
-    kind: str,
+    decoder: str,
     tokenizer: Tokenizer,
     *,
-    size: int,
-    heads: int,
+    hidden_size: int,
+    num_layers: int,
+    num_heads: int,
     mlp_size: int,
-    layers: int,
     max_objects: int,
     dropout: float,
     causal_prefix: bool,
@@ -130,25 +145,25 @@ def _decoder_config(
         "bos_token_id": tokenizer.bos_id,
         "eos_token_id": tokenizer.eos_id,
     }
-    if kind == "llama":
+    if decoder == "llama":
         return LlamaConfig(
-            hidden_size=size,
+            hidden_size=hidden_size,
             intermediate_size=mlp_size,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
+            num_hidden_layers=num_layers,
+            num_attention_heads=num_heads,
             causal_prefix=causal_prefix,
             **common,
         )
     return BlenderbotConfig(
-        d_model=size,
-        decoder_layers=layers,
-        decoder_attention_heads=heads,
+        d_model=hidden_size,
+        decoder_layers=num_layers,
+        decoder_attention_heads=num_heads,
         decoder_ffn_dim=mlp_size,
-        # It has no encoder, but some code takes its number of layers and heads from there.
-        encoder_layers=layers,
-        encoder_attention_heads=heads,
+        # There is no encoder, but some functions of transformers read these values.
+        encoder_layers=num_layers,
+        encoder_attention_heads=num_heads,
         encoder_ffn_dim=mlp_size,
-        # Branches drop out as a whole instead: see Pix2SeqForObjectDetection.
+        # Whole residual branches are dropped instead, see Pix2SeqForObjectDetection.add_drop_path.
         dropout=0.0,
         activation_dropout=dropout,
         is_decoder=True,

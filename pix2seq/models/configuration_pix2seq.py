@@ -1,4 +1,6 @@
-"""The config of a detector: everything needed to rebuild it from its folder."""
+"""Configuration of a Pix2Seq model."""
+
+from typing import ClassVar
 
 from transformers import AutoConfig, LlamaConfig
 from transformers.configuration_utils import PretrainedConfig
@@ -8,29 +10,44 @@ from pix2seq.models.position_embedding import BinInit, PositionEmbeddingType
 
 
 class Pix2SeqConfig(PretrainedConfig):
-    """Everything needed to rebuild a trained detector from its folder.
+    """Configuration of a `Pix2SeqForObjectDetection`: everything that is needed to rebuild it from its folder.
 
-    backbone_config   any Hugging Face vision model's config, with its model_type
-    backbone_dilated  the last stage of a ResNet is dilated instead of strided
-    decoder_config    a LlamaConfig, or a BlenderbotConfig for the classic decoder; its vocab_size is the tokenizer's
-    projector_mlp        one more MLP between encoder and decoder, as the authors have
-    output_bias       the output layer, whose weights are the embeddings', has a bias
-    encoder_layers    transformer layers between backbone and decoder, of width `hidden_size`
-    dropout           on visual features, and inside the MLPs of the encoder and of the classic decoder
-    drop_path         probability with which a residual branch of encoder and decoder is left out, the same in all
-    position_embedding     of visual tokens: see coordinate_embedding
-    bin_init          how the embeddings of the bins start: "random" like the others, or on the "ruler": as the code
-                      of their coordinate, so that a coordinate's token and the visual tokens there are alike at once
-    image_size        side S of the square canvas, in pixels
-    image_mean, image_std   of the pixels the backbone expects, for pixels in [0, 1]
-    num_bins, max_objects, noise_objects   how sentences were built: see Tokenizer and SequenceBuilder
-    category_ids      original id of each label; `id2label` holds the names
-    decoding          top_p and temperature this detector was evaluated with: see DecodingOptions
-    label_smoothing, coordinate_sigma   soft targets of the loss: see token_cross_entropy
+    `id2label` holds the class names, ordered by label.
+
+    Args:
+        backbone_config: Config of any Hugging Face vision model, or a dict with its `model_type`. Defaults to a
+            ResNet-50.
+        decoder_config: A `LlamaConfig`, or a `BlenderbotConfig` for the encoder-decoder of the paper. A dict without
+            `model_type` is a `LlamaConfig`. Its `vocab_size` is that of the tokenizer.
+        backbone_dilated: Dilate the last stage of a ResNet instead of striding it (DC5).
+        projector_mlp: Add an MLP block to the projector between encoder and decoder, as the authors do.
+        output_bias: Add a bias to the output layer, whose weights are tied to the token embeddings.
+        hidden_size: Width of the encoder layers.
+        encoder_layers: Number of transformer layers between backbone and decoder.
+        encoder_heads: Number of attention heads of each encoder layer.
+        encoder_mlp_size: Width of the MLPs of the encoder layers.
+        dropout: Dropout on the backbone features and in the MLPs of encoder, projector and encoder-decoder.
+        drop_path: Probability of dropping a residual branch of encoder and decoder (stochastic depth), the same in
+            all layers.
+        position_embedding: Variant of the 2-D position embedding of the visual tokens, see `coordinate_embedding`.
+        bin_init: Initialization of the bin embeddings: "random" as for all tokens, or "sine", the embedding of the
+            bin's coordinate, so that a bin is similar to the position embedding of visual tokens at its coordinate.
+        image_size: Side S of the padded square image, in pixels.
+        image_mean: Mean for the normalization of RGB pixels in [0, 1].
+        image_std: Standard deviation for the normalization of RGB pixels in [0, 1].
+        num_bins: Number of bins of a coordinate, see `Tokenizer`.
+        max_objects: Number of object slots of the training sequences, see `SequenceBuilder`.
+        noise_objects: Whether training sequences were filled with noise objects, see `SequenceBuilder`.
+        category_ids: Category id in the annotation file of each label.
+        decoding: Defaults of `DecodingOptions`, such as `top_p` and `temperature`: those of the evaluations in
+            training.
+        label_smoothing: Label smoothing of the loss, see `token_cross_entropy`.
+        coordinate_sigma: Standard deviation of soft coordinate targets, see `token_cross_entropy`.
+        initializer_range: Standard deviation of the weight initialization.
     """
 
     model_type = "pix2seq"
-    sub_configs = {"backbone_config": AutoConfig, "decoder_config": AutoConfig}
+    sub_configs: ClassVar = {"backbone_config": AutoConfig, "decoder_config": AutoConfig}
 
     def __init__(
         self,
@@ -94,5 +111,5 @@ class Pix2SeqConfig(PretrainedConfig):
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """By label."""
+        """The class names, ordered by label."""
         return tuple(self.id2label[label] for label in range(len(self.category_ids)))

@@ -1,4 +1,6 @@
-"""From pictures to what the detector takes, and from what it says to boxes, as Hugging Face pipelines ask for it."""
+"""Image processor of Pix2Seq models, with the interface of the DETR image processor of transformers."""
+
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -11,15 +13,20 @@ from pix2seq.transforms import EvalTransform, from_pil, resized_size, to_origina
 
 
 class Pix2SeqImageProcessor(BaseImageProcessor):
-    """Fits pictures into the square canvas. Pixels stay uint8: the detector normalises them itself, on its device.
-    Pictures are taken as they are stored: who loads a photo turns it as its EXIF tag says, as pipelines do.
+    """Resizes images to fit into a square and pads them at the right and the bottom.
 
-    image_size      side of the canvas
-    category_ids    original id of each label, for COCO annotations
-    num_bins, max_objects, noise_objects   how sentences are built: see Tokenizer and SequenceBuilder
+    Pixels remain uint8: the model normalises them on its device. The EXIF orientation is not applied; load photos with
+    `PIL.ImageOps.exif_transpose`, as pipelines do.
+
+    Args:
+        image_size: Side S of the padded image, in pixels.
+        category_ids: Category id in COCO annotations of each label.
+        num_bins: Number of bins of a coordinate, see `Tokenizer`.
+        max_objects: Number of object slots, see `SequenceBuilder`.
+        noise_objects: Whether noise objects fill the slots, see `SequenceBuilder`.
     """
 
-    model_input_names = ["pixel_values"]
+    model_input_names: ClassVar = ["pixel_values"]
 
     def __init__(
         self,
@@ -38,83 +45,99 @@ class Pix2SeqImageProcessor(BaseImageProcessor):
         self.noise_objects = noise_objects
 
     @classmethod
-    def for_detector(cls, config) -> "Pix2SeqImageProcessor":
-        """The processor that belongs to a detector, by its Pix2SeqConfig."""
+    def from_model_config(cls, config) -> "Pix2SeqImageProcessor":
+        """Returns the processor of a model, by its `Pix2SeqConfig`."""
         names = ("image_size", "category_ids", "num_bins", "max_objects", "noise_objects")
         return cls(**{name: getattr(config, name) for name in names})
 
-    def __call__(self, images, annotations=None, return_tensors: str = "pt", **kwargs) -> BatchFeature:
-        return self.preprocess(images, annotations, return_tensors, **kwargs)
-
     def preprocess(self, images, annotations=None, return_tensors: str = "pt", **kwargs) -> BatchFeature:
-        """pixel_values uint8 (B, 3, S, S) of a picture or a list of them: PIL, or uint8 arrays and tensors, (H, W, 3)
-        or (3, H, W).
+        """Prepares images and, optionally, annotations for the model.
 
-        With `annotations`, a {"image_id", "annotations": [{"bbox", "category_id", "iscrowd"}]} for each picture as in
-        COCO files (xywh in its pixels): also input_ids, labels and weights (B, L), for a loss without augmentation.
-        Crowds and boxes without area are left out. Raises ValueError.
+        Args:
+            images: An image or a list of B images: PIL, or uint8 arrays or tensors, (H, W, 3) or (3, H, W).
+            annotations: For each image, a dict in COCO format:
+                `{"image_id", "annotations": [{"bbox", "category_id", "iscrowd"}]}`, boxes xywh in pixels of the image.
+                Crowds and boxes without area are ignored.
+            return_tensors: Must be "pt".
+
+        Returns:
+            `pixel_values`, uint8 (B, 3, S, S). With annotations also `input_ids`, `labels` and `token_weights`, each
+            (B, L), for a loss without augmentation.
+
+        Raises:
+            ValueError: An argument is not supported, or images and annotations do not match.
         """
         if return_tensors != "pt":
-            raise ValueError(f"return_tensors is {return_tensors!r}: only 'pt' is offered")
+            raise ValueError(f"return_tensors is {return_tensors!r}: only 'pt' is supported")
         images = images if isinstance(images, list | tuple) else [images]
         annotations = [annotations] if isinstance(annotations, dict) else annotations
         if annotations is not None and len(annotations) != len(images):
             raise ValueError(f"{len(images)} images, but annotations of {len(annotations)}")
-        features: dict[str, list] = {}
+        transform = EvalTransform(self.image_size)
+        examples = []
         for index, image in enumerate(images):
-            boxes, labels = self._objects(annotations[index]) if annotations is not None else (np.zeros((0, 4)), None)
-            canvas = EvalTransform(self.image_size)(as_tensor(image), boxes)
-            row = {"pixel_values": canvas.image}
-            if annotations is not None:
-                sentence = self._builder()(
-                    canvas.boxes, labels[canvas.kept], np.random.default_rng(0), canvas.valid_fraction
-                )
-                row |= {name: torch.as_tensor(values) for name, values in sentence.items()}
-            for name, value in row.items():
-                features.setdefault(name, []).append(value)
-        return BatchFeature({name: torch.stack(values) for name, values in features.items()})
+            if annotations is None:
+                examples.append({"pixel_values": transform(to_rgb_tensor(image)).image})
+                continue
+            boxes, labels = self._prepare_annotation(annotations[index])
+            padded = transform(to_rgb_tensor(image), boxes)
+            sequence = self._sequence_builder()(
+                padded.boxes, labels[padded.kept], np.random.default_rng(0), padded.valid_fraction
+            )
+            tensors = {name: torch.as_tensor(values) for name, values in sequence.items()}
+            examples.append({"pixel_values": padded.image} | tensors)
+        names = examples[0] if examples else ()
+        return BatchFeature({name: torch.stack([example[name] for example in examples]) for name in names})
 
     def post_process_object_detection(
         self, outputs, threshold: float = 0.5, target_sizes: torch.Tensor | list[tuple] | None = None
     ) -> list[dict[str, torch.Tensor]]:
-        """The detector's output -> for each picture scores (N,), labels (N,) and boxes (N, 4), best first.
+        """Converts the output of the model to the detections of each image.
 
-        target_sizes   (height, width) of each original picture; boxes are xyxy in its pixels, clipped to it. Without
-                       them, xyxy in [0, 1] of the canvas.
-        Only scores above `threshold`: a detector writes an object into each of its slots, most of them with scores
-        near 0. Raises ValueError if there are not as many sizes as pictures.
+        Args:
+            outputs: A `Pix2SeqOutput` of a call with `pixel_values` only.
+            threshold: Detections with a higher score are returned. The model predicts an object in each of its slots,
+                most of them with a score near 0.
+            target_sizes: The (height, width) of each original image, in pixels.
+
+        Returns:
+            For each image, `scores` (N,), `labels` (N,) and `boxes` (N, 4), best score first. Boxes are xyxy in pixels
+            of the original image, clipped to it; without `target_sizes`, xyxy in [0, 1] of the padded image.
+
+        Raises:
+            ValueError: `outputs` contains no boxes, or the number of `target_sizes` is not the number of images.
         """
         if outputs.pred_boxes is None:
-            raise ValueError("outputs hold no boxes: call the detector with pixel_values alone")
+            raise ValueError("outputs contain no boxes: call the model with pixel_values only")
         if target_sizes is not None and len(target_sizes) != len(outputs.pred_boxes):
-            raise ValueError(f"{len(target_sizes)} target_sizes, but {len(outputs.pred_boxes)} pictures")
-        found = []
-        for row, (boxes, labels, scores) in enumerate(
+            raise ValueError(f"{len(target_sizes)} target_sizes, but {len(outputs.pred_boxes)} images")
+        results = []
+        for index, (boxes, labels, scores) in enumerate(
             zip(outputs.pred_boxes, outputs.pred_labels, outputs.pred_scores, strict=True)
         ):
-            kept = (scores > threshold) & (labels >= 0)
-            boxes = boxes[kept]
+            keep = (scores > threshold) & (labels >= 0)
+            boxes = boxes[keep]
             if target_sizes is not None:
-                size = tuple(int(length) for length in target_sizes[row])
-                covered = resized_size(size, self.image_size)
-                pixels = to_original_pixels(boxes.cpu().numpy(), self.image_size, covered, size)
+                height, width = (int(length) for length in target_sizes[index])
+                size = height, width
+                valid_size = resized_size(size, self.image_size)
+                pixels = to_original_pixels(boxes.cpu().numpy(), self.image_size, valid_size, size)
                 boxes = torch.from_numpy(pixels).to(boxes.device)
-            found.append({"scores": scores[kept], "labels": labels[kept], "boxes": boxes})
-        return found
+            results.append({"scores": scores[keep], "labels": labels[keep], "boxes": boxes})
+        return results
 
-    def _objects(self, annotation: dict) -> tuple[np.ndarray, np.ndarray]:
-        rows = [row for row in annotation["annotations"] if not row.get("iscrowd") and min(row["bbox"][2:]) > 0]
-        for row in rows:
-            if row["category_id"] not in self.category_ids:
-                raise ValueError(f"category {row['category_id']} is not one of {self.category_ids}")
-        boxes = np.array([row["bbox"] for row in rows], dtype=np.float64).reshape(-1, 4)
+    def _prepare_annotation(self, annotation: dict) -> tuple[np.ndarray, np.ndarray]:
+        objects = [o for o in annotation["annotations"] if not o.get("iscrowd") and min(o["bbox"][2:]) > 0]
+        for o in objects:
+            if o["category_id"] not in self.category_ids:
+                raise ValueError(f"category {o['category_id']} is not one of {self.category_ids}")
+        boxes = np.array([o["bbox"] for o in objects], dtype=np.float64).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
-        return boxes, np.array([self.category_ids.index(row["category_id"]) for row in rows], dtype=np.int64)
+        return boxes, np.array([self.category_ids.index(o["category_id"]) for o in objects], dtype=np.int64)
 
-    def _builder(self) -> SequenceBuilder:
-        tokenizer = Tokenizer(len(self.category_ids), self.num_bins)
+    def _sequence_builder(self) -> SequenceBuilder:
         return SequenceBuilder(
-            tokenizer,
+            Tokenizer(len(self.category_ids), self.num_bins),
             max_objects=self.max_objects,
             noise_objects=self.noise_objects,
             order="none",
@@ -122,8 +145,12 @@ class Pix2SeqImageProcessor(BaseImageProcessor):
         )
 
 
-def as_tensor(image) -> torch.Tensor:
-    """A picture as uint8 RGB (3, H, W). Raises ValueError if it is none."""
+def to_rgb_tensor(image) -> torch.Tensor:
+    """Converts an image to uint8 RGB (3, H, W).
+
+    Raises:
+        ValueError: It is not a PIL image or a uint8 array or tensor with three channels.
+    """
     if isinstance(image, Image.Image):
         return from_pil(image)
     tensor = torch.as_tensor(image)
@@ -131,6 +158,7 @@ def as_tensor(image) -> torch.Tensor:
         tensor = tensor.permute(2, 0, 1)
     if tensor.ndim != 3 or tensor.shape[0] != 3 or tensor.dtype != torch.uint8:
         raise ValueError(
-            f"an image of shape {tuple(tensor.shape)} and type {tensor.dtype}: PIL, or uint8 (H, W, 3) or (3, H, W)"
+            f"an image of shape {tuple(tensor.shape)} and type {tensor.dtype}: expected a PIL image, or uint8 "
+            "of shape (H, W, 3) or (3, H, W)"
         )
     return tensor

@@ -1,4 +1,4 @@
-"""Trained detectors, from their folders or the hub."""
+"""Loads trained models from a folder or the hub, with errors that name the flag."""
 
 from pathlib import Path
 
@@ -10,36 +10,46 @@ from pix2seq.models.modeling_pix2seq import Pix2SeqForObjectDetection
 
 
 def load_model(name: str | Path, flag: str) -> Pix2SeqForObjectDetection:
-    """The detector in a folder or on the hub, with every weight it should have. Raises UserError naming the `flag`."""
-    folder, where = Path(name), f"{flag} {name}"
+    """Loads a model and verifies that it is complete.
+
+    Args:
+        name: A folder written by `save_pretrained` or by training, or the name of a repository on the hub.
+        flag: The flag that named it, for error messages.
+
+    Returns:
+        The model in eval mode.
+
+    Raises:
+        UserError: It is not a Pix2Seq model, a file is missing or damaged, or config and weights do not match.
+    """
+    folder, source = Path(name), f"{flag} {name}"
     if folder.is_dir() and not (folder / "config.json").is_file():
-        raise UserError(f"{where}: no config.json in it; name OUT/best, OUT/final or a checkpoint folder")
+        raise UserError(f"{source}: has no config.json; name OUT/best, OUT/final or a checkpoint folder")
     try:
-        kind = Pix2SeqConfig.get_config_dict(str(name))[0].get("model_type")
+        model_type = Pix2SeqConfig.get_config_dict(str(name))[0].get("model_type")
     except Exception as error:  # a missing, damaged or unreachable file
         if not folder.is_dir():
-            raise UserError(f"{where}: no such folder, nor a detector on the hub") from None
-        raise UserError(f"{where}: config.json cannot be read ({error})") from None
-    if kind != Pix2SeqConfig.model_type:
-        raise UserError(f"{where}: holds a model of type {kind!r}, not {Pix2SeqConfig.model_type!r}")
-    if (folder / manifest.MANIFEST).is_file() and (fault := manifest.verify(folder)):
-        raise UserError(f"{where}: {fault}")
+            raise UserError(f"{source}: no such folder and no such model on the hub") from None
+        raise UserError(f"{source}: config.json cannot be read ({error})") from None
+    if model_type != Pix2SeqConfig.model_type:
+        raise UserError(f"{source}: holds a model of type {model_type!r}, not {Pix2SeqConfig.model_type!r}")
+    if (folder / manifest.MANIFEST).is_file() and (problem := manifest.verify(folder)):
+        raise UserError(f"{source}: {problem}")
     try:
         model, loading = Pix2SeqForObjectDetection.from_pretrained(name, output_loading_info=True)
-    except Exception as error:  # a damaged file may fail anywhere in the library
-        raise UserError(f"{where}: cannot be loaded ({' '.join(str(error).split())[:200]})") from None
+    except Exception as error:  # a damaged file raises many types of exceptions
+        raise UserError(f"{source}: cannot be loaded ({' '.join(str(error).split())[:200]})") from None
     if loading["missing_keys"]:
-        raise UserError(f"{where}: lacks the weights {', '.join(sorted(loading['missing_keys'])[:3])}")
+        raise UserError(f"{source}: lacks the weights {', '.join(sorted(loading['missing_keys'])[:3])}")
     config = model.config
     try:
         DecodingOptions(**config.decoding)
-        fits = config.decoder_config.vocab_size == model.tokenizer.vocab_size and bool(config.class_names)
+        matches = config.decoder_config.vocab_size == model.tokenizer.vocab_size and bool(config.class_names)
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{where}: config.json does not describe a detector ({error!r})") from None
-    if not fits:
-        raise UserError(f"{where}: config.json has classes and bins for another vocabulary than its weights")
-    # Loaded tensors lie in memory as they lie in the file. Only aligned as torch allocates them do they give what the
-    # trained ones gave, to the last digit.
+        raise UserError(f"{source}: config.json does not describe a Pix2Seq model ({error!r})") from None
+    if not matches:
+        raise UserError(f"{source}: config.json describes another vocabulary (classes and bins) than the weights have")
+    # Loaded tensors are aligned as in the file. Aligned as torch allocates them, they give bit-exact results.
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = tensor.data.clone()
     return model

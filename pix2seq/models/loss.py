@@ -1,4 +1,4 @@
-"""Cross entropy of tokens, with soft targets as options."""
+"""Cross entropy of tokens, with optional soft targets."""
 
 import math
 
@@ -16,34 +16,42 @@ def token_cross_entropy(
     coordinate_sigma: float = 0.0,
     noise_objects: bool = True,
 ) -> torch.Tensor:
-    """Logits (T, V) and the right tokens (T,) -> losses (T,). Pix2Seq section 2.2, without the options.
+    """Computes the cross entropy of each token (Pix2Seq section 2.2), over the whole vocabulary.
 
-    coordinate_sigma   the target of a coordinate is a Gaussian around its bin, of this deviation in bins, cut off at
-                       three of them and at the ends of the ruler
-    label_smoothing    this share of the target is spread evenly: that of a coordinate over all bins, that of a class
-                       over all classes, NOISE among them if there are `noise_objects`. EOS stays as it is
+    Args:
+        logits: Logits (T, V).
+        labels: Target token ids (T,).
+        tokenizer: Defines which ids are bins and classes.
+        label_smoothing: Probability that is spread evenly: for a coordinate over all bins, for a class over all
+            classes, with NOISE if there are `noise_objects`. The target EOS is not smoothed.
+        coordinate_sigma: Standard deviation, in bins, of the Gaussian that replaces the one-hot target of a
+            coordinate. It is truncated at three sigma and at the first and last bin. 0 disables it.
+        noise_objects: Whether the sequences contain noise objects.
+
+    Returns:
+        Losses (T,), not weighted.
     """
     if not label_smoothing and not coordinate_sigma:
         return F.cross_entropy(logits, labels, reduction="none")
-    log_probabilities = logits.log_softmax(-1)
+    log_probs = logits.log_softmax(-1)
     is_bin = labels >= tokenizer.first_bin_id
-    losses = -log_probabilities.gather(1, labels[:, None])[:, 0]
+    losses = -log_probs.gather(1, labels[:, None])[:, 0]
     if coordinate_sigma:
         reach = math.ceil(3 * coordinate_sigma)
         offsets = torch.arange(-reach, reach + 1, device=labels.device)
-        neighbours = labels[:, None] + offsets
-        on_ruler = (neighbours >= tokenizer.first_bin_id) & (neighbours < tokenizer.vocab_size)
-        shares = torch.exp(-0.5 * (offsets / coordinate_sigma) ** 2) * on_ruler
-        shares = shares / shares.sum(-1, keepdim=True).clamp(min=1e-9)  # rows of other tokens may have none
-        neighborhood_mean = log_probabilities.gather(1, neighbours.clamp(0, tokenizer.vocab_size - 1))
-        losses = torch.where(is_bin, -(shares * neighborhood_mean).sum(-1), losses)
+        neighbors = labels[:, None] + offsets
+        neighbor_is_bin = (neighbors >= tokenizer.first_bin_id) & (neighbors < tokenizer.vocab_size)
+        targets = torch.exp(-0.5 * (offsets / coordinate_sigma) ** 2) * neighbor_is_bin
+        targets = targets / targets.sum(-1, keepdim=True).clamp(min=1e-9)  # the sum may be 0 where `is_bin` is False
+        neighbor_log_probs = log_probs.gather(1, neighbors.clamp(0, tokenizer.vocab_size - 1))
+        losses = torch.where(is_bin, -(targets * neighbor_log_probs).sum(-1), losses)
     if label_smoothing:
         first_class = tokenizer.noise_id if noise_objects else tokenizer.first_class_id
-        spread = torch.where(
+        uniform_log_probs = torch.where(
             is_bin,
-            log_probabilities[:, tokenizer.first_bin_id :].mean(-1),
-            log_probabilities[:, first_class : tokenizer.first_bin_id].mean(-1),
+            log_probs[:, tokenizer.first_bin_id :].mean(-1),
+            log_probs[:, first_class : tokenizer.first_bin_id].mean(-1),
         )
-        share = label_smoothing * (labels != tokenizer.eos_id)
-        losses = (1 - share) * losses - share * spread
+        smoothing = label_smoothing * (labels != tokenizer.eos_id)
+        losses = (1 - smoothing) * losses - smoothing * uniform_log_probs
     return losses

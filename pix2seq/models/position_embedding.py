@@ -1,4 +1,4 @@
-"""Where on the canvas: fixed codes of coordinates and of the cells of a grid."""
+"""Fixed sine embeddings of coordinates and of the cells of a feature map."""
 
 import math
 from typing import Literal
@@ -9,32 +9,50 @@ PositionEmbeddingType = Literal["original", "fine"]
 BinInit = Literal["random", "sine"]
 
 
-def coordinate_embedding(coordinates: torch.Tensor, channels: int, kind: PositionEmbeddingType) -> torch.Tensor:
-    """Coordinates (N,) in [0, 1] of the canvas -> fixed code (N, channels), all sines before all cosines.
+def coordinate_embedding(
+    coordinates: torch.Tensor, channels: int, embedding_type: PositionEmbeddingType
+) -> torch.Tensor:
+    """Computes the sine embedding of coordinates.
 
-    original   the authors': wave lengths from one canvas to 10000 canvases
-    ruler      wave lengths from four canvases to an eighth of one, so that places near each other can be told apart
+    Args:
+        coordinates: Coordinates (N,) in [0, 1] of the padded image.
+        channels: Number of channels D, an even number.
+        embedding_type: "original" has the authors' wavelengths, from 1 to 10000 image sides. "fine" has wavelengths
+            from 4 image sides to an eighth of one, which separates neighbouring positions.
+
+    Returns:
+        Embeddings (N, D), all sines before all cosines.
     """
     steps = torch.arange(channels // 2, device=coordinates.device) / (channels // 2)
-    cycles = 10000.0**-steps if kind == "original" else 0.25 * 32.0**steps
-    angles = 2 * math.pi * coordinates[:, None] * cycles
+    frequencies = 10000.0**-steps if embedding_type == "original" else 0.25 * 32.0**steps
+    angles = 2 * math.pi * coordinates[:, None] * frequencies
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
 def position_embedding_2d(
-    height: int, width: int, channels: int, kind: PositionEmbeddingType, device=None
+    height: int, width: int, channels: int, embedding_type: PositionEmbeddingType, device=None
 ) -> torch.Tensor:
-    """Code of the cells of a grid (height * width, channels): the first half of the channels tells y, the second x.
+    """Computes the embeddings of the cells of a feature map: y in the first half of the channels, x in the second.
 
-    Depends on the place on the canvas, not on the canvas size, so weights can be moved to another size. The authors
-    put the first and the last cell on the edges; on the ruler a cell lies where its centre is, as a bin does.
+    Coordinates are relative to the padded image, so weights can be transferred to another image size. With "original",
+    the cells are spaced from 0 to 1, as in the authors' code; with "fine", cell centres are used, as for bins.
+
+    Args:
+        height: Number of rows h of the feature map.
+        width: Number of columns w of the feature map.
+        channels: Number of channels D, a multiple of 4.
+        embedding_type: See `coordinate_embedding`.
+        device: Device of the result.
+
+    Returns:
+        Embeddings (h * w, D), row by row.
     """
 
-    def code(length: int) -> torch.Tensor:
+    def embed_axis(length: int) -> torch.Tensor:
         cells = torch.arange(length, device=device)
-        coordinates = cells / max(length - 1, 1) if kind == "original" else (cells + 0.5) / length
-        return coordinate_embedding(coordinates, channels // 2, kind)
+        coordinates = cells / max(length - 1, 1) if embedding_type == "original" else (cells + 0.5) / length
+        return coordinate_embedding(coordinates, channels // 2, embedding_type)
 
-    y = code(height)[:, None].expand(height, width, channels // 2)
-    x = code(width)[None].expand(height, width, channels // 2)
+    y = embed_axis(height)[:, None].expand(height, width, channels // 2)
+    x = embed_axis(width)[None].expand(height, width, channels // 2)
     return torch.cat([y, x], dim=2).reshape(height * width, channels)
