@@ -48,7 +48,7 @@ from pix2seq.data.image_files import BadImageError, Folder, ImageFile
 from pix2seq.data.loaders import collate
 from pix2seq.errors import UserError
 from pix2seq.plan import PlanArguments, plan
-from pix2seq.training.setup import load_data
+from pix2seq.training.datasets import load_data
 
 OURS = "pix2seq"
 IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}

@@ -144,7 +144,7 @@ def timed(step, device: torch.device, count: int = 1) -> float:
 
 def measure(args: argparse.Namespace, folder: Path) -> dict:
     training = our_run(args, folder)
-    device, model = training.accelerator.device, training.unwrapped
+    device, model = training.accelerator.device, training.unwrapped_model
     batches = iter(train_loader(training.train_set, training.sampler, args.num_workers, device.type == "cuda"))
     batch = next(batches)
     targets = int((batch["token_weights"] != 0).sum())

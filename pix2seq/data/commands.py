@@ -18,7 +18,7 @@ from pix2seq.data.issues import ERROR
 from pix2seq.data.shards import write_shards
 from pix2seq.data.show import show
 from pix2seq.errors import UserError
-from pix2seq.training.setup import find_splits, load_data
+from pix2seq.training.datasets import find_splits, load_data
 
 
 def check_data(args: TrainArguments) -> int:

@@ -1,12 +1,15 @@
-"""Being told to stop: SIGTERM, SIGUSR1 and Ctrl-C become a request that the run answers when it can save."""
+"""Signals that ask a run to stop."""
 
 import signal
 
-from pix2seq.training.launcher import set_parent_death_signal
+from pix2seq.training.distributed import set_parent_death_signal
 
 
 class StopRequest:
-    """Catches the signals from its construction on. A second Ctrl-C ends the process at once."""
+    """Records SIGTERM, SIGUSR1 and Ctrl-C, so that a run can save a checkpoint before it stops.
+
+    True after the first signal. A second Ctrl-C raises KeyboardInterrupt.
+    """
 
     def __init__(self):
         self.signal = 0
@@ -19,11 +22,12 @@ class StopRequest:
 
     @property
     def name(self) -> str:
-        return signal.Signals(self.signal).name if self else "another process was told to stop"
+        """Name of the signal, for messages."""
+        return signal.Signals(self.signal).name if self else "another process received a stop signal"
 
     @property
     def exit_code(self) -> int:
-        """130 after Ctrl-C, as in a shell; otherwise 75, "try again later"."""
+        """130 after Ctrl-C, as in a shell, else 75 (EX_TEMPFAIL)."""
         return 130 if self.signal == signal.SIGINT else 75
 
     def _handle(self, number, frame):

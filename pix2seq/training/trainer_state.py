@@ -1,106 +1,109 @@
-"""Where a run stands: what a checkpoint holds beside the weights."""
+"""The state of a training run besides the weights."""
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from pix2seq.errors import UserError
+from pix2seq.training.distributed import load_optimizer_state_dict, optimizer_state_dict
 from pix2seq.training.metrics import Meter
-from pix2seq.training.sharding import load_optimizer_state, optimizer_state
 
-FILE = "trainer.pt"
-FORMAT = 3  # of its content
-SAME_BUT_FOR_STATISTICS = 2  # such a checkpoint is read, and the row it was in the middle of begins anew
+TRAINER_FILE = "trainer.pt"
+COUNTERS = ("step", "reported_step", "best_ap", "num_skipped", "num_skipped_in_a_row")
 
 
 @dataclass
 class TrainerState:
-    """What a run needs to go on as if it had not stopped.
+    """What a run needs, besides the weights, to resume bit-exactly.
 
-    samples_per_step   images of an optimizer step, on all processes
-    num_images         in the training set        images   a digest of their ids and names
-    step               optimizer steps taken
-    reported           the last step whose evaluation and picture, if due, are done
-    skipped            steps not taken because their loss or gradient was not finite; skipped_in_a_row, the latest ones
-    average            the weights averaged over the steps, if they are
+    Attributes:
+        optimizer: optimizer, wrapped by Accelerate or not.
+        scheduler: learning rate schedule.
+        scaler: loss scaler of fp16, else None.
+        meter: statistics since the last logged step.
+        samples_per_step: images per optimizer step, over all processes.
+        num_images: size of the training set.
+        images_digest: hash of the ids and file names of the training images.
+        ema_model: exponential moving average of the weights, or None.
+        step: optimizer steps taken.
+        reported_step: last step whose evaluation and samples, if due, are complete.
+        best_ap: highest AP so far.
+        num_skipped: steps not taken because their loss or gradient was not finite.
+        num_skipped_in_a_row: the most recent of them without a finite step in between.
     """
 
     optimizer: torch.optim.Optimizer
-    scheduler: torch.optim.lr_scheduler.LRScheduler
+    scheduler: torch.optim.lr_scheduler.LambdaLR
     scaler: torch.amp.GradScaler | None
     meter: Meter
     samples_per_step: int
     num_images: int
-    images: str = ""
+    images_digest: str = ""
+    ema_model: AveragedModel | None = None
     step: int = 0
-    reported: int = 0
+    reported_step: int = 0
     best_ap: float = -math.inf
-    skipped: int = 0
-    skipped_in_a_row: int = 0
-    average: AveragedModel | None = None
-
-    def content(self, model: nn.Module, statistics: torch.Tensor) -> dict:
-        """What `save` writes. All ranks call this. `statistics`: the meter's, summed over all ranks."""
-        return {
-            "format": FORMAT,
-            "step": self.step,
-            "reported": self.reported,
-            "best_ap": self.best_ap,
-            "skipped": self.skipped,
-            "skipped_in_a_row": self.skipped_in_a_row,
-            "samples_per_step": self.samples_per_step,
-            "num_images": self.num_images,
-            "images": self.images,
-            "optimizer": optimizer_state(model, self._torch_optimizer),
-            "scheduler": self.scheduler.state_dict(),
-            "scaler": self.scaler.state_dict() if self.scaler is not None else None,
-            "average": self.average.state_dict() if self.average is not None else None,
-            "statistics": statistics.cpu(),
-        }
+    num_skipped: int = 0
+    num_skipped_in_a_row: int = 0
 
     @property
     def _torch_optimizer(self) -> torch.optim.Optimizer:
         return getattr(self.optimizer, "optimizer", self.optimizer)  # without Accelerate's wrapper
 
-    def load(self, folder: Path, model: nn.Module, is_main: bool) -> None:
-        """Raises UserError if the steps of this run are not of the images that the checkpoint's were."""
-        content = torch.load(folder / FILE, map_location="cpu", weights_only=True)  # nothing in the file can run code
-        if content.get("format") not in (FORMAT, SAME_BUT_FOR_STATISTICS):
+    def state_dict(self, model: nn.Module, statistics: torch.Tensor) -> dict:
+        """Returns the content of trainer.pt. All processes call this together.
+
+        Args:
+            model: model of the optimizer, as prepared by Accelerate.
+            statistics: the meter's statistics, summed over all processes.
+        """
+        return {name: getattr(self, name) for name in COUNTERS} | {
+            "samples_per_step": self.samples_per_step,
+            "num_images": self.num_images,
+            "images_digest": self.images_digest,
+            "optimizer": optimizer_state_dict(model, self._torch_optimizer),
+            "scheduler": self.scheduler.state_dict(),
+            "scaler": self.scaler.state_dict() if self.scaler is not None else None,
+            "ema_model": self.ema_model.state_dict() if self.ema_model is not None else None,
+            "statistics": statistics.cpu(),
+        }
+
+    def load_state_dict(self, state_dict: dict, model: nn.Module, is_main_process: bool) -> None:
+        """Restores `state_dict`. All processes call this together.
+
+        Raises:
+            UserError: the steps of this run consist of other images than those of the checkpoint.
+        """
+        if state_dict["samples_per_step"] != self.samples_per_step:
             raise UserError(
-                f"--resume {folder}: was written by another version of the code, whose state has another form"
+                "--resume: batch_size x gradient_accumulation_steps x processes is "
+                f"{self.samples_per_step}; the checkpoint has {state_dict['samples_per_step']}"
             )
-        if content["samples_per_step"] != self.samples_per_step:
+        if state_dict["num_images"] != self.num_images:
             raise UserError(
-                f"--resume {folder}: batch_size x gradient_accumulation_steps x processes is "
-                f"{self.samples_per_step} and was {content['samples_per_step']}"
+                f"--resume: the training set has {self.num_images} images; "
+                f"the checkpoint was trained on {state_dict['num_images']}"
             )
-        if content["num_images"] != self.num_images:
-            raise UserError(
-                f"--resume {folder}: the training set has {self.num_images} images and had {content['num_images']}"
-            )
-        if content.get("images", self.images) != self.images:
-            raise UserError(
-                f"--resume {folder}: the training set has as many images, but not those (other ids or file names)"
-            )
-        self.step, self.reported, self.best_ap = content["step"], content["reported"], content["best_ap"]
-        self.skipped, self.skipped_in_a_row = content["skipped"], content["skipped_in_a_row"]
-        load_optimizer_state(model, self._torch_optimizer, content["optimizer"])
-        self.scheduler.load_state_dict(content["scheduler"])
-        # The schedule's rate of the next step, which is not the checkpoint's if the run has been made longer.
-        rates = [
-            peak * share(self.scheduler.last_epoch)
-            for peak, share in zip(self.scheduler.base_lrs, self.scheduler.lr_lambdas, strict=True)
+        if state_dict["images_digest"] != self.images_digest:
+            raise UserError("--resume: the ids or file names of the training images differ from the checkpoint's")
+        for name in COUNTERS:
+            setattr(self, name, state_dict[name])
+        load_optimizer_state_dict(model, self._torch_optimizer, state_dict["optimizer"])
+        self.scheduler.load_state_dict(state_dict["scheduler"])
+        # The schedule depends on --max_steps, which may be larger now, so the rate is computed anew.
+        learning_rates = [
+            base_lr * factor(self.scheduler.last_epoch)
+            for base_lr, factor in zip(self.scheduler.base_lrs, self.scheduler.lr_lambdas, strict=True)
         ]
-        self.scheduler._last_lr = rates
-        for group, rate in zip(self._torch_optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
-        if self.scaler is not None and content["scaler"]:
-            self.scaler.load_state_dict(content["scaler"])
-        if self.average is not None:
-            self.average.load_state_dict(content["average"])
-        if is_main and content["format"] == FORMAT:  # the sum over all ranks, so one of them carries it on
-            self.meter.statistics += content["statistics"].to(self.meter.statistics.device)
+        self.scheduler._last_lr = learning_rates
+        for group, learning_rate in zip(self._torch_optimizer.param_groups, learning_rates, strict=True):
+            group["lr"] = learning_rate
+        if self.scaler is not None and state_dict["scaler"]:
+            self.scaler.load_state_dict(state_dict["scaler"])
+        if self.ema_model is not None:
+            self.ema_model.load_state_dict(state_dict["ema_model"])
+        if is_main_process:  # the saved statistics are the sum over all processes
+            self.meter.statistics += state_dict["statistics"].to(self.meter.statistics.device)
