@@ -1,4 +1,4 @@
-"""Turns a finished run into a record for docs/results: metrics, command, commit, hardware, flags.
+"""Writes a record of a finished run: metrics, command, commit, hardware and arguments.
 
 python -m benchmarks.record runs/demo --output docs/results/demo.json
 """
@@ -15,23 +15,24 @@ import yaml
 
 from pix2seq.training.run_folder import git_commit
 
-PLACES = {"root", "train_images", "train_json", "val_images", "val_json", "output_dir", "config"}
+PATH_ARGUMENTS = {"root", "train_images", "train_json", "val_images", "val_json", "output_dir", "config"}
 
 
 def record(run: Path) -> dict:
+    """The record of a run folder."""
     status = json.loads((run / "status.json").read_text())
     if status["state"] != "finished":
-        raise SystemExit(f"error: {run}: its state is {status['state']}, not finished")
+        raise SystemExit(f"error: {run}: state is {status['state']}, not finished")
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     evaluations = [row for row in rows if "eval/AP" in row]
     environment = json.loads((run / "env.json").read_text())
-    # Where things lie on one machine says nothing on another.
+    # Paths of one machine mean nothing on another.
     environment["command"] = [Path(word).name if word.startswith("/") else word for word in environment["command"]]
-    flags = yaml.safe_load((run / "config.yaml").read_text())
+    arguments = yaml.safe_load((run / "config.yaml").read_text())
     best = max(evaluations, key=lambda row: row["eval/AP"])
     return {
         "environment": environment | {"processor": _processor()},
-        "flags": {name: value for name, value in flags.items() if name not in PLACES},
+        "arguments": {name: value for name, value in arguments.items() if name not in PATH_ARGUMENTS},
         "best": {name.removeprefix("eval/"): value for name, value in best.items()},
         "ap_by_step": {row["step"]: row["eval/AP"] for row in evaluations},
         "images_per_s": rows[-2 if "eval/AP" in rows[-1] else -1]["perf/images_per_s"],
@@ -39,7 +40,7 @@ def record(run: Path) -> dict:
 
 
 def environment(device: torch.device) -> dict:
-    """Of a benchmark's own process."""
+    """Command, commit, versions and hardware of the running benchmark."""
     words = [Path(word).name if word.startswith("/") else word for word in sys.argv[1:]]
     return {
         "command": [f"python -m benchmarks.{Path(sys.argv[0]).stem}", *words],
@@ -61,7 +62,7 @@ def _processor() -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Turn a finished run into a record.")
+    parser = argparse.ArgumentParser(description="Write a record of a finished run.")
     parser.add_argument("run", type=Path, help="run folder")
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
     args = parser.parse_args()
