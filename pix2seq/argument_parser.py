@@ -32,12 +32,12 @@ class LineErrorParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
-class GroupedArgumentParser(LineErrorParser, HfArgumentParser):
+class GroupedArgumentParser(HfArgumentParser):
     """An HfArgumentParser that lists the fields of each base dataclass in a group of its own."""
 
     def _add_dataclass_arguments(self, dtype: type) -> None:
         type_hints = get_type_hints(dtype)
-        added = set()
+        added: set[str] = set()
         for base in reversed(dtype.__mro__):
             own = {field.name for field in dataclasses.fields(base)} if dataclasses.is_dataclass(base) else set()
             title = vars(base).get("_argument_group_name")
@@ -47,6 +47,8 @@ class GroupedArgumentParser(LineErrorParser, HfArgumentParser):
                     field.type = type_hints[field.name]
                     self._parse_dataclass_field(group, field)
             added |= own
+
+    error = LineErrorParser.error
 
 
 def parse(kind: type, argv: list[str] | None = None, program: str | None = None):
@@ -65,7 +67,7 @@ def parse(kind: type, argv: list[str] | None = None, program: str | None = None)
         An instance of `kind`.
     """
     argv = sys.argv[1:] if argv is None else argv
-    parser = GroupedArgumentParser(kind, prog=program, usage="%(prog)s [arguments]", allow_abbrev=False)
+    parser = GroupedArgumentParser([kind], prog=program, usage="%(prog)s [arguments]", allow_abbrev=False)
     try:
         recipe, presets = _recipe_words(argv, parser), getattr(kind, "PRESETS", {})
         words = _expand_presets(recipe, presets) + _expand_presets(argv, presets)
@@ -88,7 +90,7 @@ def parse(kind: type, argv: list[str] | None = None, program: str | None = None)
             parser.error(f"{word}: no such flag{did_you_mean(word.split('=')[0], names)}")
         if not hasattr(kind, "POSITIONAL"):
             parser.error(f"{word!r}: does not belong to any flag")
-        getattr(arguments, kind.POSITIONAL).append(word)
+        getattr(arguments, str(kind.POSITIONAL)).append(word)  # type: ignore[attr-defined]
     return arguments
 
 
@@ -141,7 +143,7 @@ def _recipe_words(argv: list[str], parser: HfArgumentParser) -> list[str]:
 
 
 def _recipe_path(path: str):
-    """The file; if there is none, the packaged recipe named `demo`, `demo.yaml` or `configs/demo.yaml`, for example."""
+    """The file; if there is none, the packaged recipe named, for example, demo, demo.yaml or configs/demo.yaml."""
     file = Path(path)
     packaged = resources.files("pix2seq") / "configs" / f"{file.stem}.yaml"
     is_recipe_name = file.parent in (Path("."), Path("configs")) and file.suffix in ("", ".yaml")

@@ -90,7 +90,8 @@ def plan(args: PlanArguments) -> dict:
     sequence_length = TOKENS_PER_OBJECT * args.max_objects + (0 if args.noise_objects else 1)
     num_real = min(COCO_OBJECTS_PER_IMAGE, args.max_objects)
     loss_positions = TOKENS_PER_OBJECT * num_real + (args.max_objects - num_real if args.noise_objects else 1)
-    cost = model_step_cost(model, args.batch_size, sequence_length, args.mixed_precision, loss_positions)
+    precision = args.mixed_precision or "bf16"
+    cost = model_step_cost(model, args.batch_size, sequence_length, precision, loss_positions)
     with torch.no_grad():
         visual_tokens = model.encode(torch.zeros(1, 3, args.image_size, args.image_size, device="meta")).shape[1]
 
@@ -104,11 +105,11 @@ def plan(args: PlanArguments) -> dict:
     state += 4 * total if args.ema_decay else 0
     step_flops = cost.step_flops / args.batch_size * sampler.samples_per_step
     computed_flops = step_flops * (1 + cost.recomputed_flops / cost.step_flops)
-    seconds = computed_flops / (args.num_gpus * GPUS[args.gpu][args.mixed_precision] * args.mfu)
+    seconds = computed_flops / (args.num_gpus * GPUS[args.gpu][precision] * args.mfu)
     return {
         "gpu": args.gpu,
         "num_gpus": args.num_gpus,
-        "precision": args.mixed_precision,
+        "precision": precision,
         "parameters": total,
         "trained_parameters": trained,
         "images": num_images,

@@ -15,7 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 # Dense peaks of the data sheets in FLOP/s, by the beginning of torch.cuda.get_device_name, and memory in GiB.
 # float32 is without TF32, PyTorch's default.
-GPUS = {
+GPUS: dict[str, dict] = {
     "b200": {"name": "NVIDIA B200", "bf16": 2250e12, "fp16": 2250e12, "no": 75e12, "memory": 178},
     "h200": {"name": "NVIDIA H200", "bf16": 989e12, "fp16": 989e12, "no": 67e12, "memory": 139},
     "h100": {"name": "NVIDIA H100", "bf16": 989e12, "fp16": 989e12, "no": 67e12, "memory": 79},
@@ -129,7 +129,7 @@ def step_cost(
         # A second pass without checkpointing gives the FLOPs of a step, and FLOPs and memory of each layer.
         layers = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
         for layer in layers:
-            layer.gradient_checkpointing = False
+            layer.gradient_checkpointing = False  # type: ignore[assignment]
         before, recomputed_flops, largest_layer, hooks = {}, [0], [0], []
 
         def enter(layer, inputs):
@@ -150,7 +150,7 @@ def step_cost(
                 loss_of(output).backward()
         finally:
             for layer in layers:
-                layer.gradient_checkpointing = True
+                layer.gradient_checkpointing = True  # type: ignore[assignment]
             for hook in hooks:
                 hook.remove()
         return StepCost(

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import numpy as np
+from accelerate import Accelerator
 from torchvision.transforms.v2.functional import to_pil_image
 
 from pix2seq.data import EvalDataset
@@ -37,7 +38,7 @@ class TrainingEvaluator:
     """
 
     folder: RunFolder
-    accelerator: object
+    accelerator: Accelerator
     val_set: EvalDataset
     ground_truth: dict
     options: DecodingOptions

@@ -57,8 +57,8 @@ def token_statistics(
     predicted, predicted_bins = _predictions(logits, tokenizer)
     batch, length = labels.shape
     label, weight = labels.flatten()[loss_positions], token_weights.flatten()[loss_positions]
-    columns = (torch.ones_like(weight), label, predicted, predicted_bins, weight, weight * token_losses)
-    columns = torch.stack([column.double() for column in columns])
+    values = (torch.ones_like(weight), label, predicted, predicted_bins, weight, weight * token_losses)
+    columns = torch.stack([value.double() for value in values])
     # Scatter to five tokens per object; tokens without weight are 0.
     num_objects = -(-length // TOKENS_PER_OBJECT)
     positions = loss_positions + loss_positions // length * (num_objects * TOKENS_PER_OBJECT - length)

@@ -29,7 +29,8 @@ class Trackers:
         self._warn = warn
         self._running: list = []  # of Accelerate's GeneralTracker
         self._continued: set[str] = set()  # names of the trackers that continue the run of the folder
-        self._last_step, self._last_names = -1, set()
+        self._last_step = -1  # of the rows that a continued run has sent
+        self._last_names: set[str] = set()
 
     def __bool__(self) -> bool:
         return bool(self._running)
