@@ -75,7 +75,7 @@ def run_training(args: TrainArguments, program: str = "train.py") -> int:
             return 1
         # All processes take part in a save. Only TooManyUnreadable is raised by all of them.
         if (isinstance(error, TooManyUnreadable) or context.accelerator.num_processes == 1) and save(context):
-            print(f"{program}: saved step {context.step}; --resume auto continues from there", file=sys.stderr)
+            print(f"{program}: saved at step {context.step}; --resume auto continues from there", file=sys.stderr)
         return 2
     except BaseException as error:
         context.folder.status("failed", context.step, repr(error))
@@ -115,7 +115,7 @@ def train(context: TrainContext) -> int:
     except Stopped:
         if not save(context):
             raise SaveError(f"{stop.name}: the checkpoint of step {context.step} could not be written") from None
-        folder.log(f"{stop.name}: saved step {context.step}; the same command with --resume auto continues")
+        folder.log(f"{stop.name}: saved at step {context.step}; the same command with --resume auto continues")
         folder.status("preempted", context.step, stop.name)
         context.accelerator.end_training()
         return stop.exit_code

@@ -1,10 +1,9 @@
-"""Shared fixtures: a drawn dataset and a model small enough to be built in a test. Nothing here needs the network."""
+"""Shared fixtures: a synthetic dataset and models small enough to build in a test. Nothing needs the network."""
 
 import os
 
-# These are read when torch and transformers are first imported, so they come before any such import. Some CPUs offer
-# instructions with which oneDNN's bf16 kernels crash in containers: keep to the plain ones. Threads only slow down
-# models this small. Nothing is ever downloaded.
+# torch and transformers read these variables on import. Without the limit, oneDNN bf16 kernels crash in containers on some
+# CPUs. Threads only slow down models of this size.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -16,17 +15,13 @@ import torch
 from hypothesis import settings
 from transformers import LlamaConfig
 
-from pix2seq import (
-    Pix2Seq,
-    Pix2SeqImageProcessor,
-    train,
-)
+from pix2seq import Pix2Seq, Pix2SeqImageProcessor, train
 from pix2seq.data.shapes import CATEGORY_IDS, SHAPES, draw_dataset
 from pix2seq.models import Pix2SeqConfig, Pix2SeqForObjectDetection
 from pix2seq.tokenizer import TOKENS_PER_OBJECT, Tokenizer
 from tests.runs import arguments
 
-# The same examples on every run and no clock: a slow machine must not fail a test.
+# The same examples in every run, and no time limit.
 settings.register_profile("pix2seq", deadline=None, derandomize=True, database=None)
 settings.load_profile("pix2seq")
 
@@ -41,13 +36,13 @@ TINY_BACKBONE = {
 
 @pytest.fixture(scope="session")
 def shapes_root(tmp_path_factory) -> Path:
-    """A COCO-layout folder of shapes: 12 train and 5 val pictures of 64 pixels. Read it, do not write to it."""
+    """A COCO dataset of shapes, 12 training and 5 validation images of 64 pixels. Read-only."""
     return draw_dataset(tmp_path_factory.mktemp("shapes") / "root", num_train=12, num_val=5, size=64, seed=3)
 
 
 @pytest.fixture(scope="session")
 def finished(shapes_root, tmp_path_factory) -> Path:
-    """The folder of a whole small run, as tests/runs.py has it. Read it, do not write to it."""
+    """The run folder of the complete run of tests/runs.py. Read-only."""
     output = tmp_path_factory.mktemp("run") / "out"
     assert train.run_training(arguments(shapes_root, output)) == 0
     return output
@@ -55,9 +50,9 @@ def finished(shapes_root, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def make_model():
-    """Builds tiny detectors with fixed weights, in eval mode: `make_model(decoder_layers=1, noise_objects=False)`.
+    """Returns a function that builds a tiny Pix2SeqForObjectDetection in eval mode.
 
-    Keywords are Pix2SeqConfig's, and decoder_layers, decoder (more LlamaConfig keywords) and seed.
+    Its arguments are those of Pix2SeqConfig, and `decoder_layers`, `decoder` (LlamaConfig arguments) and `seed`.
     """
 
     def make(decoder_layers: int = 2, decoder: dict | None = None, seed: int = 0, **kwargs):
@@ -101,9 +96,9 @@ def make_model():
 
 @pytest.fixture(scope="session")
 def folder(make_model, tmp_path_factory) -> Path:
-    """A tiny detector's, as a run leaves it behind. Read it, do not write to it."""
-    folder, model = tmp_path_factory.mktemp("detector"), make_model(seed=5)
-    with torch.no_grad():  # opinions strong enough to differ from slot to slot
+    """A `from_pretrained` folder of a tiny model. Read-only."""
+    folder, model = tmp_path_factory.mktemp("model"), make_model(seed=5)
+    with torch.no_grad():  # larger weights, so that predictions differ between slots
         for parameter in model.parameters():
             parameter *= 3
     model.save_pretrained(folder)
@@ -113,4 +108,5 @@ def folder(make_model, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def detector(folder) -> Pix2Seq:
+    """The inference class with the model of `folder`."""
     return Pix2Seq.from_pretrained(folder, device="cpu")

@@ -1,9 +1,9 @@
-"""train.py for tests that launch processes, with what they cannot reach from outside.
+"""train.py with modifications, for tests that launch processes. Environment variables select them:
 
-SHARD=1            FSDP2 although there is no GPU, which Accelerate's launcher refuses
+SHARD=1            FSDP2 on the CPU, which Accelerate's launcher refuses
 GRADIENTS=FILE     writes the gradients of the first step
-SPLIT=1            rank 1 sees another run folder than rank 0
-CRASH_AT=STEP      rank 1 dies in this step, unless torchelastic has already started it again
+SPLIT=1            rank 1 has another run folder than rank 0
+CRASH_AT=STEP      rank 1 crashes in this step of the first attempt
 """
 
 import os
@@ -21,20 +21,22 @@ from pix2seq.arguments import TrainArguments
 
 
 def shard() -> None:
-    join = train.make_accelerator
+    """Makes train.py shard the model with FSDP2."""
+    make_accelerator = train.make_accelerator
 
-    def join_sharded(args):
-        accelerator = join(args)
+    def make_sharding_accelerator(**kwargs):
+        accelerator = make_accelerator(**kwargs)
         accelerator.state.distributed_type = DistributedType.FSDP
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
             fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False
         )
         return accelerator
 
-    train.make_accelerator = join_sharded
+    train.make_accelerator = make_sharding_accelerator
 
 
 def write_gradients(path: str) -> None:
+    """Makes train.py write the gradients of the first step."""
     clip = Accelerator.clip_grad_norm_
 
     def clip_and_write(self, *args, **kwargs):
@@ -47,16 +49,14 @@ def write_gradients(path: str) -> None:
 
 
 def crash_at(step: int) -> None:
+    """Makes rank 1 crash in a step, unless torchelastic has restarted it."""
     original = train.train_step
 
-    def crashing(training, micro_batches):
-        if (
-            training.step + 1 == step
-            and training.accelerator.process_index == 1
-            and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
-        ):
+    def crashing(context, micro_batches):
+        is_first_attempt = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+        if context.step + 1 == step and context.accelerator.process_index == 1 and is_first_attempt:
             os._exit(9)
-        return original(training, micro_batches)
+        return original(context, micro_batches)
 
     train.train_step = crashing
 

@@ -12,7 +12,7 @@ from pix2seq import train
 from pix2seq.generation import DecodingOptions
 from pix2seq.generation import generate as generate_module
 from tests.test_architectures import build
-from tests.test_train import arguments, interrupt_at, rows
+from tests.runs import arguments, interrupt_at, rows
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

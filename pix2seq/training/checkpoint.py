@@ -120,7 +120,7 @@ def find_checkpoint(
     if resume is None:
         if newest is not None:
             raise UserError(
-                f"--output_dir {checkpoints.parent}: contains checkpoints of an earlier run; "
+                f"--output_dir {checkpoints.parent}: holds checkpoints of an earlier run; "
                 "continue it with --resume auto or name another folder"
             )
         return None
