@@ -155,7 +155,7 @@ def run_evaluation(args: EvaluateArguments) -> dict:
     warn_unreadable(skipped.unreadable)
     ground_truth = args.gt if data is None else str(data.annotations.split.json)
     if data is not None:  # what is wrong with its images has been told
-        skipped.faults = [fault for fault in data.annotations.faults if fault.file == ground_truth]
+        skipped.faults = [fault for fault in data.annotations.issues if fault.file == ground_truth]
     if skipped.faults:
         print(f"faults in {ground_truth}: {count_by_kind(skipped.faults)}")
     if output is not None:

@@ -26,7 +26,7 @@ from transformers.utils import logging as transformers_logging
 from pix2seq.argument_parser import parse, run_command
 from pix2seq.arguments import DecodingArguments, argument, check_at_least, check_value
 from pix2seq.data.image_files import BadImageError
-from pix2seq.data.issues import shown
+from pix2seq.data.issues import sanitize
 from pix2seq.errors import UserError
 from pix2seq.inference import Pix2Seq
 from pix2seq.inference.detector import Precision
@@ -132,7 +132,7 @@ def predict_video(args: PredictArguments, detector: Pix2Seq, source: str, name: 
         _print_unreadable(f"{source}: {error}")
         return 1
     json_path, video_path = (Path(args.output_dir) / f"{name}{suffix}" for suffix in (".jsonl", ".mp4"))
-    frames = progress(video, f"predicting {shown(source)}", video.num_frames)
+    frames = progress(video, f"predicting {sanitize(source)}", video.num_frames)
     with contextlib.closing(video), json_path.open("w") as lines, contextlib.ExitStack() as stack:
         append = stack.enter_context(open_video_writer(video_path, video.frame_rate)) if args.save_images else None
         try:
@@ -149,7 +149,7 @@ def predict_video(args: PredictArguments, detector: Pix2Seq, source: str, name: 
         except KeyboardInterrupt:
             if not webcam:  # Ctrl-C is the normal end of a webcam
                 raise
-    print(f"{shown(source)}: {count} frames")
+    print(f"{sanitize(source)}: {count} frames")
     if count == 0:
         json_path.unlink()
         _print_unreadable(f"{source}: contains no video frame")
@@ -187,7 +187,7 @@ def predict(args: PredictArguments) -> int:
 
     prepare_output_dir(Path(args.output_dir), output_files(args, images, videos, names), inputs, args.overwrite)
     if skipped:
-        first = f"{', '.join(map(shown, skipped[:3]))}{', ...' if len(skipped) > 3 else ''}"
+        first = f"{', '.join(map(sanitize, skipped[:3]))}{', ...' if len(skipped) > 3 else ''}"
         print(f"skipped {len(skipped)} files that are not images by their suffix: {first}", file=sys.stderr)
     num_errors = 0
     try:
@@ -198,14 +198,14 @@ def predict(args: PredictArguments) -> int:
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"--output_dir {args.output_dir}: cannot be written to ({reason})") from None
-    print(f"written to {shown(args.output_dir)}")
+    print(f"written to {sanitize(args.output_dir)}")
     if num_errors:
         print(f"{num_errors} of {len(inputs)} inputs cannot be read", file=sys.stderr)
     return 2 if num_errors else 0
 
 
 def _print_unreadable(message: str) -> None:
-    tqdm.write(f"cannot be read: {shown(message)}", file=sys.stderr)
+    tqdm.write(f"cannot be read: {sanitize(message)}", file=sys.stderr)
 
 
 _received_signals: list[int] = []

@@ -229,7 +229,7 @@ def test_entries_that_cannot_be_used_are_left_out_and_named(tmp_path, edit, kind
     """From training and from the ground truth alike, and nothing else is."""
     split = write(tmp_path, edit(content()))
     annotations = load_annotations(split)
-    (fault,) = [fault for fault in annotations.faults if fault.kind == kind]
+    (fault,) = [fault for fault in annotations.issues if fault.kind == kind]
     assert (fault.severity, fault.file, fault.entry) == ("error", str(split.json), entry)
     for part in says:
         assert part in fault.value
@@ -252,7 +252,7 @@ def test_faults_that_are_used_all_the_same(tmp_path):
     annotations = load_annotations(write(tmp_path, value))
     assert len(annotations) == 3
     assert len(annotations.boxes) == 6
-    kinds = {fault.kind: fault for fault in annotations.faults}
+    kinds = {fault.kind: fault for fault in annotations.issues}
     assert kinds["duplicate-annotation-id"].entry == "annotation 2"
     assert kinds["duplicate-file"].entry == "image 5"
     assert {fault.severity for fault in (kinds["duplicate-annotation-id"], kinds["duplicate-file"])} == {"warning"}
@@ -264,7 +264,7 @@ def test_odd_areas_and_crowds_are_told_and_do_not_hide_objects(tmp_path):
     value["annotations"][0] |= {"area": -1, "iscrowd": "0"}
     split = write(tmp_path, value)
     annotations = load_annotations(split)
-    assert {fault.kind for fault in annotations.faults if fault.entry == "annotation 1"} == {
+    assert {fault.kind for fault in annotations.issues if fault.entry == "annotation 1"} == {
         *("area-invalid", "iscrowd-invalid")
     }
     assert len(annotations.objects(2)[1]) == 2
@@ -277,7 +277,7 @@ def test_a_box_thinner_than_float32_can_tell_is_no_object(tmp_path):
     value["annotations"][0]["bbox"] = [30, 3, 1e-7, 4]
     annotations = load_annotations(write(tmp_path, value))
     assert len(annotations.objects(2)[1]) == 1
-    assert "annotation 1" in [fault.entry for fault in annotations.faults if fault.kind == "zero-size"]
+    assert "annotation 1" in [fault.entry for fault in annotations.issues if fault.kind == "zero-size"]
 
 
 @pytest.mark.parametrize("size", [(10.0, 20.0), (10, 20)])
@@ -298,7 +298,7 @@ def test_halves_of_characters_are_told(tmp_path):
     """JSON may hold them, and nothing can write them."""
     value = content()
     value["images"][1]["file_name"] = "\ud800.png"
-    faults = load_annotations(write(tmp_path, value)).faults
+    faults = load_annotations(write(tmp_path, value)).issues
     assert [fault.kind for fault in faults] == ["image-entry", "negative-size", "zero-size"]
     print(*faults)
     value = content()
@@ -318,7 +318,7 @@ def test_boxes_are_compared_to_the_edges_of_their_images(tmp_path):
     value["annotations"] += [
         {"id": number, "image_id": 5, "category_id": 3, "bbox": box} for number, box in boxes.items()
     ]
-    found = {fault.entry: (fault.kind, fault.value) for fault in load_annotations(write(tmp_path, value)).faults}
+    found = {fault.entry: (fault.kind, fault.value) for fault in load_annotations(write(tmp_path, value)).issues}
     assert "annotation 10" not in found  # rounding
     assert "annotation 11" not in found
     assert found["annotation 12"] == ("beyond-edge", "bbox [15, 5, 8, 3], image 20 x 10")
@@ -342,7 +342,7 @@ def test_boxes_of_another_form_are_suspected(tmp_path, form, told):
     value["annotations"] = [
         {"id": n + 1, "image_id": 5, "category_id": 3, "bbox": box} for n, box in enumerate(boxes.tolist())
     ]
-    kinds = {fault.kind for fault in load_annotations(write(tmp_path, value)).faults}
+    kinds = {fault.kind for fault in load_annotations(write(tmp_path, value)).issues}
     assert kinds & {"boxes-xyxy", "boxes-fractions"} == told
 
 

@@ -71,7 +71,7 @@ def measure(split: Split) -> dict:
     seconds, after = time.perf_counter() - began, own_mb()
     assert len(annotations) == IMAGES
     assert len(annotations.boxes) == OBJECTS
-    assert annotations.faults == []
+    assert annotations.issues == []
     data = TrainDataset(annotations, TrainTransform(32), SequenceBuilder(Tokenizer(CLASSES, 100), 20), seed=0)
     workers, steps = [], 500
     # Epochs of 8,000 images, which is quicker than three of all; what grows does so by the example.

@@ -48,7 +48,7 @@ def examples(annotations, num_workers: int) -> list[dict]:
 @pytest.mark.parametrize("num_workers", [0, 2, 4])
 def test_shards_give_the_sequences_of_the_files(files, shards, num_workers):
     packed = load_annotations(find_split("train", None, shards=str(shards)))
-    assert packed.faults == []
+    assert packed.issues == []
     for one, other in zip(examples(files, 0), examples(packed, num_workers), strict=True):
         assert one.keys() == other.keys()
         for key, value in one.items():

@@ -1,7 +1,7 @@
 """COCO annotation files as arrays, for training and evaluation.
 
 What makes a file useless is said in one line that names it, before any work is done with it; what is wrong with single
-entries is left out and told: see faults.py.
+entries is left out and told: see issues.py.
 """
 
 import hashlib
@@ -20,8 +20,8 @@ from pix2seq.data.issues import (
     is_finite,
     is_id,
     is_text,
-    listed,
-    shown,
+    join_names,
+    sanitize,
     usable_images,
     usable_objects,
 )
@@ -49,7 +49,7 @@ class Annotations:
     labels (M,)                       contiguous
     crowd (M,) bool                   marked iscrowd
     trainable (M,) bool               neither crowd nor without area
-    faults                            what is wrong with the file, and with the places of its images
+    issues                            what is wrong with the file, and with the places of its images
     bad_images                        of images that are known to be unusable, by index, why
     """
 
@@ -65,7 +65,7 @@ class Annotations:
     labels: np.ndarray
     trainable: np.ndarray
     crowd: np.ndarray
-    faults: list[DatasetIssue] = field(default_factory=list)
+    issues: list[DatasetIssue] = field(default_factory=list)
     bad_images: dict[int, BadImageError] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -80,7 +80,7 @@ class Annotations:
 
     def name(self, index: int) -> str:
         """The image's file, to be shown."""
-        return f"{self.split.images}/{shown(str(self.file_names[index]))}"
+        return f"{self.split.images}/{sanitize(str(self.file_names[index]))}"
 
     def objects(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Boxes (N, 4) float64 xyxy pixels and labels (N,) of the objects an image is trained on."""
@@ -117,7 +117,7 @@ class Annotations:
         )
 
     def summary(self, max_objects: int) -> list[str]:
-        """What is kept for training and what is not: a line, and one more if there are faults."""
+        """What is kept for training and what is not: a line, and one more if there are issues."""
         counts = np.diff(np.append(0, np.cumsum(self.trainable))[self.offsets])
         degenerate = ~self.trainable & ~self.crowd
         line = f"{len(self)} images ({(counts == 0).sum()} without objects), {counts.sum()} objects"
@@ -125,16 +125,16 @@ class Annotations:
         line += f", {degenerate.sum()} boxes without area"
         if over := int((counts > max_objects).sum()):
             line += f"; {over} images have more than {max_objects} objects and give a part of them each time"
-        if not self.faults:
+        if not self.issues:
             return [line]
         return [
             line,
-            f"faults in {self.split.json}: {count_by_kind(self.faults)} (--check_data says where, and what becomes of it)",
+            f"issues in {self.split.json}: {count_by_kind(self.issues)} (--check_data says where, and what becomes of it)",
         ]
 
 
 def load_annotations(split: Split, categories: Categories | None = None, follow_links: bool = False) -> Annotations:
-    """Reads an annotation file and finds its images; what cannot be used of either is in `faults`. Raises UserError.
+    """Reads an annotation file and finds its images; what cannot be used of either is in `issues`. Raises UserError.
 
     With `categories` (those of the training set or of a model) the file may use only these.
     """
@@ -147,16 +147,16 @@ def load_annotations(split: Split, categories: Categories | None = None, follow_
             if known.get(category_id) != name:
                 raise UserError(
                     f"{split.json}: category {category_id} ('{name}') is not a class of the training set or model"
-                    f", which has {listed(f'{i} ({n!r})' for i, n in known.items())}"
+                    f", which has {join_names(f'{i} ({n!r})' for i, n in known.items())}"
                 )
     categories = categories or found
-    images, faults = usable_images(content["images"], split.json)
+    images, issues = usable_images(content["images"], split.json)
     if not images:
-        raise UserError(f"{split.json}: holds no images that can be used ({count_by_kind(faults)})")
+        raise UserError(f"{split.json}: holds no images that can be used ({count_by_kind(issues)})")
     entries, wrong = usable_objects(
         content["annotations"], (image["id"] for image in images), categories.ids, split.json
     )
-    faults += wrong
+    issues += wrong
 
     image_ids = np.array([image["id"] for image in images], dtype=np.int64)
     sizes = np.array([_annotated_size(image) for image in images], dtype=np.int32)
@@ -166,12 +166,12 @@ def load_annotations(split: Split, categories: Categories | None = None, follow_
     labels = np.array([label_of_category[entry["category_id"]] for entry in entries], dtype=np.int64)
     crowd = np.array([bool(entry.get("iscrowd", 0)) for entry in entries], dtype=bool)
     boxes = np.array([entry["bbox"] for entry in entries], dtype=np.float32).reshape(-1, 4)
-    faults += find_box_issues(boxes, sizes[owners], crowd, entries, split.json)
+    issues += find_box_issues(boxes, sizes[owners], crowd, entries, split.json)
 
     names = [image["file_name"] for image in images]
     locations, misplaced = store.locate(names)
-    faults += [
-        DatasetIssue(bad.kind, str(split.images), shown(names[index]), bad.why) for index, bad in misplaced.items()
+    issues += [
+        DatasetIssue(bad.kind, str(split.images), sanitize(names[index]), bad.reason) for index, bad in misplaced.items()
     ]
     rows = np.argsort(owners, kind="stable")
     boxes, crowd = boxes[rows], crowd[rows]
@@ -191,7 +191,7 @@ def load_annotations(split: Split, categories: Categories | None = None, follow_
         labels=labels[rows],
         trainable=has_area & ~crowd,
         crowd=crowd,
-        faults=faults,
+        issues=issues,
         bad_images={index: bad for index, bad in misplaced.items() if bad.kind != "other-unicode-form"},
     )
 
@@ -242,7 +242,7 @@ def categories_of(content: dict, path: Path) -> Categories:
     entries = sorted(entries, key=lambda entry: entry["id"])
     ids = tuple(entry["id"] for entry in entries)
     if len(set(ids)) != len(ids):
-        raise UserError(f"{path}: a category id appears twice in {listed(map(str, ids))}")
+        raise UserError(f"{path}: a category id appears twice in {join_names(map(str, ids))}")
     return Categories(ids, tuple(entry["name"] for entry in entries))
 
 

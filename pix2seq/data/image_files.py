@@ -42,13 +42,13 @@ class BadImageError(ValueError):
     """A picture that cannot be used. `kind`: see faults.KINDS. The message says why, in one line, and not which: it
     names no folder of the machine, for reports are sent to others."""
 
-    def __init__(self, kind: str, why: str):
-        super().__init__(kind, why)
+    def __init__(self, kind: str, reason: str):
+        super().__init__(kind, reason)
         # torchvision begins with a place in the C++ it was built from.
-        self.kind, self.why = kind, " ".join(re.sub(r"\S+\.cpp:\d+, ", "", str(why)).split())
+        self.kind, self.reason = kind, " ".join(re.sub(r"\S+\.cpp:\d+, ", "", str(reason)).split())
 
     def __str__(self) -> str:
-        return self.why
+        return self.reason
 
 
 class ImageFile:

@@ -1,4 +1,4 @@
-"""What can be wrong with a dataset: the kinds of faults, and those of an annotation file's entries.
+"""What can be wrong with a dataset: the kinds of issues, and those of an annotation file's entries.
 
 Training leaves out what is unusable and says so; `python -m pix2seq check` lists all of it.
 """
@@ -62,7 +62,7 @@ KINDS = {
 
 @dataclass(frozen=True)
 class DatasetIssue:
-    """One fault: its kind, the file, the entry in it ("annotation 7", a file name, or "") and what was found."""
+    """One issue: its kind, the file, the entry in it ("annotation 7", a file name, or "") and what was found."""
 
     kind: str
     file: str
@@ -81,31 +81,31 @@ class DatasetIssue:
         return f"{self.file}: {f'{self.entry}: ' if self.entry else ''}{self.value}"
 
 
-def count_by_kind(faults: Iterable[DatasetIssue]) -> str:
+def count_by_kind(issues: Iterable[DatasetIssue]) -> str:
     """How many there are of each kind, as one line: "3 unknown-category, 1 bbox-invalid"."""
-    counts = Counter(fault.kind for fault in faults)
+    counts = Counter(issue.kind for issue in issues)
     return ", ".join(f"{count} {kind}" for kind, count in counts.most_common())
 
 
 def usable_images(entries: list[dict], path: Path) -> tuple[list[dict], list[DatasetIssue]]:
     """The image entries that have what is needed, each id once, and what is wrong with the others."""
-    faults, by_id, files = [], {}, set()
+    issues, by_id, files = [], {}, set()
     for entry in entries:
         image_id, name = entry.get("id"), entry.get("file_name")
         if not (is_id(image_id) and is_text(name) and name):
             value = f"no whole number 'id' or no 'file_name' of Unicode text: {entry}"[:200]
-            faults.append(DatasetIssue("image-entry", str(path), "", value))
+            issues.append(DatasetIssue("image-entry", str(path), "", value))
         elif image_id in by_id:
             value = f"{name!r} has the id of {by_id[image_id]['file_name']!r}"
-            faults.append(DatasetIssue("duplicate-image-id", str(path), f"image {image_id}", value))
+            issues.append(DatasetIssue("duplicate-image-id", str(path), f"image {image_id}", value))
         else:
             if name in files:
-                faults.append(
+                issues.append(
                     DatasetIssue("duplicate-file", str(path), f"image {image_id}", f"{name!r} is listed again")
                 )
             by_id[image_id] = entry
             files.add(name)
-    return list(by_id.values()), faults
+    return list(by_id.values()), issues
 
 
 def usable_objects(
@@ -114,13 +114,13 @@ def usable_objects(
     """The annotations with four finite numbers, of an image and a class that exist, and what is wrong with them and
     with the others. What is wrong with iscrowd and area is taken out of the entries."""
     image_ids, category_ids = set(image_ids), set(category_ids)
-    known = listed(map(str, sorted(category_ids)))
-    usable, faults, seen = [], [], set()
+    known = join_names(map(str, sorted(category_ids)))
+    usable, issues, seen = [], [], set()
     for entry in entries:
         kind, value, box = None, "", entry.get("bbox")
         if is_id(annotation_id := entry.get("id")):
             if annotation_id in seen:
-                faults.append(
+                issues.append(
                     DatasetIssue("duplicate-annotation-id", str(path), _name(entry), "the id was used before")
                 )
             seen.add(annotation_id)
@@ -131,18 +131,18 @@ def usable_objects(
         elif not is_id(entry.get("category_id")) or entry["category_id"] not in category_ids:
             kind, value = "unknown-category", f"category {entry.get('category_id')} is not one of {known}"
         if kind is not None:
-            faults.append(DatasetIssue(kind, str(path), _name(entry), value))
+            issues.append(DatasetIssue(kind, str(path), _name(entry), value))
             continue
         usable.append(entry)
         if entry.get("iscrowd", 0) not in (0, 1):
-            faults.append(
+            issues.append(
                 DatasetIssue("iscrowd-invalid", str(path), _name(entry), f"iscrowd {entry['iscrowd']!r}: 0 or 1")
             )
             entry["iscrowd"] = 0
         if (area := entry.get("area")) is not None and not (is_finite(area) and area >= 0):
-            faults.append(DatasetIssue("area-invalid", str(path), _name(entry), f"area {area!r}"))
+            issues.append(DatasetIssue("area-invalid", str(path), _name(entry), f"area {area!r}"))
             del entry["area"]
-    return usable, faults
+    return usable, issues
 
 
 def find_box_issues(
@@ -150,7 +150,7 @@ def find_box_issues(
 ) -> list[DatasetIssue]:
     """What is wrong with boxes (M, 4) xywh that are numbers, given the (height, width) (M, 2) of their images, 0 where
     unknown. A pixel over the edge is rounding."""
-    faults = []
+    issues = []
     x, y, width, height = boxes.T
     known = sizes.min(axis=1) > 0
     limit_y, limit_x = sizes.T
@@ -171,7 +171,7 @@ def find_box_issues(
             if kind in ("outside-image", "beyond-edge"):
                 value += f", image {limit_x[row]} x {limit_y[row]}"
                 value += " (as x1, y1, x2, y2 it would fit)" if as_corners[row] else ""
-            faults.append(DatasetIssue(kind, str(path), _name(entries[row]), value))
+            issues.append(DatasetIssue(kind, str(path), _name(entries[row]), value))
     count = len(boxes)
     # Of boxes that really are xywh, some lie far from the origin and are smaller than their distance from it.
     compared = known & ~crowd
@@ -179,19 +179,19 @@ def find_box_issues(
         value = (
             f"{(beyond | outside).sum()} of {count} boxes leave their images; as x1, y1, x2, y2 nearly all would fit"
         )
-        faults.append(DatasetIssue("boxes-xyxy", str(path), "", value))
+        issues.append(DatasetIssue("boxes-xyxy", str(path), "", value))
     if count >= 10 and (boxes <= 1).all():
-        faults.append(
+        issues.append(
             DatasetIssue("boxes-fractions", str(path), "", f"all {count} boxes lie within one pixel: fractions?")
         )
-    return faults
+    return issues
 
 
 def _name(entry: dict) -> str:
     return f"annotation {entry.get('id')}"
 
 
-def listed(names: Iterable[str], most: int = 10) -> str:
+def join_names(names: Iterable[str], most: int = 10) -> str:
     names = list(names)
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
@@ -201,7 +201,7 @@ def is_text(value) -> bool:
     return isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value)
 
 
-def shown(name: str) -> str:
+def sanitize(name: str) -> str:
     """A file's name in one line."""
     return name if name.isprintable() else name.encode("unicode_escape").decode()
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pix2seq.data.issues import shown
+from pix2seq.data.issues import sanitize
 from pix2seq.evaluation.coco_metrics import class_names, remap_ids
 from pix2seq.evaluation.report.matching import IOUS, Matches, match
 from pix2seq.progress import progress
@@ -154,7 +154,7 @@ def summary_line(row: Row, num_images: int) -> str:
 
 def table(rows: list[Row]) -> str:
     """For a terminal; a star where the interval leaves out 0."""
-    names = [shown(row.name) for row in rows]
+    names = [sanitize(row.name) for row in rows]
     width = max(map(len, names))
     lines = [f"{'':<{width}}{'A':>9}{'B':>9}{'B - A':>9}   95 % interval"]
     for number, (name, row) in enumerate(zip(names, rows, strict=True)):

@@ -12,7 +12,7 @@ import torch
 from pix2seq.argument_parser import did_you_mean
 from pix2seq.data import EvalDataset, eval_loader
 from pix2seq.data.image_files import BadImageError
-from pix2seq.data.issues import listed
+from pix2seq.data.issues import join_names
 from pix2seq.errors import UserError
 from pix2seq.generation import DecodingOptions, NonFiniteLogits
 from pix2seq.inference.images import ImageList, ImageSource
@@ -92,7 +92,7 @@ class Pix2Seq:
         names = [classes] if isinstance(classes, str) else classes or ()
         for name in names:
             if name not in self.class_names:
-                hint = did_you_mean(str(name), self.class_names) or f"; its classes are {listed(self.class_names)}"
+                hint = did_you_mean(str(name), self.class_names) or f"; its classes are {join_names(self.class_names)}"
                 raise UserError(f"classes {name}: not a class of the model{hint}")
         return [label for label, name in enumerate(self.class_names) if name in names]
 

@@ -20,7 +20,7 @@ def load_data(args: TrainArguments) -> tuple[TrainDataset, EvalDataset]:
     train_split, val_split = find_splits(args)
     train = load_annotations(train_split, None, args.follow_links)
     if not train.trainable.any():
-        issues = f" ({count_by_kind(train.faults)})" if train.faults else ""
+        issues = f" ({count_by_kind(train.issues)})" if train.issues else ""
         raise UserError(f"{train.split.json}: has no objects to train on{issues}")
     if val_split is None:
         train = val = train.subset(range(min(args.overfit, len(train))))
