@@ -19,11 +19,12 @@ from pix2seq.argument_parser import parse, run_command
 from pix2seq.arguments import argument, check_value
 from pix2seq.data.shapes import draw_image
 from pix2seq.errors import UserError
-from pix2seq.generation import Detections, NonFiniteLogits, generate
+from pix2seq.generation import NonFiniteLogits, generate_tokens
 from pix2seq.inference import onnx_graphs
 from pix2seq.inference.onnx import OnnxDetector
 from pix2seq.manifest import write_folder_atomically
 from pix2seq.models import Pix2SeqForObjectDetection, load_model
+from pix2seq.models.detections import Detections, to_detections
 from pix2seq.models.image_processing_pix2seq import Pix2SeqImageProcessor
 from pix2seq.progress import progress
 from pix2seq.transforms import PAD_VALUE
@@ -115,7 +116,8 @@ def check_parity(model: Pix2SeqForObjectDetection, folder: Path) -> str:
     pixel_values = Pix2SeqImageProcessor.from_model_config(model.config)(images)["pixel_values"]
     pair, num_equal = PairedModels(model, exported), 0
     for batch in progress(pixel_values.split(BATCH_SIZE), "comparing"):
-        expected = generate(pair, batch, model.tokenizer, options)
+        state = generate_tokens(pair, batch, model.tokenizer, options)
+        expected = to_detections(state, model.tokenizer, options.box_score_power)
         num_equal += sum(map(_are_equal, expected, exported.detect(batch, options)))
     summary = (
         f"The largest difference of logits is {pair.max_difference:.1e} of the largest logit; "

@@ -12,7 +12,8 @@ from PIL import Image
 from pix2seq.data import Categories, EvalDataset, Split, find_split, load_annotations
 from pix2seq.evaluation import coco_results, oracle_predictions, predict, prediction_image
 from pix2seq.evaluation.coco_metrics import coco_metrics, load_ground_truth
-from pix2seq.generation import DecodingOptions, Detections, generate
+from pix2seq.generation import DecodingOptions, generate_tokens
+from pix2seq.models.detections import Detections, to_detections
 from pix2seq.tokenizer import Tokenizer
 from pix2seq.transforms import EvalTransform
 from tests.test_scoring import ground_truth
@@ -94,7 +95,7 @@ class Oracle(torch.nn.Module):
             self.sentences[picture.numpy().tobytes()] = tokenizer.encode(filled, padded).reshape(-1)
 
     def detect(self, pixels, options, interrupted):
-        return generate(self, pixels, self.tokenizer, options)
+        return to_detections(generate_tokens(self, pixels, self.tokenizer, options), self.tokenizer)
 
     def start(self, pixels, length):
         assert not self.training

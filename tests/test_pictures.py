@@ -16,13 +16,13 @@ from pix2seq.evaluation import images as images_module
 from pix2seq.evaluation.coco_metrics import load_ground_truth
 from pix2seq.evaluation.images import WRONG, worst
 from pix2seq.evaluation.token_figure import LEAST_BINS, _part, attention_weights, read_again, trace_object
-from pix2seq.generation import DecodingOptions, write
+from pix2seq.generation import DecodingOptions, generate_tokens
 from pix2seq.models import build_model
 from pix2seq.tokenizer import TOKENS_PER_OBJECT
 from pix2seq.training.evaluator import TrainingEvaluator
 from pix2seq.training.run_folder import MOST_STEPS, RunFolder
 from pix2seq.transforms import EvalTransform
-from pix2seq.visualization import CAPTION, CELL, IN_A_ROW, MARGIN, side_by_side
+from pix2seq.visualization import CAPTION_HEIGHT, CELL, STRIP_COLUMNS, MARGIN, side_by_side
 from tests.test_evaluation import ONE_PROCESS
 
 # -- the worst images -------------------------------------------------------------------------------------------------
@@ -159,7 +159,7 @@ def sheet(color: int) -> Image.Image:
 def cells(folder: RunFolder) -> list[int]:
     """The brightness of each picture of the strip, the ground truth first."""
     pixels = np.asarray(Image.open(folder.path / "samples" / "strip.png"))[..., 0]
-    high = CELL + MARGIN + CAPTION
+    high = CELL + MARGIN + CAPTION_HEIGHT
     middles = [
         pixels[y - CELL // 2, x + CELL // 2]
         for y in range(high, pixels.shape[0], high)
@@ -202,7 +202,7 @@ def test_of_many_steps_some_are_shown_the_first_and_the_last_too(tmp_path):
     truth, *shown = cells(folder)
     assert (len(shown), shown[0], shown[-1]) == (MOST_STEPS, 10, 39)
     assert {2, 3} >= set(np.diff(shown).tolist())
-    assert Image.open(tmp_path / "samples" / "strip.png").width == IN_A_ROW * (CELL + MARGIN) + MARGIN
+    assert Image.open(tmp_path / "samples" / "strip.png").width == STRIP_COLUMNS * (CELL + MARGIN) + MARGIN
 
 
 def test_a_run_draws_both(shapes_root, make_model, annotations, tmp_path):
@@ -250,7 +250,7 @@ def test_probabilities_are_those_it_was_written_with(model, number):
     options, tokenizer = model.decoding_options, model.tokenizer
     found = model.detect(pixels(), options)[0]
     index = int(found.scores.argmax()) if number is None else number - 1
-    tokens = write(model, pixels(), tokenizer, options).tokens[0]
+    tokens = generate_tokens(model, pixels(), tokenizer, options).tokens[0]
     start, end = TOKENS_PER_OBJECT * index, TOKENS_PER_OBJECT * (index + 1)
     assert (written.number, written.count) == (index + 1, len(found.scores))
     assert written.tokens.tolist() == tokens[start:end].tolist()

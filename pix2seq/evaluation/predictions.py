@@ -1,4 +1,4 @@
-"""From a model and a dataset to predictions: every image once, on all ranks, in original pixels, unrounded."""
+"""Runs a model over a dataset and returns COCO results."""
 
 import math
 from collections.abc import Callable
@@ -15,6 +15,8 @@ from pix2seq.progress import progress
 from pix2seq.tokenizer import Tokenizer
 from pix2seq.transforms import to_original_pixels
 
+NUM_LISTED = 3  # unreadable images that a warning names
+
 
 def predict(
     model,
@@ -26,104 +28,142 @@ def predict(
     stop: Callable[[], bool] = lambda: False,
     warn: Callable[[list[str]], None] | None = None,
 ) -> list[dict]:
-    """COCO results of every image of the dataset, gathered from all ranks in the dataset's order.
+    """Predicts the objects of every image, each image once over all ranks.
 
-    The model is put in eval mode and back. Every rank calls this, and every rank gets the whole list. `stop` says
-    whether this process has been told to stop: if any has, all of them raise Stopped, in the middle of a batch too.
-    Nothing is found on images that cannot be read; on the main process `warn` is given a line for each.
+    Every rank calls this function. The model runs in eval mode and is set back to its mode afterwards.
+
+    Args:
+        model: A Pix2SeqForObjectDetection.
+        dataset: The images.
+        options: Decoding options.
+        batch_size: Images per process.
+        accelerator: Accelerate's Accelerator.
+        num_workers: Data loading workers per process.
+        stop: Returns True if this process should stop.
+        warn: Called on the main process with one line for each image that cannot be read. Such images have no
+            predictions. Default: `warn_unreadable`.
+
+    Returns:
+        COCO results of all images on every rank, in the order of the dataset, with unrounded boxes in pixels of the
+        original images.
+
+    Raises:
+        Stopped: `stop` returned True on any rank. All ranks raise it.
     """
     rank, world_size = accelerator.process_index, accelerator.num_processes
     batches = iter(eval_loader(dataset, batch_size, rank, world_size, num_workers))
     if world_size > 1:
-        # While training, each rank's batch norms have counted a batch of their own since the last forward pass.
-        # Checkpoints hold the main process's, and so must every rank that evaluates.
+        # In training, the batch norm statistics of the ranks differ by the last batch. Checkpoints hold those of the
+        # main process, so all ranks evaluate with them.
         for buffer in model.buffers():
             torch.distributed.broadcast(buffer, src=0)
 
-    def any_rank(answer: bool) -> bool:
-        answers = torch.tensor(float(answer), device=accelerator.device)
-        return accelerator.reduce(answers, "sum").item() > 0
+    def any_rank(condition: bool) -> bool:
+        total = accelerator.reduce(torch.tensor(float(condition), device=accelerator.device), "sum")
+        return total.item() > 0
 
     was_training = model.training
     model.eval()
-    results, broken_off = [], False
+    results, stopped = [], False
     rounds = range(math.ceil(len(dataset) / (batch_size * world_size)))
     for _ in progress(rounds, "evaluating") if accelerator.is_main_process else rounds:
-        if broken_off := any_rank(broken_off or stop()):
+        if stopped := any_rank(stopped or stop()):
             break
-        if (batch := next(batches, None)) is None:  # the last round may have no batch for this rank
+        if (batch := next(batches, None)) is None:  # this rank may have no batch in the last round
             continue
-        image_ids = batch["image_id"].tolist()
         with accelerator.autocast():
             try:
-                found = model.detect(batch["pixel_values"].to(accelerator.device), options, stop)
+                detections = model.detect(batch["pixel_values"].to(accelerator.device), options, stop)
             except Interrupted:
-                broken_off = True  # the other ranks hear of it in the next round
+                stopped = True  # the other ranks learn it in the next round
                 continue
             except NonFiniteLogits as error:
-                named = [image_ids[row] for row in error.rows]
-                raise RuntimeError(f"image ids {named}: the detector's logits are NaN or infinite") from None
-        for row, detections in enumerate(found):
-            size, original_size = batch["size"][row].tolist(), batch["original_size"][row].tolist()
-            side = dataset.transform.image_size
-            detections.boxes = to_original_pixels(detections.boxes, side, size, original_size)
-            unreadable = batch["unreadable"][row]
-            rows = [] if unreadable else coco_results(image_ids[row], detections, model.config.category_ids)
-            results.append((image_ids[row], rows, unreadable))
+                image_ids = batch["image_id"][error.rows].tolist()
+                raise RuntimeError(f"image ids {image_ids}: the model's logits are NaN or infinite") from None
+        results += _batch_results(batch, detections, dataset.transform.image_size, model.config.category_ids)
     model.train(was_training)
-    if any_rank(broken_off):
+    if any_rank(stopped):
         raise Stopped
 
-    # Batches are dealt out so that no image is read twice; keying by image id is the second guard.
+    # The loader gives each image to one rank. Keys by image id make sure that none counts twice.
     gathered = accelerator.gather_for_metrics(results, use_gather_object=True)
-    by_image = {image_id: rows for image_id, rows, _ in reversed(gathered)}
+    by_image = {image_id: entries for image_id, entries, _ in reversed(gathered)}
     if accelerator.is_main_process:
-        (warn or warn_unreadable)([line for *_, line in gathered if line])
-    return [row for image_id in dataset.annotations.image_ids.tolist() for row in by_image[image_id]]
+        (warn or warn_unreadable)([reason for *_, reason in gathered if reason])
+    return [entry for image_id in dataset.annotations.image_ids.tolist() for entry in by_image[image_id]]
+
+
+def _batch_results(
+    batch: dict, detections: list[Detections], image_size: int, category_ids: list[int]
+) -> list[tuple[int, list[dict], str]]:
+    """Returns the id, the COCO results and the reason why it is unreadable ("" if it is not) of each image."""
+    results = []
+    for row, detected in enumerate(detections):
+        image_id, unreadable = int(batch["image_id"][row]), batch["unreadable"][row]
+        detected.boxes = to_original_pixels(
+            detected.boxes, image_size, batch["size"][row].tolist(), batch["original_size"][row].tolist()
+        )
+        results.append((image_id, [] if unreadable else coco_results(image_id, detected, category_ids), unreadable))
+    return results
 
 
 def warn_unreadable(lines: list[str], write: Callable[[str], None] = tqdm.write) -> None:
-    """One line of all there are, if there are any."""
+    """Writes one line about the images that cannot be read, if there are any."""
     if lines:
-        more = f" (and {len(lines) - 3} more)" if len(lines) > 3 else ""
-        write(f"{len(lines)} images cannot be read; their objects count as not found: {'; '.join(lines[:3])}{more}")
+        more = f" (and {len(lines) - NUM_LISTED} more)" if len(lines) > NUM_LISTED else ""
+        listed = "; ".join(lines[:NUM_LISTED])
+        write(f"{len(lines)} images cannot be read; their objects count as not found: {listed}{more}")
 
 
 def coco_results(image_id: int, detections: Detections, category_ids: list[int]) -> list[dict]:
-    """Detections in original pixels -> entries of a COCO results file, best score first."""
-    rows = []
-    for index in np.argsort(-detections.scores, kind="stable"):
-        x1, y1, x2, y2 = detections.boxes[index].tolist()
-        rows.append(
-            {
-                "image_id": image_id,
-                "category_id": category_ids[detections.labels[index]],
-                "bbox": [x1, y1, x2 - x1, y2 - y1],
-                "score": float(detections.scores[index]),
-            }
-        )
-    return rows
+    """Converts detections to entries of a COCO results file.
+
+    Args:
+        image_id: Id of the image.
+        detections: Detections with boxes (N, 4) xyxy in pixels of the original image.
+        category_ids: Category id of each label.
+
+    Returns:
+        N entries, highest score first. Entries of equal score keep their order.
+    """
+    return [
+        {
+            "image_id": image_id,
+            "category_id": category_ids[detections.labels[index]],
+            "bbox": [x1, y1, x2 - x1, y2 - y1],
+            "score": float(detections.scores[index]),
+        }
+        for index in np.argsort(-detections.scores, kind="stable")
+        for x1, y1, x2, y2 in [detections.boxes[index].tolist()]
+    ]
 
 
 def oracle_predictions(
     dataset: EvalDataset, tokenizer: Tokenizer, warn: Callable[[list[str]], None] | None = None
 ) -> list[dict]:
-    """The ground truth through the tokenizer and back, as COCO results: what a perfect model would score. `warn`: see
-    `predict`."""
+    """Encodes and decodes the ground truth with the tokenizer: the predictions of a perfect model.
+
+    Args:
+        dataset: The images.
+        tokenizer: The tokenizer.
+        warn: See `predict`.
+
+    Returns:
+        COCO results with a score of 1.
+    """
     annotations, transform = dataset.annotations, dataset.transform
     results, unreadable = [], []
     for index in progress(range(len(dataset)), "oracle"):
-        image_id = int(annotations.image_ids[index])
         boxes, labels = annotations.objects(index)
         try:
-            picture = annotations.image_file(index)
-            canvas = transform(picture, boxes)
-        except BadImageError as bad:
-            unreadable.append(f"{annotations.name(index)}: {bad}")
+            image = annotations.image_file(index)
+            padded = transform(image, boxes)
+        except BadImageError as error:
+            unreadable.append(f"{annotations.name(index)}: {error}")
             continue
-        boxes, labels = tokenizer.decode(tokenizer.encode(canvas.boxes, labels[canvas.kept]))
-        boxes = to_original_pixels(boxes, transform.image_size, canvas.valid_size, tuple(picture.shape[-2:]))
+        boxes, labels = tokenizer.decode(tokenizer.encode(padded.boxes, labels[padded.kept]))
+        boxes = to_original_pixels(boxes, transform.image_size, padded.valid_size, tuple(image.shape[-2:]))
         detections = Detections(boxes, labels, np.ones(len(boxes)))
-        results += coco_results(image_id, detections, annotations.categories.ids)
+        results += coco_results(int(annotations.image_ids[index]), detections, annotations.categories.ids)
     (warn or warn_unreadable)(unreadable)
     return results

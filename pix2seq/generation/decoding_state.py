@@ -1,4 +1,4 @@
-"""A batch of sentences while they are written, and the objects they come to."""
+"""The token sequences of a batch while they are generated."""
 
 import dataclasses
 import zlib
@@ -7,87 +7,73 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from pix2seq.generation.options import DecodingOptions, Detections, NonFiniteLogits
-from pix2seq.tokenizer import CLASS_SLOT, TOKENS_PER_OBJECT, Tokenizer
+from pix2seq.generation.options import DecodingOptions
+from pix2seq.tokenizer import TOKENS_PER_OBJECT, Tokenizer
 
 
 @dataclass
 class DecodingState:
-    """Of R pictures of a batch. A sentence has L tokens at most.
+    """The token sequences of R images of a batch, with at most N objects and L = 5 N tokens each.
 
-    rows       (R,)      which picture of the batch     tokens     (R, L), EOS where nothing was written
-    labels     (R, N)    and scores (R, N) of objects   uniforms   (R, L), the randomness of each token, or None
-    noise      (R,)      objects in a row, the last one among them, that score below `noise_threshold`
-    passes     (R,)      how often the decoder was run
-    offsets    (R, L), in bins, from a coordinate's token to where it lies, and masses (R, L): see `around`
+    Args:
+        image_indices: Indices (R,) of the images in the batch.
+        tokens: Token ids (R, L), without BOS. EOS where no token was generated.
+        labels: The most probable class (R, N) of each object.
+        scores: The probability (R, N) of that class among all tokens. NaN if the logits are not finite.
+        uniforms: Random numbers (R, L) for sampling, or None for greedy decoding.
+        noise_run: Number (R,) of consecutive objects up to the last one with a score below `noise_threshold`.
+        num_steps: Number (R,) of decoder steps.
+        offsets: Distance (R, L), in bins, of a coordinate from its token, see `neighborhood_mean`.
+        masses: Probability (R, L) of the bins around a coordinate, see `neighborhood_mean`.
     """
 
-    rows: torch.Tensor
+    image_indices: torch.Tensor
     tokens: torch.Tensor
     labels: torch.Tensor
     scores: torch.Tensor
     uniforms: torch.Tensor | None
-    noise: torch.Tensor
-    passes: torch.Tensor
+    noise_run: torch.Tensor
+    num_steps: torch.Tensor
     offsets: torch.Tensor
     masses: torch.Tensor
 
     @classmethod
     def create(cls, pixel_values: torch.Tensor, tokenizer: Tokenizer, options: DecodingOptions) -> "DecodingState":
-        batch, device = len(pixel_values), pixel_values.device
+        """Creates the state of a batch before the first token. The random numbers of an image depend on its pixels."""
+        batch_size, device = len(pixel_values), pixel_values.device
         length = TOKENS_PER_OBJECT * options.max_objects
         uniforms = None
         if options.top_p > 0:
-            keys = _keys(pixel_values)
-            uniforms = np.stack([np.random.default_rng((options.seed, key)).random(length) for key in keys])
+            generators = [np.random.default_rng((options.seed, key)) for key in _checksums(pixel_values)]
+            uniforms = np.stack([generator.random(length) for generator in generators])
             uniforms = torch.from_numpy(uniforms).to(device, torch.float32)
         return cls(
-            rows=torch.arange(batch, device=device),
-            tokens=torch.full((batch, length), tokenizer.eos_id, device=device),
-            labels=torch.zeros(batch, options.max_objects, dtype=torch.long, device=device),
-            scores=torch.zeros(batch, options.max_objects, device=device),
+            image_indices=torch.arange(batch_size, device=device),
+            tokens=torch.full((batch_size, length), tokenizer.eos_id, device=device),
+            labels=torch.zeros(batch_size, options.max_objects, dtype=torch.long, device=device),
+            scores=torch.zeros(batch_size, options.max_objects, device=device),
             uniforms=uniforms,
-            noise=torch.zeros(batch, dtype=torch.long, device=device),
-            passes=torch.zeros(batch, dtype=torch.long, device=device),
-            offsets=torch.zeros(batch, length, dtype=torch.float64, device=device),
-            masses=torch.ones(batch, length, dtype=torch.float64, device=device),
+            noise_run=torch.zeros(batch_size, dtype=torch.long, device=device),
+            num_steps=torch.zeros(batch_size, dtype=torch.long, device=device),
+            offsets=torch.zeros(batch_size, length, dtype=torch.float64, device=device),
+            masses=torch.ones(batch_size, length, dtype=torch.float64, device=device),
         )
 
-    def select(self, indices: torch.Tensor) -> "DecodingState":
-        parts = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return DecodingState(**{name: None if part is None else part[indices] for name, part in parts.items()})
+    def select(self, rows: torch.Tensor) -> "DecodingState":
+        """Returns a copy of these rows."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return DecodingState(**{name: None if value is None else value[rows] for name, value in fields.items()})
 
     @classmethod
-    def merge(cls, parts: list["DecodingState"]) -> "DecodingState":
-        """Those of all pictures, in their order."""
-        order = torch.cat([part.rows for part in parts]).argsort()
-        names = [field.name for field in dataclasses.fields(cls) if getattr(parts[0], field.name) is not None]
-        whole = {name: torch.cat([getattr(part, name) for part in parts])[order] for name in names}
-        return cls(**{"uniforms": None} | whole)
-
-    def detections(self, tokenizer: Tokenizer, box_score_power: float = 0.0) -> list[Detections]:
-        """The objects of each picture. A sentence ends at its first EOS. Raises NonFiniteLogits."""
-        labels, scores, passes = (part.cpu().numpy() for part in (self.labels, self.scores, self.passes))
-        tokens, offsets, masses = (
-            part.cpu().numpy().reshape(len(part), -1, TOKENS_PER_OBJECT)
-            for part in (self.tokens, self.offsets, self.masses)
-        )
-        finite = np.isfinite(scores).all(axis=1) & np.isfinite(offsets + masses).all(axis=(1, 2))
-        if not finite.all():
-            raise NonFiniteLogits((~finite).nonzero()[0].tolist())
-        written = (tokens != tokenizer.eos_id).all(axis=-1).cumprod(axis=1).astype(bool)
-        boxes = tokenizer.dequantize((tokens + offsets)[..., [1, 0, 3, 2]])
-        # Of corners that are close, averages may lie the wrong way around.
-        boxes[..., 2:] = np.maximum(boxes[..., :2], boxes[..., 2:])
-        scores = scores.astype(np.float64)
-        if box_score_power:
-            scores *= masses[..., :CLASS_SLOT].prod(axis=-1) ** box_score_power
-        return [
-            Detections(boxes[i][has], labels[i][has], scores[i][has], int(passes[i])) for i, has in enumerate(written)
-        ]
+    def merge(cls, states: list["DecodingState"]) -> "DecodingState":
+        """Merges the states of different images of a batch, in the order of the images."""
+        order = torch.cat([state.image_indices for state in states]).argsort()
+        names = [field.name for field in dataclasses.fields(cls) if getattr(states[0], field.name) is not None]
+        merged = {name: torch.cat([getattr(state, name) for state in states])[order] for name in names}
+        return cls(**{"uniforms": None} | merged)
 
 
-def _keys(pixel_values: torch.Tensor) -> list[int]:
-    """A number for each picture that tells it from others."""
-    rows = pixel_values.detach().cpu().contiguous().view(torch.uint8)
-    return [zlib.crc32(row.numpy()) for row in rows]
+def _checksums(pixel_values: torch.Tensor) -> list[int]:
+    """The CRC-32 of each image, which seeds its random numbers."""
+    images = pixel_values.detach().cpu().contiguous().view(torch.uint8)
+    return [zlib.crc32(image.numpy()) for image in images]

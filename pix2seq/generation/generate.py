@@ -1,7 +1,6 @@
-"""Writing the sentence, token by token.
+"""Autoregressive generation, token by token (Pix2Seq section 2.2).
 
-The loop knows nothing of boxes, the grammar nothing of the model. A row's answer depends on its picture alone, not on
-the rows it shares a batch with.
+The result of an image does not depend on the other images of its batch.
 """
 
 import threading
@@ -10,192 +9,228 @@ from collections.abc import Callable
 import torch
 
 from pix2seq.generation.decoding_state import DecodingState
-from pix2seq.generation.grammar import Grammar, finite_check, neighborhood_mean, sample_top_p
-from pix2seq.generation.options import DecodingOptions, Detections, Interrupted
+from pix2seq.generation.grammar import Grammar
+from pix2seq.generation.options import DecodingOptions, Interrupted
+from pix2seq.generation.sampling import finite_check, neighborhood_mean, sample_top_p
 from pix2seq.tokenizer import CLASS_SLOT, TOKENS_PER_OBJECT, Tokenizer
 
-ONE_AT_A_TIME = threading.Lock()  # recordings in a process: CUDA does not know whose is whose
-
-
-def generate(
-    model,
-    pixel_values: torch.Tensor,
-    tokenizer: Tokenizer,
-    options: DecodingOptions,
-    interrupted: Callable[[], bool] = lambda: False,
-) -> list[Detections]:
-    """Pixels (B, 3, S, S) -> the objects the model writes for each.
-
-    model   offers `start(pixels, length) -> steps`, `step(ids (B,), position, steps, rows) -> logits (B, V)`, of the
-            `rows` of V that are asked for, and `config.noise_objects`; `steps.select_batch(indices)` goes on with a part of
-            the batch. On a GPU, `position` is a tensor. It should be in eval mode
-
-    At least once an object asks `interrupted`; at a yes, raises Interrupted. Raises NonFiniteLogits.
-    What is sampled depends on the picture and options.seed: but for rounding, not on its batch, its place in a dataset
-    or the device.
-    """
-    return write(model, pixel_values, tokenizer, options, interrupted).detections(tokenizer, options.box_score_power)
+CAPTURE_LOCK = threading.Lock()  # threads must not capture CUDA graphs at the same time
 
 
 @torch.inference_mode()
-def write(
+def generate_tokens(
     model,
     pixel_values: torch.Tensor,
     tokenizer: Tokenizer,
     options: DecodingOptions,
     interrupted: Callable[[], bool] = lambda: False,
-    writing: DecodingState | None = None,
+    state: DecodingState | None = None,
 ) -> DecodingState:
-    """As `generate`, but what was written as such.
+    """Generates the token sequences of a batch of images.
 
-    writing   new ones, for who wants to look on: whenever `interrupted` is asked, they hold all that is written so
-              far. On a CPU that is before each token. Of one picture only: where there are more, rows move as they end
+    Sampling depends on the pixels of an image and on `options.seed`. Except for rounding, it does not depend on the
+    batch, on the order of the images or on the device.
+
+    Args:
+        model: A `Pix2SeqForObjectDetection` in eval mode, or any object with these attributes:
+
+            - `prefill(pixel_values, max_length)` returns a decoder state for sequences of `max_length` tokens. It has
+              a method `select_batch(rows)` that keeps these rows of the batch.
+            - `decode_step(token_ids, position, decoder_state, vocab_slice)` processes one token (B,) per row and
+              returns the logits (B, R) of the next token for the R tokens of the slice. On a GPU, `position` is a
+              0-d tensor.
+            - `config.noise_objects`: whether the model was trained with noise objects.
+        pixel_values: Pixels (B, 3, S, S).
+        tokenizer: Defines the vocabulary.
+        options: Decoding options.
+        interrupted: Called at least once per object. If it returns True, decoding ends.
+        state: A new state to use. While `interrupted` is called, it holds the tokens generated so far, on a CPU up to
+            the previous token. Rows of the batch are removed as they end, so this is useful for a single image.
+
+    Returns:
+        The sequences of all images, in the order of the batch.
+
+    Raises:
+        Interrupted: `interrupted` returned True.
     """
-    writing = writing or DecodingState.create(pixel_values, tokenizer, options)
+    state = state or DecodingState.create(pixel_values, tokenizer, options)
     grammar = Grammar(tokenizer, allow_eos=not model.config.noise_objects, device=pixel_values.device)
-    write_all = object_by_object if pixel_values.is_cuda else token_by_token
-    return DecodingState.merge(write_all(model, pixel_values, writing, grammar, options, interrupted))
+    decode = decode_by_object if pixel_values.is_cuda else decode_by_token
+    return DecodingState.merge(decode(model, pixel_values, state, grammar, options, interrupted))
 
 
-def token_by_token(
+def decode_by_token(
     model,
     pixel_values: torch.Tensor,
-    writing: DecodingState,
+    state: DecodingState,
     grammar: Grammar,
     options: DecodingOptions,
     interrupted: Callable[[], bool],
 ) -> list[DecodingState]:
-    """All sentences, in parts: those that ended together."""
+    """Generates token by token. Rows leave the batch when their sequence ends.
+
+    Returns:
+        States that together hold all rows.
+    """
     length = TOKENS_PER_OBJECT * options.max_objects
-    steps = model.prefill(pixel_values, length)
-    token = torch.full_like(writing.rows, grammar.tokenizer.bos_id)
-    done, may_end = [], grammar.allow_eos or options.noise_patience > 0
+    decoder_state = model.prefill(pixel_values, length)
+    token = torch.full_like(state.image_indices, grammar.tokenizer.bos_id)
+    finished, may_end = [], grammar.allow_eos or options.noise_patience > 0
     for position in range(length):
         slot = position % TOKENS_PER_OBJECT
         if interrupted():
             raise Interrupted
-        token = _say(model, steps, token, position, slot, writing, grammar, options)
-        writing.passes += 1
-        if not may_end or not (ended := _ended(writing, token, slot, grammar, options)).any():
+        token = decode_one(model, decoder_state, token, position, slot, state, grammar, options)
+        state.num_steps += 1
+        if not may_end or not (ended := sequence_ended(state, token, slot, grammar, options)).any():
             continue
-        done.append(writing.select(ended.nonzero()[:, 0]))
-        going = (~ended).nonzero()[:, 0]
-        if len(going) == 0:
-            return done
-        writing, token = writing.select(going), token[going]
-        steps.select_batch(going)
-    return [*done, writing]
+        finished.append(state.select(ended.nonzero()[:, 0]))
+        remaining = (~ended).nonzero()[:, 0]
+        if len(remaining) == 0:
+            return finished
+        state, token = state.select(remaining), token[remaining]
+        decoder_state.select_batch(remaining)
+    return [*finished, state]
 
 
-def object_by_object(
+def decode_by_object(
     model,
     pixel_values: torch.Tensor,
-    writing: DecodingState,
+    state: DecodingState,
     grammar: Grammar,
     options: DecodingOptions,
     interrupted: Callable[[], bool],
 ) -> list[DecodingState]:
-    """As token_by_token, for a GPU: an object's steps are recorded once and then replayed as one.
+    """Generates object by object on a GPU: the five steps of an object are captured as a CUDA graph and replayed.
 
-    A GPU is done with a kernel before Python has asked for the next. Where in the sentence a step is, the device
-    counts itself. A sentence that has ended stays in the batch until half of them have: a smaller batch is recorded
-    anew.
+    Launching the kernels one by one takes longer than running them. The position is counted on the device. Rows whose
+    sequence has ended stay in the batch until they are half of it, because a smaller batch needs a new graph.
+
+    Returns:
+        States that together hold all rows.
     """
-    steps = model.prefill(pixel_values, TOKENS_PER_OBJECT * options.max_objects)
-    token = torch.full_like(writing.rows, grammar.tokenizer.bos_id)
-    position, ended = torch.zeros_like(writing.rows[0]), torch.zeros_like(token, dtype=torch.bool)
+    decoder_state = model.prefill(pixel_values, TOKENS_PER_OBJECT * options.max_objects)
+    token = torch.full_like(state.image_indices, grammar.tokenizer.bos_id)
+    position = torch.zeros_like(state.image_indices[0])
+    ended = torch.zeros_like(token, dtype=torch.bool)
     may_end = grammar.allow_eos or options.noise_patience > 0
-    done, replay = [], None
+    finished, replay = [], None
 
-    def write_object() -> None:
+    def decode_object() -> None:
+        frozen = ended if may_end else None
         for slot in range(TOKENS_PER_OBJECT):
-            said = _say(model, steps, token, position, slot, writing, grammar, options, ended if may_end else None)
-            writing.passes.add_(~ended if may_end else 1)
-            token.copy_(said)
+            next_token = decode_one(model, decoder_state, token, position, slot, state, grammar, options, frozen)
+            state.num_steps.add_(~ended if may_end else 1)
+            token.copy_(next_token)
             if may_end:
-                ended.logical_or_(_ended(writing, token, slot, grammar, options))
+                ended.logical_or_(sequence_ended(state, token, slot, grammar, options))
             position.add_(1)
 
     for number in range(options.max_objects):
         if interrupted():
             raise Interrupted
         if number == 0:
-            write_object()  # not recorded: what is made at first use is made now
+            decode_object()  # not captured: the first call allocates buffers
         else:
-            replay = replay or capture_cuda_graph(write_object, pixel_values.device)
+            replay = replay or capture_cuda_graph(decode_object, pixel_values.device)
             replay()
         if not may_end:
             continue
-        count = int(ended.sum())
-        if count == len(ended):
+        num_ended = int(ended.sum())
+        if num_ended == len(ended):
             break
-        if 2 * count >= len(ended):
-            done.append(writing.select(ended.nonzero()[:, 0]))
-            going = (~ended).nonzero()[:, 0]
-            writing, token, ended, replay = writing.select(going), token[going], ended[going], None
-            steps.select_batch(going)
-    return [*done, writing]
+        if 2 * num_ended >= len(ended):
+            finished.append(state.select(ended.nonzero()[:, 0]))
+            remaining = (~ended).nonzero()[:, 0]
+            state, token, ended, replay = state.select(remaining), token[remaining], ended[remaining], None
+            decoder_state.select_batch(remaining)
+    return [*finished, state]
 
 
-def capture_cuda_graph(work: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """What does the same work again, on a GPU: its kernels as a CUDA graph."""
+def capture_cuda_graph(function: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """Captures the kernels of a function as a CUDA graph.
+
+    Returns:
+        A function that runs the same kernels again, on the same memory.
+    """
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
-    # What a loader's thread asks of the device meanwhile is no part of it.
-    recording = torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local")
-    with ONE_AT_A_TIME, torch.cuda.device(device), recording:
-        work()
+    # "thread_local": the CUDA calls of other threads, such as those of a data loader, do not break the capture.
+    capture = torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local")
+    with CAPTURE_LOCK, torch.cuda.device(device), capture:
+        function()
     return graph.replay
 
 
-def _say(
+def decode_one(
     model,
-    steps,
+    decoder_state,
     token: torch.Tensor,
     position: int | torch.Tensor,
     slot: int,
-    writing: DecodingState,
+    state: DecodingState,
     grammar: Grammar,
     options: DecodingOptions,
     ended: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Reads the `token` (B,) at a position and writes the one after it, (B,); nothing in rows that have `ended`."""
+    """Runs one decoder step, samples the next token of each row and stores it in the state.
 
-    def read(values: torch.Tensor, place: int | torch.Tensor) -> torch.Tensor:
-        return values[:, place] if isinstance(place, int) else values[:, place.view(1)][:, 0]
+    Args:
+        model: See `generate_tokens`.
+        decoder_state: The result of `model.prefill`.
+        token: The previous token ids (B,).
+        position: Index of the new token in the sequence, also as a 0-d tensor.
+        slot: Index of the new token in its object.
+        state: Sequences of the B rows; updated in place.
+        grammar: Grammar of the sequences.
+        options: Decoding options.
+        ended: Rows (B,) whose sequence has ended. Their state does not change, except for `noise_run`.
 
-    def write(values: torch.Tensor, place: int | torch.Tensor, new: torch.Tensor) -> None:
-        if ended is not None:
-            new = torch.where(ended, read(values, place), new)
-        if isinstance(place, int):
-            values[:, place] = new
-        else:
-            values[:, place.view(1)] = new[:, None].to(values.dtype)
-
-    logits = model.decode_step(token, position, steps, grammar.rows[slot])
+    Returns:
+        The new token ids (B,).
+    """
+    logits = model.decode_step(token, position, decoder_state, grammar.vocab_slices[slot])
     if slot == 0 and grammar.allow_eos:
-        write(writing.scores, position // TOKENS_PER_OBJECT, finite_check(logits))
+        # The sequence may end here, before a class score could show that logits are not finite.
+        _write_column(state.scores, position // TOKENS_PER_OBJECT, finite_check(logits), ended)
     if slot == CLASS_SLOT:
-        number, (score, label) = position // TOKENS_PER_OBJECT, grammar.best_class(logits)
-        write(writing.scores, number, score)
-        write(writing.labels, number, label)
-        writing.noise.copy_(torch.where(score < options.noise_threshold, writing.noise + 1, 0))
-    corner = read(writing.tokens, position - 2) if slot in (2, 3) else None
-    allowed = grammar(logits, slot, corner)
-    uniform = None if writing.uniforms is None else read(writing.uniforms, position)
-    said = sample_top_p(allowed, options.top_p, options.temperature, uniform)
+        object_index, (score, label) = position // TOKENS_PER_OBJECT, grammar.best_class(logits)
+        _write_column(state.scores, object_index, score, ended)
+        _write_column(state.labels, object_index, label, ended)
+        state.noise_run.copy_(torch.where(score < options.noise_threshold, state.noise_run + 1, 0))
+    first_corner = _read_column(state.tokens, position - 2) if slot in (2, 3) else None
+    allowed = grammar(logits, slot, first_corner)
+    uniform = None if state.uniforms is None else _read_column(state.uniforms, position)
+    index = sample_top_p(allowed, options.top_p, options.temperature, uniform)
     if options.needs_neighborhood and slot != CLASS_SLOT:
-        offsets, masses = neighborhood_mean(allowed, said, options.expectation_radius)
-        write(writing.offsets, position, offsets)
-        write(writing.masses, position, masses)
-    said = said + grammar.rows[slot].start
-    write(writing.tokens, position, said)
-    return said
+        offsets, masses = neighborhood_mean(allowed, index, options.expectation_radius)
+        _write_column(state.offsets, position, offsets, ended)
+        _write_column(state.masses, position, masses, ended)
+    next_token = index + grammar.vocab_slices[slot].start
+    _write_column(state.tokens, position, next_token, ended)
+    return next_token
 
 
-def _ended(
-    writing: DecodingState, token: torch.Tensor, slot: int, grammar: Grammar, options: DecodingOptions
+def sequence_ended(
+    state: DecodingState, token: torch.Tensor, slot: int, grammar: Grammar, options: DecodingOptions
 ) -> torch.Tensor:
-    """Which sentences (B,) end with this token."""
+    """Returns whether the sequence of each row ends with its new token, (B,)."""
     if slot == CLASS_SLOT and options.noise_patience:
-        return writing.noise >= options.noise_patience
+        return state.noise_run >= options.noise_patience
     return token == grammar.tokenizer.eos_id
+
+
+def _read_column(values: torch.Tensor, column: int | torch.Tensor) -> torch.Tensor:
+    """Returns a column (B,) of values (B, L)."""
+    return values[:, column] if isinstance(column, int) else values[:, column.view(1)][:, 0]
+
+
+def _write_column(
+    values: torch.Tensor, column: int | torch.Tensor, new: torch.Tensor, ended: torch.Tensor | None
+) -> None:
+    """Writes a column (B,) of values (B, L), except in rows that have ended."""
+    if ended is not None:
+        new = torch.where(ended, _read_column(values, column), new)
+    if isinstance(column, int):
+        values[:, column] = new
+    else:
+        values[:, column.view(1)] = new[:, None].to(values.dtype)

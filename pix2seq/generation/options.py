@@ -1,20 +1,28 @@
-"""What is asked of a sentence, and what comes of it."""
+"""Options and exceptions of decoding."""
 
 from dataclasses import dataclass
-
-import numpy as np
 
 
 @dataclass(frozen=True)
 class DecodingOptions:
-    """top_p 0 is greedy decoding, 1 samples from the whole distribution; the authors found 0.4 best.
+    """Options of decoding, see docs/decoding.md.
 
-    noise_patience   a picture's sentence ends after so many objects in a row whose score is below `noise_threshold`:
-                       what follows is noise, most likely (0: never, all `max_objects` are written)
-    expectation_radius      a coordinate lies where the bins at most so many from the one that was written lie on average,
-                       weighted by their probabilities (0: at that bin)
-    sharpness          an object's score is multiplied by the probability of those bins of its four coordinates, to
-                       this power (0: not at all): sharp boxes come first
+    Args:
+        max_objects: Maximum number of objects per image. Each object has five tokens.
+        top_p: Probability mass of nucleus sampling, see `sample_top_p`. 0 is greedy decoding and 1 samples from the
+            whole distribution. The paper uses 0.4.
+        temperature: Temperature of the softmax that tokens are sampled from. Scores do not depend on it.
+        seed: Seed of the sampling. The random numbers of an image depend on its pixels and on the seed alone.
+        noise_patience: Ends the sequence of an image after this many consecutive objects whose score is below
+            `noise_threshold`. 0 disables it, so that a model trained with noise objects generates `max_objects`.
+        noise_threshold: Score below which `noise_patience` counts an object as noise.
+        expectation_radius: Replaces a coordinate by the mean of the bins at most this far from the sampled bin,
+            weighted by their probabilities. 0 keeps the centre of the sampled bin.
+        box_score_power: Multiplies the score of an object by the probability of its four coordinates to this power.
+            The probability of a coordinate is that of the bins within `expectation_radius`. 0 disables it.
+
+    Raises:
+        ValueError: A value is out of range.
     """
 
     max_objects: int = 100
@@ -28,51 +36,37 @@ class DecodingOptions:
 
     def __post_init__(self):
         if self.max_objects < 1:
-            raise ValueError(f"max_objects is {self.max_objects}: at least 1 is needed")
+            raise ValueError(f"max_objects is {self.max_objects}: must be at least 1")
         if not 0 <= self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p}: it must lie in 0 ... 1 (0 is greedy)")
-        if self.noise_patience < 0 or not 0 <= self.noise_threshold <= 1:
-            raise ValueError(
-                f"noise_patience is {self.noise_patience}, noise_threshold {self.noise_threshold}: at least 0, and 0 to 1"
-            )
-        if self.expectation_radius < 0 or self.box_score_power < 0:
-            raise ValueError(
-                f"expectation_radius is {self.expectation_radius}, sharpness {self.sharpness}: each must be at least 0"
-            )
+            raise ValueError(f"top_p is {self.top_p}: must be 0 (greedy) to 1")
         if not self.temperature > 0:
-            raise ValueError(
-                f"temperature is {self.temperature}: it must be above 0 (for greedy decoding use top_p 0)"
-            )
+            raise ValueError(f"temperature is {self.temperature}: must be above 0 (for greedy decoding use top_p 0)")
+        if self.noise_patience < 0:
+            raise ValueError(f"noise_patience is {self.noise_patience}: must be at least 0")
+        if not 0 <= self.noise_threshold <= 1:
+            raise ValueError(f"noise_threshold is {self.noise_threshold}: must be 0 to 1")
+        if self.expectation_radius < 0:
+            raise ValueError(f"expectation_radius is {self.expectation_radius}: must be at least 0")
+        if not self.box_score_power >= 0:
+            raise ValueError(f"box_score_power is {self.box_score_power}: must be at least 0")
 
     @property
     def needs_neighborhood(self) -> bool:
-        """Whether more is needed of a coordinate than its bin."""
+        """Whether decoding computes `neighborhood_mean` for every coordinate."""
         return self.expectation_radius > 0 or self.box_score_power > 0
 
 
-@dataclass
-class Detections:
-    """One picture's objects, in the order they were written.
-
-    boxes   float64 (N, 4), xyxy in [0, 1] of the canvas      labels   int64 (N,), contiguous
-    scores  float64 (N,), the label's probability among all tokens: what the model gives to NOISE lowers it; with
-            `sharpness`, times that of the coordinates
-    passes  how often the decoder was run for it
-    """
-
-    boxes: np.ndarray
-    labels: np.ndarray
-    scores: np.ndarray
-    passes: int = 0
-
-
 class Interrupted(Exception):
-    """Writing was broken off, because it was asked for."""
+    """Decoding was interrupted, because `interrupted()` returned True."""
 
 
 class NonFiniteLogits(RuntimeError):
-    """A model said NaN or infinity. `rows`: of which pictures of the batch."""
+    """The logits of a model are NaN or infinite.
+
+    Args:
+        rows: Indices of the affected images in the batch.
+    """
 
     def __init__(self, rows: list[int]):
-        super().__init__(f"the model's logits are not finite for pictures {rows} of the batch")
+        super().__init__(f"the model's logits are not finite for images {rows} of the batch")
         self.rows = rows

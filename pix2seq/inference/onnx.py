@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pix2seq.generation import DecodingOptions, Detections, generate
+from pix2seq.generation import DecodingOptions, generate_tokens
 from pix2seq.inference.onnx_graphs import ENCODER_FILE, STEP_FILE
 from pix2seq.models import Pix2SeqConfig
+from pix2seq.models.detections import Detections, to_detections
 from pix2seq.tokenizer import Tokenizer
 
 
@@ -56,7 +57,8 @@ class OnnxDetector:
             The objects of each image, with boxes in [0, 1] of the padded square.
         """
         options = options or DecodingOptions(**{"max_objects": self.config.max_objects} | self.config.decoding)
-        return generate(self, pixel_values, self.tokenizer, options)
+        state = generate_tokens(self, pixel_values, self.tokenizer, options)
+        return to_detections(state, self.tokenizer, options.box_score_power)
 
     def prefill(self, pixel_values: torch.Tensor, length: int) -> OnnxDecodingState:
         """Encodes images (B, 3, S, S) and allocates the cache of `length` tokens."""

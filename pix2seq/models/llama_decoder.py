@@ -1,7 +1,9 @@
-"""A decoder-only language model that reads the picture as the beginning of its text."""
+"""Decoder-only language model with the visual tokens as its prefix."""
 
 import inspect
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -9,9 +11,9 @@ from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import DynamicCache
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel, apply_rotary_pos_emb
 
-from pix2seq.models.kv_cache import FusedLinear, RMSNorm, StaticKVCache, step_dtype
+from pix2seq.models.kv_cache import FusedLinear, StaticKVCache, UnscaledRMSNorm, compute_dtype
 
-# What transformers calls a cache that is handed in: the new name came after the oldest version that will do.
+# The name of the cache argument of transformers' models, which depends on the version.
 CACHE = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
 
 
@@ -25,34 +27,47 @@ def prefix_attention(
     dropout: float = 0.0,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
-    """Queries (B, H, Q, d) of the last Q of K tokens, keys and values (B, H, K, d) -> (B, Q, H, d).
+    """Attention function "prefix": bidirectional among the visual tokens, causal for all other tokens.
 
-    The first `num_visual` tokens see each other, all others what came before them. In two parts: under one mask for
-    both, every visual token would look at the sentence and forget it, and no fast kernel takes such a mask.
+    The two parts are computed separately: fast kernels do not accept a mask of both.
+
+    Args:
+        query: Queries (B, H, Q, d) of the last Q of K tokens.
+        key: Keys (B, H, K, d).
+        value: Values (B, H, K, d).
+        num_visual: Number of tokens at the beginning of the K tokens that attend to each other.
+
+    Returns:
+        The outputs (B, Q, H, d), and None for the attention weights.
     """
-    behind = key.shape[2] - query.shape[2]  # keys in the cache
-    num_picture = max(num_visual - behind, 0)
-    picture, said = query[:, :, :num_picture], query[:, :, num_picture:]
-    parts = []
-    if picture.shape[2]:
-        parts.append(F.scaled_dot_product_attention(picture, key[:, :, :num_visual], value[:, :, :num_visual]))
-    if said.shape[2]:
-        parts.append(F.scaled_dot_product_attention(said, key, value, attn_mask=causal_mask(said, key)))
-    return torch.cat(parts, dim=2).transpose(1, 2), None
+    num_cached = key.shape[2] - query.shape[2]
+    num_visual_queries = max(num_visual - num_cached, 0)
+    visual_query, token_query = query[:, :, :num_visual_queries], query[:, :, num_visual_queries:]
+    outputs = []
+    if visual_query.shape[2]:
+        outputs.append(F.scaled_dot_product_attention(visual_query, key[:, :, :num_visual], value[:, :, :num_visual]))
+    if token_query.shape[2]:
+        mask = causal_mask(token_query, key)
+        outputs.append(F.scaled_dot_product_attention(token_query, key, value, attn_mask=mask))
+    return torch.cat(outputs, dim=2).transpose(1, 2), None
 
 
 def causal_mask(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor | None:
-    length, total = query.shape[2], key.shape[2]
-    if length == 1:
+    """Returns the causal mask (Q, K) of queries (B, H, Q, d) that are the last of K tokens, or None if Q is 1."""
+    num_queries, num_keys = query.shape[2], key.shape[2]
+    if num_queries == 1:
         return None
-    return torch.ones(length, total, dtype=torch.bool, device=query.device).tril(total - length)
+    return torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device).tril(num_keys - num_queries)
 
 
 AttentionInterface.register("prefix", prefix_attention)
 
 
 class PrefixTrimmedLayer(LlamaDecoderLayer):
-    """Of the last layer, only what it makes of the sentence is needed: the visual tokens are keys and values."""
+    """Last layer of the decoder. In training it computes no outputs of the visual tokens, because nothing uses them.
+
+    The visual tokens are keys and values of the other tokens.
+    """
 
     def forward(self, hidden_states: torch.Tensor, position_embeddings=None, num_visual: int = 0, **kwargs):
         if not self.training or num_visual in (0, hidden_states.shape[1]):
@@ -60,26 +75,27 @@ class PrefixTrimmedLayer(LlamaDecoderLayer):
                 hidden_states, position_embeddings=position_embeddings, num_visual=num_visual, **kwargs
             )
         attention, cos_sin = self.self_attn, position_embeddings
-        tokens = self.input_layernorm(hidden_states)
+        normed = self.input_layernorm(hidden_states)
         query, key, value = (
             projection(inputs).unflatten(2, (-1, attention.head_dim)).transpose(1, 2)
             for projection, inputs in (
-                (attention.q_proj, tokens[:, num_visual:]),
-                (attention.k_proj, tokens),
-                (attention.v_proj, tokens),
+                (attention.q_proj, normed[:, num_visual:]),
+                (attention.k_proj, normed),
+                (attention.v_proj, normed),
             )
         )
-        query, _ = apply_rotary_pos_emb(query, query, *(part[:, num_visual:] for part in cos_sin))
+        query, _ = apply_rotary_pos_emb(query, query, *(table[:, num_visual:] for table in cos_sin))
         key, _ = apply_rotary_pos_emb(key, key, *cos_sin)
-        seen, _ = prefix_attention(attention, query, key, value, num_visual=num_visual)
-        hidden_states = hidden_states[:, num_visual:] + attention.o_proj(seen.flatten(2))
+        outputs, _ = prefix_attention(attention, query, key, value, num_visual=num_visual)
+        hidden_states = hidden_states[:, num_visual:] + attention.o_proj(outputs.flatten(2))
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
 class LlamaDecoder(LlamaForCausalLM):
-    """Self-attention over visual tokens and sentence together: the visual tokens are the prefix of the sequence.
+    """Self-attention over the concatenation of visual tokens and token sequence.
 
-    `causal_prefix` in its config lets a visual token see only those before it, as in a text; without it, all of them.
+    Visual tokens attend to all visual tokens. With `causal_prefix` in the config, they attend only to the ones before
+    them, as in a language model.
     """
 
     config: LlamaConfig
@@ -90,105 +106,162 @@ class LlamaDecoder(LlamaForCausalLM):
         self.model.layers[-1] = PrefixTrimmedLayer(config, config.num_hidden_layers - 1)
         self.post_init()
 
-    def forward(self, visual: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
-        """Visual tokens (B, N, D) and a sentence (B, L) -> what the decoder thinks after each token, (B, L, D)."""
-        said = self.get_input_embeddings()(input_ids).to(visual.dtype)
-        num_visual, length = visual.shape[1], said.shape[1]
+    def forward(self, visual_tokens: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
+        """Computes the hidden states of a token sequence. It replaces the `forward` of `LlamaForCausalLM`.
+
+        Args:
+            visual_tokens: Visual tokens (B, N, D).
+            input_ids: Token ids (B, L).
+
+        Returns:
+            Hidden states (B, L, D), the input of `lm_head`.
+        """
+        embeddings = self.get_input_embeddings()(input_ids).to(visual_tokens.dtype)
+        num_visual, length = visual_tokens.shape[1], embeddings.shape[1]
         return self.model(
-            inputs_embeds=torch.cat([visual, said], dim=1),
-            position_ids=prefix_positions(num_visual, length, visual.device),
-            num_visual=self.num_bidirectional(visual),
+            inputs_embeds=torch.cat([visual_tokens, embeddings], dim=1),
+            position_ids=prefix_positions(num_visual, length, visual_tokens.device),
+            num_visual=self.num_bidirectional(visual_tokens),
             use_cache=False,
         ).last_hidden_state[:, -length:]
 
-    def prefill(self, visual: torch.Tensor, length: int) -> "LlamaIncrementalDecoder":
-        """Reads the visual tokens (B, N, D), and makes room for a sentence of `length` tokens."""
+    def prefill(self, visual_tokens: torch.Tensor, max_length: int) -> "LlamaIncrementalDecoder":
+        """Processes visual tokens (B, N, D) and allocates the cache for sequences of `max_length` tokens."""
         cache = DynamicCache(config=self.config)
         self.model(
-            inputs_embeds=visual,
-            position_ids=prefix_positions(visual.shape[1], 0, visual.device),
-            num_visual=self.num_bidirectional(visual),
+            inputs_embeds=visual_tokens,
+            position_ids=prefix_positions(visual_tokens.shape[1], 0, visual_tokens.device),
+            num_visual=self.num_bidirectional(visual_tokens),
             use_cache=True,
             **{CACHE: cache},
         )
-        return LlamaIncrementalDecoder(self.model, visual, length, cache)
+        return LlamaIncrementalDecoder(self.model, visual_tokens, max_length, cache)
 
-    def num_bidirectional(self, visual: torch.Tensor) -> int:
-        return 0 if getattr(self.config, "causal_prefix", False) else visual.shape[1]
+    def num_bidirectional(self, visual_tokens: torch.Tensor) -> int:
+        """Returns the number of visual tokens (B, N, D) that attend to each other: N, or 0 with `causal_prefix`."""
+        return 0 if getattr(self.config, "causal_prefix", False) else visual_tokens.shape[1]
+
+
+@dataclass
+class FusedLlamaLayer:
+    """The linear layers of a Llama layer, with the weights of its norms folded into them."""
+
+    qkv_proj: FusedLinear
+    o_proj: FusedLinear
+    gate_up_proj: FusedLinear
+    down_proj: FusedLinear
+    act_fn: Callable[[torch.Tensor], torch.Tensor]
+
+    @classmethod
+    def from_layer(cls, layer: LlamaDecoderLayer, like: torch.Tensor) -> "FusedLlamaLayer":
+        attention, mlp = layer.self_attn, layer.mlp
+        root = math.sqrt(layer.hidden_size)  # the factor that UnscaledRMSNorm leaves out
+        return cls(
+            qkv_proj=FusedLinear.from_linears(
+                attention.q_proj,
+                attention.k_proj,
+                attention.v_proj,
+                like=like,
+                input_scale=root * layer.input_layernorm.weight,
+            ),
+            o_proj=FusedLinear.from_linears(attention.o_proj, like=like),
+            gate_up_proj=FusedLinear.from_linears(
+                mlp.gate_proj, mlp.up_proj, like=like, input_scale=root * layer.post_attention_layernorm.weight
+            ),
+            down_proj=FusedLinear.from_linears(mlp.down_proj, like=like),
+            act_fn=mlp.act_fn.forward,
+        )
 
 
 class LlamaIncrementalDecoder:
-    """Reads a sentence bit by bit: LlamaModel's layers, laid out for it, and what they have read so far.
+    """Computes what `LlamaModel` computes with a cache, one token per step, except for rounding.
 
-    Says what LlamaModel says with a cache, but for rounding.
+    Args:
+        model: The model.
+        visual_tokens: Visual tokens (B, N, D).
+        max_length: Maximum number of tokens of a sequence.
+        prefix_cache: Keys and values of the visual tokens.
     """
 
-    def __init__(self, model: LlamaModel, visual: torch.Tensor, length: int, prefix: DynamicCache):
-        attention, shape = model.layers[0].self_attn, {"like": visual, "count": len(visual)}
-        self.head_width = attention.head_dim
-        self.num_heads = attention.q_proj.out_features // self.head_width
-        self.num_visual = visual.shape[1]
-        self.embeddings, width = model.embed_tokens.weight, model.config.hidden_size
-        self.unit, root = RMSNorm(width, model.config.rms_norm_eps, self.embeddings), math.sqrt(width)
-        self.norm = root * model.norm.weight
-        # The weights of norms are part of the products that read them: see Unit.
-        self.layers = [
-            (
-                layer.mlp.act_fn.forward,
-                FusedLinear.from_linears(
-                    own.q_proj, own.k_proj, own.v_proj, scale=root * layer.input_layernorm.weight, **shape
-                ),
-                FusedLinear.from_linears(own.o_proj, **shape),
-                FusedLinear.from_linears(
-                    *(layer.mlp.gate_proj, layer.mlp.up_proj),
-                    scale=root * layer.post_attention_layernorm.weight,
-                    **shape,
-                ),
-                FusedLinear.from_linears(layer.mlp.down_proj, **shape),
-            )
-            for layer, own in ((layer, layer.self_attn) for layer in model.layers)
-        ]
-        self.output: dict[tuple, FusedLinear] = {}  # of the parts of the vocabulary that were asked for
-        num_kv_heads = attention.k_proj.out_features // self.head_width
-        room = (len(visual), num_kv_heads, self.num_visual + length, self.head_width)
-        self.kv_cache = StaticKVCache.empty(len(self.layers), room, step_dtype(visual), visual.device)
-        for index, layer in enumerate(prefix.layers):
-            self.kv_cache.prefill(index, layer.keys, layer.values)
-        cos, sin = model.rotary_emb(visual, prefix_positions(0, length, visual.device))
-        half = self.head_width // 2
-        # Queries and keys are turned, values are not: the three lie side by side. Rolling swaps a head's halves.
-        still = torch.ones_like(cos[0, :, None]), torch.zeros_like(sin[0, :, None])
-        turning = cos[0, :, None], torch.cat([-sin[0, :, None, :half], sin[0, :, None, half:]], dim=2)
-        counts = self.num_heads + self.kv_cache.num_heads, self.kv_cache.num_heads
-        self.cos, self.sin = (
-            torch.cat([turn.expand(-1, counts[0], -1), stay.expand(-1, counts[1], -1)], dim=1).to(step_dtype(visual))
-            for turn, stay in zip(turning, still, strict=True)
+    def __init__(self, model: LlamaModel, visual_tokens: torch.Tensor, max_length: int, prefix_cache: DynamicCache):
+        attention, config = model.layers[0].self_attn, model.config
+        dtype, device = compute_dtype(visual_tokens), visual_tokens.device
+        self.head_dim = attention.head_dim
+        self.num_heads = attention.q_proj.out_features // self.head_dim
+        self.num_visual = visual_tokens.shape[1]
+        self.embeddings = model.embed_tokens.weight
+        self.layers = [FusedLlamaLayer.from_layer(layer, like=visual_tokens) for layer in model.layers]
+        self.norm = UnscaledRMSNorm(config.hidden_size, config.rms_norm_eps, self.embeddings)
+        self.norm_weight = math.sqrt(config.hidden_size) * model.norm.weight
+        self.lm_heads: dict[tuple, FusedLinear] = {}  # see Pix2SeqForObjectDetection.decode_step
+        self.kv_cache = StaticKVCache(
+            num_layers=len(self.layers),
+            batch_size=len(visual_tokens),
+            num_heads=attention.k_proj.out_features // self.head_dim,
+            max_length=self.num_visual + max_length,
+            head_dim=self.head_dim,
+            dtype=dtype,
+            device=device,
         )
+        for index, layer in enumerate(prefix_cache.layers):
+            self.kv_cache.prefill(index, layer.keys, layer.values)
+        cos, sin = model.rotary_emb(visual_tokens, prefix_positions(0, max_length, device))
+        self.cos, self.sin = self._rotary_tables(cos[0, :, None], sin[0, :, None], dtype)
 
-    def __call__(self, ids: torch.Tensor, position: int | torch.Tensor) -> torch.Tensor:
-        """Reads one more token in each row, ids (B,), the `position`-th of the sentence (BOS is 0): (B, D). A tensor
-        without dimensions is a position that the device alone knows.
+    def _rotary_tables(
+        self, cos: torch.Tensor, sin: torch.Tensor, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Expands tables (L, 1, d) to the fused heads (L, H_q + H_k + H_v, d).
+
+        The rotation swaps the halves of a head by `roll`, so the first half of the sine is negated. Queries and keys
+        are rotated; values have cosine 1 and sine 0.
         """
-        places = self.kv_cache.positions(self.num_visual + position)
-        hidden = self.embeddings[ids]
+        half, num_kv_heads = self.head_dim // 2, self.kv_cache.num_heads
+        signed_sin = torch.cat([-sin[..., :half], sin[..., half:]], dim=2)
+        cos, sin = (
+            torch.cat(
+                [rotated.expand(-1, self.num_heads + num_kv_heads, -1), fixed.expand(-1, num_kv_heads, -1)], dim=1
+            ).to(dtype)
+            for rotated, fixed in ((cos, torch.ones_like(cos)), (signed_sin, torch.zeros_like(sin)))
+        )
+        return cos, sin
+
+    def __call__(self, token_ids: torch.Tensor, position: int | torch.Tensor) -> torch.Tensor:
+        """Processes one token per row.
+
+        Args:
+            token_ids: Token ids (B,).
+            position: Position of the tokens in the sequence; BOS is at 0. A 0-d tensor keeps its value on the device,
+                so that the step can be captured as a CUDA graph.
+
+        Returns:
+            Hidden states (B, D), the input of `lm_head`.
+        """
+        cache_positions = self.kv_cache.positions(self.num_visual + position)
+        hidden_states = self.embeddings[token_ids]
         if isinstance(position, torch.Tensor):
             position = position.view(1)
         cos, sin = self.cos[position], self.sin[position]
-        for index, (act, query_key_value, out, gate_up, down) in enumerate(self.layers):
-            heads = query_key_value(self.unit(hidden)).view(-1, *cos.shape[-2:])
-            turned = torch.addcmul(heads * cos, heads.roll(self.head_width // 2, dims=-1), sin)
-            self.kv_cache.update(index, places, turned[:, self.num_heads :])
-            hidden = hidden + out(self.kv_cache.attend(index, turned[:, : self.num_heads], places))
-            gate, up = gate_up(self.unit(hidden)).chunk(2, dim=-1)
-            hidden = hidden + down(act(gate) * up)
-        return self.unit(hidden) * self.norm
+        for index, layer in enumerate(self.layers):
+            qkv = layer.qkv_proj(self.norm(hidden_states)).view(-1, *cos.shape[-2:])
+            qkv = torch.addcmul(qkv * cos, qkv.roll(self.head_dim // 2, dims=-1), sin)
+            query, keys_and_values = qkv[:, : self.num_heads], qkv[:, self.num_heads :]
+            self.kv_cache.update(index, cache_positions, keys_and_values)
+            hidden_states = hidden_states + layer.o_proj(self.kv_cache.attend(index, query, cache_positions))
+            gate, up = layer.gate_up_proj(self.norm(hidden_states)).chunk(2, dim=-1)
+            hidden_states = hidden_states + layer.down_proj(layer.act_fn(gate) * up)
+        return self.norm(hidden_states) * self.norm_weight
 
     def select_batch(self, rows: torch.Tensor) -> None:
-        """Goes on with these rows of the batch only."""
+        """Keeps only these rows of the batch."""
         self.kv_cache.select_batch(rows)
 
 
 def prefix_positions(num_visual: int, length: int, device) -> torch.Tensor:
-    """Rotary positions (1, T). All visual tokens stand at 0 (the 2-D code tells them apart) and the sentence starts
-    at 1, so a model can be moved to another image size, with another number of visual tokens."""
-    return torch.cat([torch.zeros(num_visual, device=device), torch.arange(1, length + 1, device=device)]).long()[None]
+    """Returns the rotary positions (1, N + L) of N visual tokens and L tokens of a sequence.
+
+    All visual tokens have position 0, since their 2-D position embedding tells them apart, and the sequence starts at
+    1. A model therefore works with another image size, which has another number of visual tokens.
+    """
+    visual = torch.zeros(num_visual, device=device)
+    return torch.cat([visual, torch.arange(1, length + 1, device=device)]).long()[None]

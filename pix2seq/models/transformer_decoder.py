@@ -1,87 +1,146 @@
-"""A classic decoder that looks at the picture through cross-attention."""
+"""Decoder of an encoder-decoder transformer, with cross-attention to the visual tokens."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import BlenderbotConfig, BlenderbotForCausalLM
-from transformers.models.blenderbot.modeling_blenderbot import BlenderbotDecoder
+from transformers.models.blenderbot.modeling_blenderbot import BlenderbotDecoder, BlenderbotDecoderLayer
 
-from pix2seq.models.kv_cache import FusedLinear, StaticKVCache, step_dtype
+from pix2seq.models.kv_cache import FusedLinear, StaticKVCache, compute_dtype
 
 
 class TransformerDecoder(BlenderbotForCausalLM):
-    """Self-attention over the sentence, cross-attention to the visual tokens, MLP: the authors' decoder.
+    """Self-attention over the token sequence, cross-attention to the visual tokens, MLP: the decoder of the paper.
 
-    Blenderbot is transformers' decoder with their choices: layer norm before each block and at the end, GELU, learned
-    positions, embeddings shared with the output.
+    Blenderbot has the architecture of the authors' code: layer norm before each block and after the last one, GELU,
+    learned positions, token embeddings shared with the output layer.
     """
 
     config: BlenderbotConfig
 
-    def forward(self, visual: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
-        """Visual tokens (B, N, D) and a sentence (B, L) -> what the decoder thinks after each token, (B, L, D)."""
-        length = input_ids.shape[1]
-        minimum = torch.finfo(visual.dtype).min
-        mask = torch.full((length, length), minimum, dtype=visual.dtype, device=visual.device).triu(1)
-        # With a mask of ours, transformers makes none and does not stop to ask the device what it hides.
+    def forward(self, visual_tokens: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
+        """Computes the hidden states of a token sequence. It replaces the `forward` of `BlenderbotForCausalLM`.
+
+        Args:
+            visual_tokens: Visual tokens (B, N, D).
+            input_ids: Token ids (B, L).
+
+        Returns:
+            Hidden states (B, L, D), the input of `lm_head`.
+        """
+        length, dtype = input_ids.shape[1], visual_tokens.dtype
+        mask = torch.full((length, length), torch.finfo(dtype).min, dtype=dtype, device=visual_tokens.device).triu(1)
+        # Given a 4-D mask, transformers creates none, which would wait for the device.
         return self.model.decoder(
-            input_ids=input_ids, attention_mask=mask[None, None], encoder_hidden_states=visual, use_cache=False
+            input_ids=input_ids, attention_mask=mask[None, None], encoder_hidden_states=visual_tokens, use_cache=False
         ).last_hidden_state
 
-    def prefill(self, visual: torch.Tensor, length: int) -> "TransformerIncrementalDecoder":
-        """Looks at the visual tokens (B, N, D), and makes room for a sentence of `length` tokens."""
-        return TransformerIncrementalDecoder(self.model.decoder, visual, length)
+    def prefill(self, visual_tokens: torch.Tensor, max_length: int) -> "TransformerIncrementalDecoder":
+        """Processes visual tokens (B, N, D) and allocates the cache for sequences of `max_length` tokens."""
+        return TransformerIncrementalDecoder(self.model.decoder, visual_tokens, max_length)
+
+
+@dataclass
+class FusedTransformerLayer:
+    """The norms and linear layers of a Blenderbot layer."""
+
+    self_attn_norm: nn.LayerNorm
+    qkv_proj: FusedLinear
+    out_proj: FusedLinear
+    cross_attn_norm: nn.LayerNorm
+    cross_q_proj: FusedLinear
+    cross_out_proj: FusedLinear
+    mlp_norm: nn.LayerNorm
+    fc1: FusedLinear
+    fc2: FusedLinear
+    activation_fn: Callable[[torch.Tensor], torch.Tensor]
+
+    @classmethod
+    def from_layer(cls, layer: BlenderbotDecoderLayer, like: torch.Tensor) -> "FusedTransformerLayer":
+        self_attn, cross_attn = layer.self_attn, layer.encoder_attn
+        return cls(
+            self_attn_norm=layer.self_attn_layer_norm,
+            qkv_proj=FusedLinear.from_linears(self_attn.q_proj, self_attn.k_proj, self_attn.v_proj, like=like),
+            out_proj=FusedLinear.from_linears(self_attn.out_proj, like=like),
+            cross_attn_norm=layer.encoder_attn_layer_norm,
+            cross_q_proj=FusedLinear.from_linears(cross_attn.q_proj, like=like),
+            cross_out_proj=FusedLinear.from_linears(cross_attn.out_proj, like=like),
+            mlp_norm=layer.final_layer_norm,
+            fc1=FusedLinear.from_linears(layer.fc1, like=like),
+            fc2=FusedLinear.from_linears(layer.fc2, like=like),
+            activation_fn=layer.activation_fn,
+        )
 
 
 class TransformerIncrementalDecoder:
-    """Reads a sentence bit by bit: BlenderbotDecoder's layers, laid out for it, and what they have read so far."""
+    """Computes what `BlenderbotDecoder` computes with a cache, one token per step, except for rounding.
 
-    def __init__(self, decoder: BlenderbotDecoder, visual: torch.Tensor, length: int):
+    Args:
+        decoder: The decoder.
+        visual_tokens: Visual tokens (B, N, D).
+        max_length: Maximum number of tokens of a sequence.
+    """
+
+    def __init__(self, decoder: BlenderbotDecoder, visual_tokens: torch.Tensor, max_length: int):
         attention = decoder.layers[0].self_attn
-        self.decoder, self.heads = decoder, (attention.num_heads, attention.head_dim)
-        self.output: dict[tuple, FusedLinear] = {}  # of the parts of the vocabulary that were asked for
-        self.layers, count = [], len(visual)
-        for layer in decoder.layers:
-            own, cross = layer.self_attn, layer.encoder_attn
-            linears = ((own.q_proj, own.k_proj, own.v_proj), (own.out_proj,), (cross.q_proj,), (cross.out_proj,))
-            products = [
-                FusedLinear.from_linears(*each, like=visual, count=count)
-                for each in (*linears, (layer.fc1,), (layer.fc2,))
-            ]
-            self.layers.append((layer, *products))
-        room, dtype = (len(self.layers), (len(visual), attention.num_heads)), step_dtype(visual)
+        self.decoder, self.num_heads, self.head_dim = decoder, attention.num_heads, attention.head_dim
+        self.layers = [FusedTransformerLayer.from_layer(layer, like=visual_tokens) for layer in decoder.layers]
+        self.lm_heads: dict[tuple, FusedLinear] = {}  # see Pix2SeqForObjectDetection.decode_step
         self.self_cache, self.cross_cache = (
-            StaticKVCache.empty(room[0], (*room[1], most, attention.head_dim), dtype, visual.device)
-            for most in (length, visual.shape[1])
+            StaticKVCache(
+                num_layers=len(self.layers),
+                batch_size=len(visual_tokens),
+                num_heads=self.num_heads,
+                max_length=length,
+                head_dim=self.head_dim,
+                dtype=compute_dtype(visual_tokens),
+                device=visual_tokens.device,
+            )
+            for length in (max_length, visual_tokens.shape[1])
         )
         for index, layer in enumerate(decoder.layers):
-            linears = layer.encoder_attn.k_proj, layer.encoder_attn.v_proj
-            self.cross_cache.prefill(
-                index, *(linear(visual).unflatten(2, self.heads).transpose(1, 2) for linear in linears)
+            keys, values = (
+                projection(visual_tokens).unflatten(2, (self.num_heads, self.head_dim)).transpose(1, 2)
+                for projection in (layer.encoder_attn.k_proj, layer.encoder_attn.v_proj)
             )
+            self.cross_cache.prefill(index, keys, values)
 
-    def __call__(self, ids: torch.Tensor, position: int | torch.Tensor) -> torch.Tensor:
-        """Reads one more token in each row, ids (B,), the `position`-th of the sentence (BOS is 0): (B, D). A tensor
-        without dimensions is a position that the device alone knows.
+    def __call__(self, token_ids: torch.Tensor, position: int | torch.Tensor) -> torch.Tensor:
+        """Processes one token per row.
+
+        Args:
+            token_ids: Token ids (B,).
+            position: Position of the tokens in the sequence; BOS is at 0. A 0-d tensor keeps its value on the device,
+                so that the step can be captured as a CUDA graph.
+
+        Returns:
+            Hidden states (B, D), the input of `lm_head`.
         """
-        decoder, places = self.decoder, self.self_cache.positions(position)
+        decoder, cache_positions = self.decoder, self.self_cache.positions(position)
         if isinstance(position, torch.Tensor):
             position = position.view(1)
-        hidden = decoder.embed_tokens(ids) + decoder.embed_positions.weight[position]
-        for index, (layer, query_key_value, out, query, picture_out, fc1, fc2) in enumerate(self.layers):
-            heads = query_key_value(_norm(hidden, layer.self_attn_layer_norm)).unflatten(1, (-1, self.heads[1]))
-            self.self_cache.update(index, places, heads[:, self.heads[0] :])
-            hidden = hidden + out(self.self_cache.attend(index, heads[:, : self.heads[0]], places))
-            heads = query(_norm(hidden, layer.encoder_attn_layer_norm)).unflatten(1, self.heads)
-            hidden = hidden + picture_out(self.cross_cache.attend(index, heads))
-            hidden = hidden + fc2(layer.activation_fn(fc1(_norm(hidden, layer.final_layer_norm))))
-        return _norm(hidden, decoder.layer_norm)
+        hidden_states = decoder.embed_tokens(token_ids) + decoder.embed_positions.weight[position]
+        for index, layer in enumerate(self.layers):
+            qkv = layer.qkv_proj(_layer_norm(hidden_states, layer.self_attn_norm)).unflatten(1, (-1, self.head_dim))
+            query, keys_and_values = qkv[:, : self.num_heads], qkv[:, self.num_heads :]
+            self.self_cache.update(index, cache_positions, keys_and_values)
+            hidden_states = hidden_states + layer.out_proj(self.self_cache.attend(index, query, cache_positions))
+            query = layer.cross_q_proj(_layer_norm(hidden_states, layer.cross_attn_norm))
+            query = query.unflatten(1, (self.num_heads, self.head_dim))
+            hidden_states = hidden_states + layer.cross_out_proj(self.cross_cache.attend(index, query))
+            inner = layer.activation_fn(layer.fc1(_layer_norm(hidden_states, layer.mlp_norm)))
+            hidden_states = hidden_states + layer.fc2(inner)
+        return _layer_norm(hidden_states, decoder.layer_norm)
 
     def select_batch(self, rows: torch.Tensor) -> None:
-        """Goes on with these rows of the batch only."""
+        """Keeps only these rows of the batch."""
         self.self_cache.select_batch(rows)
         self.cross_cache.select_batch(rows)
 
 
-def _norm(hidden: torch.Tensor, norm: nn.LayerNorm) -> torch.Tensor:
-    return F.layer_norm(hidden, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+def _layer_norm(hidden_states: torch.Tensor, norm: nn.LayerNorm) -> torch.Tensor:
+    """Applies a layer norm without the overhead of a module call."""
+    return F.layer_norm(hidden_states, norm.normalized_shape, norm.weight, norm.bias, norm.eps)

@@ -1,0 +1,81 @@
+"""Detected objects, and their computation from generated tokens."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from pix2seq.generation import DecodingState, NonFiniteLogits
+from pix2seq.tokenizer import CLASS_SLOT, TOKENS_PER_OBJECT, Tokenizer
+
+
+@dataclass
+class Detections:
+    """The detected objects of one image, in the order of generation.
+
+    Args:
+        boxes: Boxes (N, 4), xyxy in [0, 1] of the padded square, float64.
+        labels: Contiguous labels (N,), int64.
+        scores: Scores (N,), float64. The probability of the label among all tokens: the probability of NOISE lowers
+            it. With `box_score_power`, it is multiplied by the probability of the coordinates.
+        num_steps: Number of decoder steps.
+    """
+
+    boxes: np.ndarray
+    labels: np.ndarray
+    scores: np.ndarray
+    num_steps: int = 0
+
+
+def to_detections(state: DecodingState, tokenizer: Tokenizer, box_score_power: float = 0.0) -> list[Detections]:
+    """Converts token sequences to objects. A sequence ends at its first EOS; an incomplete object is dropped.
+
+    Args:
+        state: The result of `generate_tokens`, or a state while tokens are generated.
+        tokenizer: Defines the vocabulary.
+        box_score_power: See `DecodingOptions`.
+
+    Returns:
+        The objects of each image.
+
+    Raises:
+        NonFiniteLogits: The logits of an image were not finite.
+    """
+    labels, scores, num_steps = (values.cpu().numpy() for values in (state.labels, state.scores, state.num_steps))
+    tokens, offsets, masses = (
+        values.cpu().numpy().reshape(len(values), -1, TOKENS_PER_OBJECT)
+        for values in (state.tokens, state.offsets, state.masses)
+    )
+    finite = np.isfinite(scores).all(axis=1) & np.isfinite(offsets + masses).all(axis=(1, 2))
+    if not finite.all():
+        raise NonFiniteLogits((~finite).nonzero()[0].tolist())
+    is_complete = (tokens != tokenizer.eos_id).all(axis=-1).cumprod(axis=1).astype(bool)
+    boxes = tokenizer.dequantize((tokens + offsets)[..., [1, 0, 3, 2]])
+    # The means of two corners that are close to each other may be in the wrong order.
+    boxes[..., 2:] = np.maximum(boxes[..., :2], boxes[..., 2:])
+    scores = scores.astype(np.float64)
+    if box_score_power:
+        scores *= masses[..., :CLASS_SLOT].prod(axis=-1) ** box_score_power
+    return [
+        Detections(boxes[row][mask], labels[row][mask], scores[row][mask], int(num_steps[row]))
+        for row, mask in enumerate(is_complete)
+    ]
+
+
+def pad_detections(detections: list[Detections]) -> dict[str, np.ndarray]:
+    """Stacks the objects of images, sorted by descending score and padded to the same number N.
+
+    Args:
+        detections: The objects of each of B images.
+
+    Returns:
+        `boxes` (B, N, 4), `labels` (B, N), -1 where an image has fewer objects, and `scores` (B, N).
+    """
+    count = max((len(image.scores) for image in detections), default=0)
+    boxes, scores = np.zeros((len(detections), count, 4)), np.zeros((len(detections), count))
+    labels = np.full((len(detections), count), -1)
+    for row, image in enumerate(detections):
+        order = np.argsort(-image.scores, kind="stable")
+        boxes[row, : len(order)] = image.boxes[order]
+        scores[row, : len(order)] = image.scores[order]
+        labels[row, : len(order)] = image.labels[order]
+    return {"boxes": boxes, "labels": labels, "scores": scores}
