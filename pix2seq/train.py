@@ -20,7 +20,7 @@ from pix2seq.argument_parser import parse
 from pix2seq.arguments import TrainArguments
 from pix2seq.data import train_loader
 from pix2seq.data.commands import check_data
-from pix2seq.data.unreadable import TooManyUnreadable
+from pix2seq.data.unreadable import TooManyUnreadableError
 from pix2seq.errors import Stopped, UserError
 from pix2seq.evaluation.coco_metrics import metrics_table
 from pix2seq.training.checkpoint import export_model, save
@@ -73,8 +73,8 @@ def run_training(args: TrainArguments, program: str = "train.py") -> int:
         context.folder.status("failed", context.step, str(error))
         if not isinstance(error, UserError):
             return 1
-        # All processes take part in a save. Only TooManyUnreadable is raised by all of them.
-        if (isinstance(error, TooManyUnreadable) or context.accelerator.num_processes == 1) and save(context):
+        # All processes take part in a save. Only TooManyUnreadableError is raised by all of them.
+        if (isinstance(error, TooManyUnreadableError) or context.accelerator.num_processes == 1) and save(context):
             print(f"{program}: saved at step {context.step}; --resume auto continues from there", file=sys.stderr)
         return 2
     except BaseException as error:
@@ -152,7 +152,7 @@ def train_loop(context: TrainContext) -> None:
         bar.update()
         if context.is_due(args.log_every) or context.is_last_step:
             log_metrics(context, grad_norm, bar)
-        context.unreadable.enforce()
+        context.unreadable.check_limit()
         with meter.paused():
             evaluate_if_due(context)
             if stopping and not context.is_last_step:
@@ -180,7 +180,7 @@ def train_step(context: TrainContext, micro_batches: list[dict]) -> tuple[torch.
         NonFiniteLossError: the loss or gradient of too many steps in a row was not finite.
     """
     args, accelerator, state = context.args, context.accelerator, context.state
-    unreadable = context.unreadable.new(micro_batches)
+    unreadable = context.unreadable.find_new(micro_batches)
     # Dropout depends on (seed, step, process) only, so a resumed run repeats it.
     seed = np.random.SeedSequence((args.seed, context.step, accelerator.process_index)).generate_state(1)
     torch.manual_seed(int(seed[0]))

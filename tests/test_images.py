@@ -19,7 +19,8 @@ import torch
 from PIL import Image, ImageOps
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from pix2seq.data.image_files import BadImageError, Folder, ImageFile, Zip, open_store
+from pix2seq.data.image_files import BadImageError, ImageFile
+from pix2seq.data.image_stores import FolderStore, ZipStore, open_store
 from pix2seq.errors import UserError
 
 
@@ -116,12 +117,12 @@ def test_a_picture_is_turned_if_that_gives_it_its_annotated_size(form, orientati
     data = encoded(image, form, exif=exif)
     for annotated in (None, (20, 30), (77, 77)):
         picture = ImageFile(data, annotated)
-        assert not picture.turned
+        assert not picture.is_transposed
         assert picture.shape == picture.pixels().shape == (3, 20, 30)
     picture = ImageFile(data, (30, 20))
     assert picture.orientation == (orientation if orientation <= 8 else 1)
-    assert picture.turned == (5 <= orientation <= 8)
-    if picture.turned:
+    assert picture.is_transposed == (5 <= orientation <= 8)
+    if picture.is_transposed:
         assert picture.shape == picture.pixels().shape == (3, 30, 20)
         shown = {5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE}
         expected = pil_to_tensor(image.transpose(shown.get(orientation, Image.Transpose.ROTATE_90)))
@@ -134,7 +135,7 @@ def test_a_picture_nobody_annotated_is_shown_as_viewers_do(form, orientation):
     image, exif = photo(30, 20), Image.Exif()
     exif[0x0112] = orientation
     data = encoded(image, form, exif=exif)
-    picture = ImageFile(data, upright=True)
+    picture = ImageFile(data, exif_transpose=True)
     expected = pil_to_tensor(ImageOps.exif_transpose(Image.open(io.BytesIO(data))))
     assert picture.shape == expected.shape
     assert torch.equal(picture.pixels(), expected)
@@ -143,7 +144,7 @@ def test_a_picture_nobody_annotated_is_shown_as_viewers_do(form, orientation):
 def test_a_square_picture_is_not_turned():
     exif = Image.Exif()
     exif[0x0112] = 6
-    assert not ImageFile(encoded(photo(20, 20), "JPEG", exif=exif), (20, 20)).turned
+    assert not ImageFile(encoded(photo(20, 20), "JPEG", exif=exif), (20, 20)).is_transposed
 
 
 # -- refused ---------------------------------------------------------------------------------------
@@ -224,36 +225,36 @@ OUTSIDE = (
 
 def test_names_are_found_in_folders_and_by_links_that_stay_inside(folder):
     names = ["a.jpg", "deep/b.jpg", "größe 猫.jpg", "inside.jpg"]
-    places, faults = Folder(folder).locate(names)
+    places, faults = FolderStore(folder).locate(names)
     assert faults == {}
     assert places.tolist() == names
-    assert all(ImageFile(Folder(folder).read(place)).shape == (3, 8, 8) for place in places)
+    assert all(ImageFile(FolderStore(folder).read(place)).shape == (3, 8, 8) for place in places)
 
 
 def test_nothing_outside_is_found(folder):
     names = [*OUTSIDE, str(folder / "a.jpg"), "..\\outside\\secret.jpg"]
-    places, faults = Folder(folder).locate(names)
+    places, faults = FolderStore(folder).locate(names)
     assert places.tolist() == [""] * len(names)
     assert {bad.kind for bad in faults.values()} == {"path-outside"}
     assert len(faults) == len(names)
 
 
 def test_links_may_be_followed_but_paths_may_not_climb(folder):
-    places, faults = Folder(folder, follow_links=True).locate(list(OUTSIDE))
+    places, faults = FolderStore(folder, follow_links=True).locate(list(OUTSIDE))
     assert places.tolist() == ["", "", "leak.jpg", "leaks/secret.jpg", "", ""]
     assert sorted(faults) == [0, 1, 4, 5]
 
 
 def test_a_folder_that_is_a_link_itself_is_fine(folder, tmp_path):
     (tmp_path / "link").symlink_to(folder)
-    places, faults = Folder(tmp_path / "link").locate(["a.jpg", "leak.jpg"])
+    places, faults = FolderStore(tmp_path / "link").locate(["a.jpg", "leak.jpg"])
     assert places.tolist() == ["a.jpg", ""]
     assert list(faults) == [1]
 
 
 def test_missing_files_are_told(folder):
     names = ["none.jpg", "deep", "deep/none.jpg", "nowhere/none.jpg", "dead.jpg", "a.jpg/x"]
-    places, faults = Folder(folder).locate(names)
+    places, faults = FolderStore(folder).locate(names)
     assert places.tolist() == [""] * 6
     assert {bad.kind for bad in faults.values()} == {"missing-file"}
 
@@ -262,13 +263,13 @@ def test_another_form_of_unicode_is_found(folder):
     """macOS decomposes file names: the letter and its two dots apart."""
     apart = unicodedata.normalize("NFD", "größe 猫.jpg")
     assert apart != "größe 猫.jpg"
-    places, faults = Folder(folder).locate([apart, "a.jpg"])
+    places, faults = FolderStore(folder).locate([apart, "a.jpg"])
     assert places.tolist() == ["größe 猫.jpg", "a.jpg"]
     assert faults[0].kind == "other-unicode-form"
 
 
 def test_a_file_that_vanishes_or_is_forbidden_is_told(folder):
-    store = Folder(folder)
+    store = FolderStore(folder)
     places, _ = store.locate(["a.jpg"])
     (folder / "a.jpg").unlink()
     assert refusal(store.read, places[0]).kind == "unreadable-file"
@@ -300,10 +301,10 @@ def test_damage_in_a_zip_archive_is_told(tmp_path):
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("1.jpg", bytes(range(256)) * 40)
     whole = path.read_bytes()
-    places, _ = Zip(path).locate(["1.jpg"])
+    places, _ = ZipStore(path).locate(["1.jpg"])
     for offset in range(36, 100, 9):
         path.write_bytes(whole[:offset] + bytes([whole[offset] ^ 255]) + whole[offset + 1 :])
-        bad = refusal(Zip(path).read, places[0])
+        bad = refusal(ZipStore(path).read, places[0])
         assert bad.kind == "unreadable-file"
         assert str(tmp_path) not in str(bad)
     path.write_bytes(whole[:60])
@@ -317,7 +318,7 @@ def test_workers_may_read_one_archive_at_once(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         for name, data in files.items():
             archive.writestr(name, data)
-    store = Zip(tmp_path / "a.zip")
+    store = ZipStore(tmp_path / "a.zip")
     places, _ = store.locate(list(files))
     store.read(places[0])
     children = []
@@ -364,14 +365,14 @@ def test_whatever_a_damaged_file_does_to_its_decoder_it_is_told(form):
 
 def test_a_link_that_leads_to_itself_hides_no_other_file(folder):
     (folder / "loop.jpg").symlink_to("loop.jpg")
-    places, faults = Folder(folder).locate(["a.jpg", "loop.jpg"])
+    places, faults = FolderStore(folder).locate(["a.jpg", "loop.jpg"])
     assert places.tolist() == ["a.jpg", ""]
     assert faults[1].kind == "missing-file"
 
 
 def test_a_folder_that_cannot_be_listed_says_why(folder, monkeypatch):
     monkeypatch.setattr(os, "scandir", lambda path: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
-    _, faults = Folder(folder).locate(["a.jpg"])
+    _, faults = FolderStore(folder).locate(["a.jpg"])
     assert "Permission denied" in str(faults[0])
     assert str(folder) not in str(faults[0])
 
@@ -382,7 +383,7 @@ def test_many_names_in_another_form_of_unicode_are_found_quickly(tmp_path):
     for number in range(count):
         (tmp_path / unicodedata.normalize("NFD", f"größe {number}.jpg")).touch()
     started = time.perf_counter()
-    places, faults = Folder(tmp_path).locate([f"größe {number}.jpg" for number in range(count)])
+    places, faults = FolderStore(tmp_path).locate([f"größe {number}.jpg" for number in range(count)])
     assert time.perf_counter() - started < 2
     assert all(places.tolist())
     assert len(faults) == count
@@ -393,7 +394,7 @@ def test_only_a_folder_that_all_members_share_is_left_out_of_their_names(tmp_pat
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         for name in members:
             archive.writestr(name, name)
-    store = Zip(tmp_path / "a.zip")
+    store = ZipStore(tmp_path / "a.zip")
     _, faults = store.locate(["1.jpg", members[0]])
     assert (0 not in faults) == found
     assert 1 not in faults
@@ -409,14 +410,14 @@ def test_damaged_archives_are_one_line(tmp_path):
         data[rng.integers(0, len(data), 2)] = rng.integers(0, 256, 2)
         path.write_bytes(data.tobytes())
         with contextlib.suppress(UserError, BadImageError):
-            store = Zip(path)
+            store = ZipStore(path)
             store.read(store.locate(["größe.jpg"])[0][0])
 
 
 def test_an_archive_that_vanishes_is_told(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         archive.writestr("1.jpg", b"x")
-    store = Zip(tmp_path / "a.zip")
+    store = ZipStore(tmp_path / "a.zip")
     places, _ = store.locate(["1.jpg"])
     (tmp_path / "a.zip").unlink()
     assert str(refusal(store.read, places[0])) == "a.zip: No such file or directory"
@@ -427,7 +428,7 @@ def test_of_names_in_an_archive_the_exact_one_is_meant(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         for name in ("a/x", "a/a/x"):
             archive.writestr(name, name)
-    store = Zip(tmp_path / "a.zip")
+    store = ZipStore(tmp_path / "a.zip")
     places, faults = store.locate(["a/x", "a/a/x", "x"])
     assert [store.read(place).tobytes() for place in places] == [b"a/x", b"a/a/x", b"a/x"]
     assert not faults
@@ -443,7 +444,7 @@ def test_an_archive_is_unpacked_no_further_than_it_says(tmp_path, claimed):
     for mark, place in ((b"PK\x01\x02", 24), (b"PK\x03\x04", 22)):
         struct.pack_into("<I", content, content.index(mark) + place, claimed)
     path.write_bytes(content)
-    store = Zip(path)
+    store = ZipStore(path)
     tracemalloc.start()
     refusal(store.read, store.locate(["x"])[0][0])
     assert tracemalloc.get_traced_memory()[1] < 10_000_000
@@ -451,7 +452,7 @@ def test_an_archive_is_unpacked_no_further_than_it_says(tmp_path, claimed):
 
 
 def read_x(path: Path) -> None:
-    store = Zip(path)
+    store = ZipStore(path)
     store.read(store.locate(["x"])[0][0])
 
 
@@ -477,7 +478,7 @@ def test_numbers_that_no_file_has_are_told(tmp_path, field):
 def test_a_file_larger_than_any_picture_is_not_read(tmp_path):
     with (tmp_path / "a.jpg").open("wb") as file:
         file.truncate(6 * 10**9)  # takes no room on the disk
-    assert str(refusal(Folder(tmp_path).read, "a.jpg")) == "6000000000 bytes, more than the 800 million allowed"
+    assert str(refusal(FolderStore(tmp_path).read, "a.jpg")) == "6000000000 bytes, more than the 800 million allowed"
 
 
 def test_what_is_wrong_names_no_place_in_a_library(tmp_path):

@@ -1,11 +1,7 @@
-"""From the files of a dataset to batches, in this order:
+"""Datasets in COCO format: annotations, images, training examples and data loaders.
 
-sources     where the splits lie             faults      what can be wrong, and what becomes of it
-images      files to pixels                  coco        annotations as arrays
-datasets    examples                         loading     their order, and batches
-unreadable  how many may be replaced
-
-The commands of `python -m pix2seq.data` stand beside them: check, show, convert, shards.
+The steps from the files to batches are `layouts` (where the files are), `image_files`, `coco` (annotations as arrays),
+`issues`, `datasets` and `loaders`. `check`, `show`, `shards` and `convert` are the tools behind the commands.
 """
 
 from pix2seq.data.coco import Annotations, Categories, load_annotations

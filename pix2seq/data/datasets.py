@@ -1,7 +1,7 @@
-"""Training examples and evaluation images.
+"""Training and evaluation datasets.
 
-Randomness is keyed, not remembered: what the c-th copy of image i looks like in epoch e depends on (seed, e, i, c)
-alone, whichever worker or rank makes it.
+Every training sample seeds its own generator from (seed, epoch, index, copy), so that it does not depend on the worker
+or process that makes it.
 """
 
 from dataclasses import dataclass
@@ -16,12 +16,20 @@ from pix2seq.errors import UserError
 from pix2seq.sequence import SequenceBuilder
 from pix2seq.transforms import PAD_VALUE, ColorAugmentation, EvalTransform, TrainTransform
 
-MAX_ATTEMPTS = 100  # images in a row that cannot be read, before somebody has to look
+MAX_ATTEMPTS = 100  # images in a row that cannot be read, before training stops
 
 
 @dataclass
 class TrainDataset(Dataset):
-    """Augmented training examples. Keys are (epoch, index, copy): see StepSampler."""
+    """Augmented training examples with their token sequences.
+
+    Args:
+        annotations: Images and objects.
+        transform: Geometric augmentation.
+        sequence_builder: Builds the token sequences.
+        seed: Seed of all randomness.
+        colors: Color augmentation, None for none.
+    """
 
     annotations: Annotations
     transform: TrainTransform
@@ -30,36 +38,54 @@ class TrainDataset(Dataset):
     colors: ColorAugmentation | None = None
 
     def __getitem__(self, key: tuple[int, int, int]) -> dict:
-        """pixel_values uint8 (3, S, S), image_id, size (2,): (height, width) of what the picture covers of the canvas,
-        and SequenceBuilder's input_ids, labels, weights, each (L,).
+        """Makes a training example.
 
-        Another image, the same in every run, stands in for one that cannot be read; `unreadable` then has a line for
-        each that was tried, its file and the reason, and is "" otherwise. With colour augmentation also `colors`, to
-        be painted on the device: see colors.paint.
+        An image that cannot be read is replaced by a random one, which depends on the seed and the key only.
+
+        Args:
+            key: (epoch, index of the image, number of the copy), see `StepSampler`.
+
+        Returns:
+            A dictionary with
+
+            - pixel_values: uint8 (3, S, S), the padded image.
+            - image_id: Id of the image.
+            - size: int (2,), the (height, width) of the part of the padded square that the image covers.
+            - input_ids, labels, token_weights: (L,), see `SequenceBuilder`.
+            - color_ops: With color augmentation only, see `apply_color_ops`.
+            - unreadable: A line "path: reason" for each image that was replaced.
         """
-        unreadable = []
+        unreadable: list[str] = []
         for attempt in range(MAX_ATTEMPTS):
-            rng = np.random.default_rng((self.seed, *key, *[attempt] * bool(attempt)))
-            index = int(rng.integers(len(self.annotations))) if attempt else key[1]
+            rng = np.random.default_rng((self.seed, *key) if attempt == 0 else (self.seed, *key, attempt))
+            index = key[1] if attempt == 0 else int(rng.integers(len(self.annotations)))
             try:
-                return self._example(index, rng) | {"unreadable": "\n".join(unreadable)}
-            except BadImageError as bad:
-                unreadable.append(f"{self.annotations.name(index)}: {bad}")
-        raise UserError(f"{MAX_ATTEMPTS} images in a row cannot be read, the last: {unreadable[-1]}")
+                return self._make_example(index, rng) | {"unreadable": "\n".join(unreadable)}
+            except BadImageError as error:
+                unreadable.append(f"{self.annotations.name(index)}: {error}")
+        raise UserError(f"{MAX_ATTEMPTS} images in a row cannot be read, the last one is {unreadable[-1]}")
 
-    def _example(self, index: int, rng: np.random.Generator) -> dict:
+    def _make_example(self, index: int, rng: np.random.Generator) -> dict:
         boxes, labels = self.annotations.objects(index)
-        canvas = self.transform(self.annotations.image_file(index), boxes, rng)
-        image_id, size = self.annotations.image_ids[index], np.array(canvas.valid_size)
-        example = {"pixel_values": canvas.image, "image_id": image_id, "size": size}
+        padded = self.transform(self.annotations.image_file(index), boxes, rng)
+        example = {
+            "pixel_values": padded.image,
+            "image_id": self.annotations.image_ids[index],
+            "size": np.array(padded.valid_size),
+        }
         if self.colors is not None:
             example["color_ops"] = self.colors.draw(rng)
-        return example | self.sequence_builder(canvas.boxes, labels[canvas.kept], rng, canvas.valid_fraction)
+        return example | self.sequence_builder(padded.boxes, labels[padded.kept], rng, padded.valid_fraction)
 
 
 @dataclass
 class EvalDataset(Dataset):
-    """Whole images without their annotations, and what is needed to bring boxes back to their pixels."""
+    """Whole images without annotations, and the sizes that map predicted boxes to their pixels.
+
+    Args:
+        annotations: The images.
+        transform: Resizes and pads them.
+    """
 
     annotations: Annotations
     transform: EvalTransform
@@ -68,19 +94,31 @@ class EvalDataset(Dataset):
         return len(self.annotations)
 
     def __getitem__(self, index: int) -> dict:
-        """pixel_values uint8 (3, S, S), image_id, size and original_size (height, width): see transforms.Canvas.
+        """Loads an image.
 
-        An image that cannot be read is an empty canvas; `unreadable` is its file and the reason, and "" otherwise.
+        Returns:
+            A dictionary with
+
+            - pixel_values: uint8 (3, S, S), the padded image; gray if the image cannot be read.
+            - image_id: Id of the image.
+            - size: int (2,), the (height, width) of the part of the padded square that the image covers.
+            - original_size: int (2,), the (height, width) of the image file.
+            - unreadable: "path: reason" if the image cannot be read, otherwise "".
         """
-        item = {"image_id": self.annotations.image_ids[index], "unreadable": ""}
+        unreadable = ""
         try:
-            picture = self.annotations.image_file(index)
-            canvas = self.transform(picture)
-        except BadImageError as bad:
+            file = self.annotations.image_file(index)
+            padded = self.transform(file)
+            pixels, size, original_size = padded.image, padded.valid_size, file.shape[-2:]
+        except BadImageError as error:
+            unreadable = f"{self.annotations.name(index)}: {error}"
             side = self.transform.image_size
-            size = np.array([side, side])
-            blank = torch.full((3, side, side), PAD_VALUE, dtype=torch.uint8)
-            item["unreadable"] = f"{self.annotations.name(index)}: {bad}"
-            return item | {"pixel_values": blank, "size": size, "original_size": size}
-        size, original_size = np.array(canvas.valid_size), np.array(picture.shape[-2:])
-        return item | {"pixel_values": canvas.image, "size": size, "original_size": original_size}
+            pixels = torch.full((3, side, side), PAD_VALUE, dtype=torch.uint8)
+            size = original_size = (side, side)
+        return {
+            "pixel_values": pixels,
+            "image_id": self.annotations.image_ids[index],
+            "size": np.array(size),
+            "original_size": np.array(original_size),
+            "unreadable": unreadable,
+        }

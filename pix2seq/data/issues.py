@@ -1,68 +1,76 @@
-"""What can be wrong with a dataset: the kinds of issues, and those of an annotation file's entries.
+"""Issues of a dataset: their kinds, and the checks of the entries of an annotation file.
 
-Training leaves out what is unusable and says so; `python -m pix2seq check` lists all of it.
+Training leaves out entries that cannot be used and logs how many; `pix2seq check` lists every issue.
 """
 
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeGuard
 
 import numpy as np
 
 ERROR, WARNING = "error", "warning"
 
-# Kind -> how bad it is, and what becomes of it. Errors lose data or teach something wrong.
-_IMAGE_REPLACED = "training takes another image in its place; evaluation counts its objects as not found"
-_OBJECT_LEFT_OUT = "the annotation is left out"
+_IMAGE_REPLACED = "training uses another image instead; evaluation counts its objects as missed"
+_ANNOTATION_IGNORED = "the annotation is ignored"
+# Kind -> (severity, effect). An error loses data or teaches the model something wrong.
 KINDS = {
-    # the annotation file
+    # annotation files
     "unusable": (ERROR, "training does not start"),
-    "image-entry": (ERROR, "the image entry is left out, and its annotations"),
-    "duplicate-image-id": (ERROR, "the first image of this id is used, and gets the annotations of all"),
-    "duplicate-file": (WARNING, "each entry is a sample of its own"),
-    "unknown-image": (ERROR, _OBJECT_LEFT_OUT),
-    "unknown-category": (ERROR, _OBJECT_LEFT_OUT),
-    "bbox-invalid": (ERROR, _OBJECT_LEFT_OUT),
-    "negative-size": (ERROR, "the annotation is left out of training"),
-    "zero-size": (WARNING, "the annotation is left out of training"),
-    "outside-image": (ERROR, "nothing of the box is left when it is clipped to the image: it is not trained on"),
+    "image-entry": (ERROR, "the image and its annotations are ignored"),
+    "duplicate-image-id": (ERROR, "only the first image with this id is used; it gets the annotations of all of them"),
+    "duplicate-file": (WARNING, "each entry is an image of its own"),
+    "unknown-image": (ERROR, _ANNOTATION_IGNORED),
+    "unknown-category": (ERROR, _ANNOTATION_IGNORED),
+    "bbox-invalid": (ERROR, _ANNOTATION_IGNORED),
+    "negative-size": (ERROR, "the annotation is not used for training"),
+    "zero-size": (WARNING, "the annotation is not used for training"),
+    "outside-image": (ERROR, "the box is empty after clipping to the image and is not used for training"),
     "beyond-edge": (WARNING, "the box is clipped to the image"),
-    "size-unknown": (WARNING, "its boxes are not compared to its edges"),
-    "boxes-xyxy": (ERROR, "the boxes are read as x, y, width, height all the same: mend the file"),
-    "boxes-fractions": (ERROR, "the boxes are read as pixels all the same: mend the file"),
-    "iscrowd-invalid": (WARNING, "taken as 0, an ordinary object"),
-    "area-invalid": (WARNING, "the area of the box is used in scoring"),
-    "duplicate-annotation-id": (WARNING, "annotations are numbered anew for scoring"),
-    "no-objects": (ERROR, "there is nothing to train on, or to measure: an AP of -1"),
-    "class-name-twice": (WARNING, "both are classes; only their ids tell them apart"),
-    "class-unused": (WARNING, "the model has the class, and learns that it is never there"),
-    # files
-    "path-outside": (ERROR, f"it is never opened; {_IMAGE_REPLACED}"),
+    "size-unknown": (WARNING, "the boxes are not compared with the edges of the image"),
+    "boxes-xyxy": (ERROR, "the boxes are still read as x, y, width, height; fix the file"),
+    "boxes-fractions": (ERROR, "the boxes are still read as pixels; fix the file"),
+    "iscrowd-invalid": (WARNING, "the annotation counts as iscrowd 0, an ordinary object"),
+    "area-invalid": (WARNING, "evaluation uses the area of the box"),
+    "duplicate-annotation-id": (WARNING, "evaluation numbers the annotations anew"),
+    "no-objects": (ERROR, "there is nothing to train on or to evaluate; AP is -1"),
+    "class-name-twice": (WARNING, "they are different classes, distinguished only by their ids"),
+    "class-unused": (WARNING, "the model has the class and learns not to predict it"),
+    # image files
+    "path-outside": (ERROR, f"the file is not opened; {_IMAGE_REPLACED}"),
     "missing-file": (ERROR, _IMAGE_REPLACED),
     "other-unicode-form": (WARNING, "the file is used"),
     "unreadable-file": (ERROR, _IMAGE_REPLACED),
-    "too-many-pixels": (ERROR, f"it is not decoded; {_IMAGE_REPLACED}"),
-    "size-differs": (ERROR, "the boxes are taken as pixels of the file as it is"),
-    "suffix-differs": (WARNING, "the content decides how it is read"),
-    "exif-turned": (WARNING, "the image is turned, as its annotated size asks for"),
-    "exif-ignored": (WARNING, "the image is used as it is stored; see that its boxes fit"),
-    "cmyk": (WARNING, "converted to RGB"),
-    "other-colours": (WARNING, "converted to RGB"),
-    "16-bit": (WARNING, "the upper 8 bits are used"),
-    "grey": (WARNING, "read as RGB with three equal channels"),
-    "palette": (WARNING, "converted to RGB"),
-    "animated": (WARNING, "its first frame is used"),
-    "transparent": (WARNING, "what lies under the transparency is used as it is"),
-    "duplicate-image": (WARNING, "both are used"),
-    # both splits together
-    "leak": (WARNING, "used in both splits: what is measured on it is not what the model can do"),
+    "too-many-pixels": (ERROR, f"the file is not decoded; {_IMAGE_REPLACED}"),
+    "size-differs": (ERROR, "the boxes are read as pixels of the image file"),
+    "suffix-differs": (WARNING, "the format is detected from the content"),
+    "exif-applied": (WARNING, "the EXIF orientation is applied, because the annotated size matches the rotated image"),
+    "exif-ignored": (WARNING, "the image is used as stored; verify that its boxes fit"),
+    "cmyk": (WARNING, "the image is converted to RGB"),
+    "other-colors": (WARNING, "the image is converted to RGB"),
+    "16-bit": (WARNING, "only the upper 8 bits are used"),
+    "grayscale": (WARNING, "the image is converted to RGB with three equal channels"),
+    "palette": (WARNING, "the image is converted to RGB"),
+    "animated": (WARNING, "only the first frame is used"),
+    "transparent": (WARNING, "the alpha channel is ignored"),
+    "duplicate-image": (WARNING, "both images are used"),
+    # both splits
+    "leak": (WARNING, "the image is in both splits; its AP does not measure generalization"),
 }
 
 
 @dataclass(frozen=True)
 class DatasetIssue:
-    """One issue: its kind, the file, the entry in it ("annotation 7", a file name, or "") and what was found."""
+    """An issue of a dataset.
+
+    Args:
+        kind: A key of `KINDS`.
+        file: The annotation file, or the folder or archive of the images.
+        entry: The affected entry: "annotation 7", "image 3", "category 2", a file name, or "" for the whole file.
+        value: Description of the invalid value.
+    """
 
     kind: str
     file: str
@@ -71,10 +79,12 @@ class DatasetIssue:
 
     @property
     def severity(self) -> str:
+        """`ERROR` or `WARNING`."""
         return KINDS[self.kind][0]
 
     @property
     def effect(self) -> str:
+        """How training and evaluation treat the entry."""
         return KINDS[self.kind][1]
 
     def __str__(self) -> str:
@@ -82,65 +92,92 @@ class DatasetIssue:
 
 
 def count_by_kind(issues: Iterable[DatasetIssue]) -> str:
-    """How many there are of each kind, as one line: "3 unknown-category, 1 bbox-invalid"."""
+    """Formats the number of issues of each kind, such as "3 unknown-category, 1 bbox-invalid"."""
     counts = Counter(issue.kind for issue in issues)
     return ", ".join(f"{count} {kind}" for kind, count in counts.most_common())
 
 
 def usable_images(entries: list[dict], path: Path) -> tuple[list[dict], list[DatasetIssue]]:
-    """The image entries that have what is needed, each id once, and what is wrong with the others."""
-    issues, by_id, files = [], {}, set()
+    """Selects the image entries with a valid and unique id and a file name.
+
+    Args:
+        entries: The list "images" of an annotation file.
+        path: The annotation file, for the issues.
+
+    Returns:
+        The usable entries, and the issues of all entries.
+    """
+    issues: list[DatasetIssue] = []
+    name_by_id: dict[int, str] = {}
+    names: set[str] = set()
+    usable = []
     for entry in entries:
         image_id, name = entry.get("id"), entry.get("file_name")
         if not (is_id(image_id) and is_text(name) and name):
-            value = f"no whole number 'id' or no 'file_name' of Unicode text: {entry}"[:200]
+            value = f"'id' must be an integer and 'file_name' Unicode text: {entry}"[:200]
             issues.append(DatasetIssue("image-entry", str(path), "", value))
-        elif image_id in by_id:
-            value = f"{name!r} has the id of {by_id[image_id]['file_name']!r}"
-            issues.append(DatasetIssue("duplicate-image-id", str(path), f"image {image_id}", value))
-        else:
-            if name in files:
-                issues.append(
-                    DatasetIssue("duplicate-file", str(path), f"image {image_id}", f"{name!r} is listed again")
-                )
-            by_id[image_id] = entry
-            files.add(name)
-    return list(by_id.values()), issues
+            continue
+        entry_name = f"image {image_id}"
+        if image_id in name_by_id:
+            value = f"{name!r} has the id of {name_by_id[image_id]!r}"
+            issues.append(DatasetIssue("duplicate-image-id", str(path), entry_name, value))
+            continue
+        if name in names:
+            issues.append(DatasetIssue("duplicate-file", str(path), entry_name, f"{name!r} is used by another entry"))
+        name_by_id[image_id] = name
+        names.add(name)
+        usable.append(entry)
+    return usable, issues
 
 
 def usable_objects(
     entries: list[dict], image_ids: Iterable[int], category_ids: Iterable[int], path: Path
 ) -> tuple[list[dict], list[DatasetIssue]]:
-    """The annotations with four finite numbers, of an image and a class that exist, and what is wrong with them and
-    with the others. What is wrong with iscrowd and area is taken out of the entries."""
+    """Selects the annotations with a valid box, a known image and a known category.
+
+    An invalid "iscrowd" becomes 0 and an invalid "area" is removed, in place.
+
+    Args:
+        entries: The list "annotations" of an annotation file.
+        image_ids: Ids of the images.
+        category_ids: Ids of the categories.
+        path: The annotation file, for the issues.
+
+    Returns:
+        The usable entries, and the issues of all entries.
+    """
     image_ids, category_ids = set(image_ids), set(category_ids)
-    known = join_names(map(str, sorted(category_ids)))
-    usable, issues, seen = [], [], set()
+    known_categories = join_names(map(str, sorted(category_ids)))
+    usable: list[dict] = []
+    issues: list[DatasetIssue] = []
+    seen: set[int] = set()
+
+    def add_issue(kind: str, entry: dict, value: str) -> None:
+        issues.append(DatasetIssue(kind, str(path), _entry_name(entry), value))
+
     for entry in entries:
-        kind, value, box = None, "", entry.get("bbox")
-        if is_id(annotation_id := entry.get("id")):
+        annotation_id, image_id, category_id = entry.get("id"), entry.get("image_id"), entry.get("category_id")
+        if is_id(annotation_id):
             if annotation_id in seen:
-                issues.append(
-                    DatasetIssue("duplicate-annotation-id", str(path), _name(entry), "the id was used before")
-                )
+                add_issue("duplicate-annotation-id", entry, "another annotation has the same id")
             seen.add(annotation_id)
-        if not (isinstance(box, list) and len(box) == 4 and all(is_finite(number) for number in box)):
-            kind, value = "bbox-invalid", f"bbox {box}: four finite numbers x, y, width, height are needed"
-        elif not is_id(entry.get("image_id")) or entry["image_id"] not in image_ids:
-            kind, value = "unknown-image", f"image {entry.get('image_id')} is not in the file"
-        elif not is_id(entry.get("category_id")) or entry["category_id"] not in category_ids:
-            kind, value = "unknown-category", f"category {entry.get('category_id')} is not one of {known}"
-        if kind is not None:
-            issues.append(DatasetIssue(kind, str(path), _name(entry), value))
+        bbox = entry.get("bbox")
+        if not (isinstance(bbox, list) and len(bbox) == 4 and all(is_finite(number) for number in bbox)):
+            add_issue("bbox-invalid", entry, f"bbox {bbox}: must be four finite numbers x, y, width, height")
+            continue
+        if not (is_id(image_id) and image_id in image_ids):
+            add_issue("unknown-image", entry, f"image {image_id} is not in the file")
+            continue
+        if not (is_id(category_id) and category_id in category_ids):
+            add_issue("unknown-category", entry, f"category {category_id} is not one of {known_categories}")
             continue
         usable.append(entry)
         if entry.get("iscrowd", 0) not in (0, 1):
-            issues.append(
-                DatasetIssue("iscrowd-invalid", str(path), _name(entry), f"iscrowd {entry['iscrowd']!r}: 0 or 1")
-            )
+            add_issue("iscrowd-invalid", entry, f"iscrowd {entry['iscrowd']!r}: must be 0 or 1")
             entry["iscrowd"] = 0
-        if (area := entry.get("area")) is not None and not (is_finite(area) and area >= 0):
-            issues.append(DatasetIssue("area-invalid", str(path), _name(entry), f"area {area!r}"))
+        area = entry.get("area")
+        if area is not None and not (is_finite(area) and area >= 0):
+            add_issue("area-invalid", entry, f"area {area!r}: must be a number of at least 0")
             del entry["area"]
     return usable, issues
 
@@ -148,68 +185,79 @@ def usable_objects(
 def find_box_issues(
     boxes: np.ndarray, sizes: np.ndarray, crowd: np.ndarray, entries: list[dict], path: Path
 ) -> list[DatasetIssue]:
-    """What is wrong with boxes (M, 4) xywh that are numbers, given the (height, width) (M, 2) of their images, 0 where
-    unknown. A pixel over the edge is rounding."""
-    issues = []
+    """Finds boxes without area, boxes that leave their image, and files whose boxes probably have another format.
+
+    A tolerance of one pixel at the edges allows for rounding.
+
+    Args:
+        boxes: float32 (M, 4), x, y, width, height in pixels.
+        sizes: int (M, 2), the (height, width) of the image of each box, 0 if unknown.
+        crowd: bool (M,), whether the box is a crowd.
+        entries: The M annotations, for the issues.
+        path: The annotation file, for the issues.
+    """
     x, y, width, height = boxes.T
+    image_height, image_width = sizes.T
     known = sizes.min(axis=1) > 0
-    limit_y, limit_x = sizes.T
     negative = (boxes[:, 2:] < 0).any(axis=1)
-    empty = (boxes[:, :2] + boxes[:, 2:] <= boxes[:, :2]).any(axis=1)  # also one that is thinner than float32 can tell
-    solid = ~negative & ~empty
-    outside = solid & known & ((x >= limit_x) | (y >= limit_y) | (x + width <= 0) | (y + height <= 0))
-    beyond = solid & known & ~outside & ((x < -1) | (y < -1) | (x + width > limit_x + 1) | (y + height > limit_y + 1))
-    as_corners = known & (width > x) & (height > y) & (width <= limit_x + 1) & (height <= limit_y + 1)
-    for kind, rows in (
-        ("negative-size", negative),
-        ("zero-size", empty & ~negative),
-        ("outside-image", outside),
-        ("beyond-edge", beyond),
-    ):
-        for row in np.flatnonzero(rows).tolist():
-            value = f"bbox {entries[row]['bbox']}"
+    # Includes boxes that are thinner than the resolution of float32.
+    empty = (boxes[:, :2] + boxes[:, 2:] <= boxes[:, :2]).any(axis=1) & ~negative
+    checked = known & ~negative & ~empty
+    outside = checked & ((x >= image_width) | (y >= image_height) | (x + width <= 0) | (y + height <= 0))
+    leaves = (x < -1) | (y < -1) | (x + width > image_width + 1) | (y + height > image_height + 1)
+    beyond = checked & leaves & ~outside
+    fits_as_xyxy = known & (width > x) & (height > y) & (width <= image_width + 1) & (height <= image_height + 1)
+
+    issues = []
+    masks = {"negative-size": negative, "zero-size": empty, "outside-image": outside, "beyond-edge": beyond}
+    for kind, mask in masks.items():
+        for index in np.flatnonzero(mask).tolist():
+            value = f"bbox {entries[index]['bbox']}"
             if kind in ("outside-image", "beyond-edge"):
-                value += f", image {limit_x[row]} x {limit_y[row]}"
-                value += " (as x1, y1, x2, y2 it would fit)" if as_corners[row] else ""
-            issues.append(DatasetIssue(kind, str(path), _name(entries[row]), value))
+                value += f", image {image_width[index]} x {image_height[index]}"
+                value += " (as x1, y1, x2, y2 it would fit)" if fits_as_xyxy[index] else ""
+            issues.append(DatasetIssue(kind, str(path), _entry_name(entries[index]), value))
     count = len(boxes)
-    # Of boxes that really are xywh, some lie far from the origin and are smaller than their distance from it.
+    if count < 10:
+        return issues
+    # A share of 0.99, because many boxes in xywh format near the origin would fit as xyxy, too.
     compared = known & ~crowd
-    if count >= 10 and (beyond | outside).mean() > 0.1 and compared.any() and as_corners[compared].mean() > 0.99:
-        value = (
-            f"{(beyond | outside).sum()} of {count} boxes leave their images; as x1, y1, x2, y2 nearly all would fit"
-        )
+    if (beyond | outside).mean() > 0.1 and compared.any() and fits_as_xyxy[compared].mean() > 0.99:
+        num_leaving = (beyond | outside).sum()
+        value = f"{num_leaving} of {count} boxes leave their images; nearly all would fit as x1, y1, x2, y2"
         issues.append(DatasetIssue("boxes-xyxy", str(path), "", value))
-    if count >= 10 and (boxes <= 1).all():
-        issues.append(
-            DatasetIssue("boxes-fractions", str(path), "", f"all {count} boxes lie within one pixel: fractions?")
-        )
+    if (boxes <= 1).all():
+        value = f"all {count} boxes lie within one pixel; they may be fractions of the image size"
+        issues.append(DatasetIssue("boxes-fractions", str(path), "", value))
     return issues
 
 
-def _name(entry: dict) -> str:
-    return f"annotation {entry.get('id')}"
-
-
-def join_names(names: Iterable[str], most: int = 10) -> str:
+def join_names(names: Iterable[str], max_names: int = 10) -> str:
+    """Joins names by commas; further names are counted."""
     names = list(names)
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-def is_text(value) -> bool:
-    """A string that can be written: JSON may hold halves of characters."""
-    return isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value)
+    more = f" and {len(names) - max_names} more" if len(names) > max_names else ""
+    return ", ".join(names[:max_names]) + more
 
 
 def sanitize(name: str) -> str:
-    """A file's name in one line."""
+    """Escapes the characters of a name that cannot be printed, such as line breaks."""
     return name if name.isprintable() else name.encode("unicode_escape").decode()
 
 
-def is_id(value) -> bool:
+def is_text(value) -> TypeGuard[str]:
+    """Returns True for a string that can be encoded as UTF-8; JSON may contain lone surrogates."""
+    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
+
+
+def is_id(value) -> TypeGuard[int]:
+    """Returns True for an integer that int64 can hold."""
     return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
 
 
-def is_finite(value) -> bool:
-    """A number that float32 can hold."""
+def is_finite(value) -> TypeGuard[int | float]:
+    """Returns True for a number that float32 can hold."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e38
+
+
+def _entry_name(entry: dict) -> str:
+    return f"annotation {entry.get('id')}"

@@ -1,71 +1,93 @@
-"""Where the splits of a dataset lie: the layouts that are read as they are."""
+"""Dataset layouts: the locations of the splits of COCO and Roboflow datasets."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 from pix2seq.errors import UserError
 
+ROBOFLOW_JSON = "_annotations.coco.json"
+ROBOFLOW_FOLDERS = {"train": ("train",), "val": ("valid", "val")}
+SHARDS_JSON = "annotations.json"
+
 
 @dataclass(frozen=True)
 class Split:
-    """One split of a dataset: its images (a folder, a zip archive or a folder of shards: see images.open_store), and
-    its COCO annotation file."""
+    """The files of a split.
+
+    Args:
+        images: A folder, a zip archive, or a folder of shards.
+        json: The COCO annotation file.
+    """
 
     images: Path
     json: Path
 
 
-# Names of a split's folder in the exports of Roboflow.
-_ROBOFLOW = {"train": ("train",), "val": ("valid", "val")}
-ROBOFLOW_JSON = "_annotations.coco.json"
-SHARDS_JSON = "annotations.json"
-
-
 def find_split(
-    name: str, root: str | None, images: str | None = None, json: str | None = None, shards: str | None = None
+    name: str,
+    root: str | Path | None,
+    images: str | None = None,
+    json: str | None = None,
+    shards: str | None = None,
 ) -> Split:
-    """One split by the flags that name a dataset: `name` (train or val) under a root, or folder and file, or shards.
+    """Locates a split by the values of the dataset flags.
 
-    Raises UserError if it is not there.
+    Args:
+        name: "train" or "val".
+        root: Folder of the dataset, see `find_split_in_root`.
+        images: Folder or archive of the images, for other layouts.
+        json: Annotation file, for other layouts.
+        shards: Folder that `pix2seq shard` wrote; has priority.
+
+    Raises:
+        UserError: The split does not exist.
     """
     if shards is not None:
         if not (Path(shards) / SHARDS_JSON).is_file():
-            raise UserError(f"--{name}_shards {shards}: holds no {SHARDS_JSON} (`python -m pix2seq shard` does)")
+            raise UserError(
+                f"--{name}_shards {shards}: has no {SHARDS_JSON}; name a folder that `pix2seq shard` wrote"
+            )
         return Split(Path(shards), Path(shards) / SHARDS_JSON)
-    return split_of_root(root, name) if json is None else Split(Path(images), Path(json))
+    if images is not None and json is not None:
+        return Split(Path(images), Path(json))
+    if root is None:
+        raise UserError(f"--root: missing; name the dataset, or its --{name}_images and --{name}_json")
+    return find_split_in_root(root, name)
 
 
-def split_of_root(root: str | Path, name: str) -> Split:
-    """A split (train or val) of a folder in COCO's layout or Roboflow's.
+def find_split_in_root(root: str | Path, name: str) -> Split:
+    """Locates a split in a folder with the layout of COCO or of a COCO export of Roboflow.
 
-    COCO: annotations/instances_{name}2017.json, and images/{name}2017/ or, as the archives unpack, {name}2017/, or an
-    archive that was left as it is, {name}2017.zip. Roboflow: {train,valid}/_annotations.coco.json among the images.
+    COCO has annotations/instances_{name}2017.json, and images/{name}2017/ or {name}2017/ or one of these as a zip
+    archive. Roboflow has {train,valid}/_annotations.coco.json in the folder of the images.
+
+    Raises:
+        UserError: The split does not exist.
     """
     root = Path(root)
     if not root.is_dir():
         raise UserError(f"--root {root}: no such folder")
     annotations = root / "annotations" / f"instances_{name}2017.json"
     if annotations.is_file():
-        for images in (root / "images" / f"{name}2017", root / f"{name}2017"):
-            for path in (images, images.with_name(images.name + ".zip")):
-                if path.exists():
-                    return Split(path, annotations)
-        raise UserError(f"--root {root}: neither images/{name}2017 nor {name}2017 is a folder, or a zip archive")
-    for folder in _ROBOFLOW[name]:
-        if (root / folder / ROBOFLOW_JSON).is_file():
-            return Split(root / folder, root / folder / ROBOFLOW_JSON)
-    if _looks_convertible(root):
+        for folder in (root / "images" / f"{name}2017", root / f"{name}2017"):
+            for images in (folder, folder.with_name(f"{folder.name}.zip")):
+                if images.exists():
+                    return Split(images, annotations)
+        raise UserError(f"--root {root}: neither images/{name}2017 nor {name}2017 is a folder or zip archive")
+    for folder_name in ROBOFLOW_FOLDERS[name]:
+        images = root / folder_name
+        if (images / ROBOFLOW_JSON).is_file():
+            return Split(images, images / ROBOFLOW_JSON)
+    missing = f"--root {root}: {annotations.relative_to(root)} is missing"
+    if _is_convertible(root):
         raise UserError(
-            f"--root {root}: {annotations.relative_to(root)} is missing. It looks like YOLO or Pascal VOC: `python -m "
-            f"pix2seq.data convert {root} OUT` writes COCO files for it, and leaves its images where they are"
+            f"{missing}. It looks like YOLO or Pascal VOC: `pix2seq convert {root} OUT` writes COCO annotation files "
+            "and leaves the images where they are"
         )
-    raise UserError(
-        f"--root {root}: {annotations.relative_to(root)} is missing (COCO), and so is "
-        f"{_ROBOFLOW[name][0]}/{ROBOFLOW_JSON} (Roboflow)"
-    )
+    raise UserError(f"{missing} (COCO), and so is {ROBOFLOW_FOLDERS[name][0]}/{ROBOFLOW_JSON} (Roboflow)")
 
 
-def _looks_convertible(root: Path) -> bool:
+def _is_convertible(root: Path) -> bool:
     if any((root / name).exists() for name in ("data.yaml", "data.yml", "Annotations", "JPEGImages")):
         return True
     return any(next((root / folder).glob("*.xml"), None) for folder in ("train", "valid", "val"))

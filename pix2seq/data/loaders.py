@@ -1,7 +1,4 @@
-"""In which order examples come, and the loaders that make them.
-
-The order of an epoch depends on (seed, epoch) alone.
-"""
+"""The order of training examples, and the data loaders."""
 
 import os
 from collections.abc import Iterator
@@ -15,11 +12,21 @@ from pix2seq.data.datasets import EvalDataset, TrainDataset
 
 @dataclass
 class StepSampler(Sampler):
-    """Endless micro-batches of (epoch, index, copy) for one rank, from any step on, without reading what lies before.
+    """Endless micro-batches of (epoch, index, copy) for one process, from any optimizer step on.
 
-    All samples form one stream, epoch after epoch, each in an order of its own. Optimizer step s takes the next
-    `batch_size * accumulation * world_size` of it, so the same samples make up a step however that product is split.
-    Each image gives `repetition` samples in a row (batch repetition, Hoffer et al. 2020).
+    All samples form one stream of epochs, each in its own order, which depends on (seed, epoch) only. Each optimizer
+    step takes the next `samples_per_step` samples. Which samples it takes does not depend on how this number is split
+    into micro-batches and processes.
+
+    Args:
+        num_images: Number of images of an epoch.
+        batch_size: Size of a micro-batch.
+        accumulation: Micro-batches per optimizer step and process.
+        rank: Rank of this process.
+        world_size: Number of processes.
+        seed: Seed of the order.
+        start_step: First optimizer step.
+        repetition: Consecutive samples of each image, numbered as `copy` (batch repetition, Hoffer et al. 2020).
     """
 
     num_images: int
@@ -33,10 +40,12 @@ class StepSampler(Sampler):
 
     @property
     def samples_per_step(self) -> int:
+        """Samples per optimizer step, over all processes."""
         return self.batch_size * self.accumulation * self.world_size
 
     @property
     def steps_per_epoch(self) -> float:
+        """Optimizer steps per epoch, not rounded."""
         return self.num_images * self.repetition / self.samples_per_step
 
     def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
@@ -57,43 +66,46 @@ class StepSampler(Sampler):
 
 
 def collate(examples: list[dict]) -> dict:
-    """default_collate, but that pixel_values (B, 3, S, S) keep the three values of a pixel side by side."""
+    """Applies `default_collate`, but gives pixel_values (B, 3, S, S) the memory format channels_last."""
     pixels = default_collate([example["pixel_values"].permute(1, 2, 0) for example in examples])
     rest = [{name: value for name, value in example.items() if name != "pixel_values"} for example in examples]
     return {"pixel_values": pixels.permute(0, 3, 1, 2)} | default_collate(rest)
 
 
 def train_loader(dataset: TrainDataset, sampler: StepSampler, num_workers: int, pin_memory: bool) -> DataLoader:
+    """Loads the batches of a sampler; endless."""
     return DataLoader(
         dataset,
         batch_sampler=sampler,
         collate_fn=collate,
         num_workers=num_workers,
         pin_memory=pin_memory,
-        worker_init_fn=_leave_group_signals_to_the_trainer,
+        worker_init_fn=_leave_process_group,
     )
 
 
-def _leave_group_signals_to_the_trainer(worker: int) -> None:
-    """Schedulers and shells signal a whole process group. Workers that died of it would take the trainer with them
-    before it has saved, so they form groups of their own; the trainer ends them."""
-    if hasattr(os, "setpgid"):
-        os.setpgid(0, 0)
-
-
 def eval_loader(dataset: EvalDataset, batch_size: int, rank: int, world_size: int, num_workers: int = 0) -> DataLoader:
-    """This rank's share of the images: every `world_size`-th batch.
+    """Loads every `world_size`-th batch of images.
 
-    Which images share a batch does not depend on the number of processes, no image is read twice, and ranks may have
-    different numbers of batches.
+    The images of a batch do not depend on the number of processes, and every image is loaded by one process only. The
+    processes can have different numbers of batches.
     """
-    indices = range(len(dataset))
-    batches = [list(indices[start : start + batch_size]) for start in range(0, len(dataset), batch_size)]
-    batches = batches[rank::world_size]
+    starts = range(0, len(dataset), batch_size)
+    batches = [list(range(start, min(start + batch_size, len(dataset)))) for start in starts][rank::world_size]
     return DataLoader(
         dataset,
         batch_sampler=batches,
         collate_fn=collate,
         num_workers=min(num_workers, len(batches)),
-        worker_init_fn=_leave_group_signals_to_the_trainer,
+        worker_init_fn=_leave_process_group,
     )
+
+
+def _leave_process_group(worker: int) -> None:
+    """Moves a worker into its own process group.
+
+    Schedulers and shells send signals to a whole process group. A worker that dies of one would end training before a
+    checkpoint is saved. Training stops its workers itself.
+    """
+    if hasattr(os, "setpgid"):
+        os.setpgid(0, 0)

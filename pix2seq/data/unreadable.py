@@ -1,46 +1,49 @@
-"""How many training images may be unusable: each is replaced by another, and too many end the run."""
+"""Limits the number of training images that are replaced because they cannot be read."""
 
 from dataclasses import dataclass, field
 
 from pix2seq.data.coco import Annotations
+from pix2seq.data.issues import join_names
 from pix2seq.errors import UserError
 
-LISTED = 10
 
-
-class TooManyUnreadable(UserError):
-    """More images than allowed are missing or broken. All ranks raise it at the same step."""
+class TooManyUnreadableError(UserError):
+    """More images than allowed are missing or broken. All processes raise it at the same step."""
 
 
 @dataclass
 class UnreadableImages:
-    """The training images found to be unusable, on all ranks alike: lines of file and reason.
+    """The training images that cannot be read, the same on all processes.
 
-    most   how many of them there may be
+    Args:
+        max_count: Largest allowed number.
+        lines: "path: reason" of each image.
     """
 
-    most: float
+    max_count: float
     lines: set[str] = field(default_factory=set)
 
     @classmethod
-    def from_annotations(cls, annotations: Annotations, share: float) -> "UnreadableImages":
-        """Those known before any file is opened. Raises TooManyUnreadable if they are more than a `share`."""
-        unreadable = cls(share * len(annotations))
-        unreadable.lines |= {f"{annotations.name(index)}: {bad}" for index, bad in annotations.bad_images.items()}
-        unreadable.enforce()
+    def from_annotations(cls, annotations: Annotations, max_fraction: float) -> "UnreadableImages":
+        """Starts with the images that are missing before any file is opened.
+
+        Raises:
+            TooManyUnreadableError: They are more than the fraction of all images that is allowed.
+        """
+        lines = {f"{annotations.name(index)}: {error}" for index, error in annotations.bad_images.items()}
+        unreadable = cls(max_fraction * len(annotations), lines)
+        unreadable.check_limit()
         return unreadable
 
-    def new(self, micro_batches: list[dict]) -> set[str]:
-        """The lines of TrainDataset's examples that are not known yet."""
-        said = {line for batch in micro_batches for text in batch["unreadable"] for line in text.splitlines()}
-        return said - self.lines
+    def find_new(self, micro_batches: list[dict]) -> set[str]:
+        """Returns the lines in batches of `TrainDataset` that are not in `lines`."""
+        texts = (text for batch in micro_batches for text in batch["unreadable"])
+        return {line for text in texts for line in text.splitlines()} - self.lines
 
-    def enforce(self) -> None:
-        """Raises TooManyUnreadable."""
-        if len(self.lines) > self.most:
-            shown = sorted(self.lines)
-            more = f" and {len(shown) - LISTED} more" if len(shown) > LISTED else ""
-            raise TooManyUnreadable(
-                f"{len(shown)} training images are missing or broken, more than --max_unreadable allows "
-                f"({self.most:.4g}): {'; '.join(shown[:LISTED])}{more}"
+    def check_limit(self) -> None:
+        """Raises TooManyUnreadableError if there are more images than allowed."""
+        if len(self.lines) > self.max_count:
+            raise TooManyUnreadableError(
+                f"{len(self.lines)} training images are missing or broken, more than --max_unreadable allows "
+                f"({self.max_count:.4g}): {join_names(sorted(self.lines))}"
             )
