@@ -1,9 +1,9 @@
-"""Many visitors of the demo page at once: how long they wait, whether all get an answer, what memory the server keeps.
+"""Measures the demo page under load: response times, errors and memory of the server.
 
 python -m benchmarks.demo_load --checkpoint DIR --output FILE --page docs/demo.md        (2 cores, 4 minutes)
 
-The page is served by a process of its own on this machine, which the visitors share with it. Each has one picture
-after the other, drawn shapes of its own. Programs ask `/detect`; visitors are told what a browser would be told.
+The server is a process of its own on this machine, and the clients share the machine with it. Each client sends drawn
+images one after the other. Programs call `/detect`; visitors open the page, receive its example and upload an image.
 """
 
 import argparse
@@ -31,162 +31,159 @@ from benchmarks.record import environment
 from pix2seq.data.shapes import draw_image
 from pix2seq.progress import progress
 
-SIDE, SHAPES = 320, 4
-WARM_UP = 10  # pictures
-PATIENCE = 120  # seconds without a word from the server
-MARK, END = "<!-- load -->\n", "<!-- end -->"
+NUM_WARM_UP = 10  # images
+TIMEOUT = 120  # seconds without an answer of the server
+BEGIN, END = "<!-- load -->\n", "<!-- end -->"
 
 
 @contextmanager
-def served(checkpoint: str):
-    """The page's address, and its process."""
+def serve(checkpoint: str) -> Iterator[tuple[str, psutil.Process]]:
+    """Starts the server; yields its address and its process."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    words = ["--checkpoint", checkpoint, "--port", str(port), "--device", "cpu"]
-    server = subprocess.Popen([sys.executable, "-m", "pix2seq.demo", *words], stdout=subprocess.PIPE, text=True)
-    try:
-        if not (line := server.stdout.readline()):
-            raise SystemExit("error: the page is not served")
-        yield line.split()[0], psutil.Process(server.pid)
-    finally:
-        server.terminate()
-        server.wait()
+    words = ["demo", "--checkpoint", checkpoint, "--port", str(port), "--device", "cpu"]
+    with subprocess.Popen([sys.executable, "-m", "pix2seq", *words], stdout=subprocess.PIPE, text=True) as server:
+        try:
+            if not (line := server.stdout.readline()):
+                raise SystemExit("error: the server did not start")
+            yield line.split()[0], psutil.Process(server.pid)
+        finally:
+            server.terminate()
 
 
 def program(url: str) -> Callable[[Path], list[float]]:
-    """Asks about a picture: seconds until the boxes are there."""
+    """A client that calls `/detect`. It returns the seconds until the boxes arrive."""
     client = Client(url, verbose=False)
 
-    def ask(path: Path) -> list[float]:
+    def call(path: Path) -> list[float]:
         started = time.perf_counter()
         client.predict(handle_file(path), 0.5, api_name="/detect")
         return [time.perf_counter() - started]
 
-    return ask
+    return call
 
 
 def visitor(url: str) -> Callable[[Path], list[float]]:
-    """Opens the page, sees its example, and uploads a picture: seconds until the first token about it is shown, and
-    until the whole sentence is."""
-    browser = httpx.Client(base_url=url, timeout=PATIENCE)
+    """A client that behaves as a browser. It returns the seconds until the first token and until the last one."""
+    client = httpx.Client(base_url=url, timeout=TIMEOUT)
 
-    def look(path: Path) -> list[float]:
-        browser.get("/")
-        calls = {call["targets"][0][1]: call["id"] for call in browser.get("/config").json()["dependencies"][:2]}
-        list(_shown(browser, calls["load"], None))
+    def call(path: Path) -> list[float]:
+        client.get("/")
+        functions = {item["targets"][0][1]: item["id"] for item in client.get("/config").json()["dependencies"][:2]}
+        list(_frames(client, functions["load"], None))
         started = time.perf_counter()
-        (place,) = browser.post("/gradio_api/upload", files={"files": (path.name, path.read_bytes())}).json()
-        file = {"path": place, "meta": {"_type": "gradio.FileData"}}
-        times = [time.perf_counter() - started for _ in _shown(browser, calls["upload"], file)]
+        (uploaded,) = client.post("/gradio_api/upload", files={"files": (path.name, path.read_bytes())}).json()
+        file = {"path": uploaded, "meta": {"_type": "gradio.FileData"}}
+        times = [time.perf_counter() - started for _ in _frames(client, functions["upload"], file)]
         return [times[0], times[-1]]
 
-    return look
+    return call
 
 
-def _shown(browser: httpx.Client, function: int, argument: object) -> Iterator[None]:
-    """Whenever the page shows more of a sentence, from its first token to its end."""
+def _frames(client: httpx.Client, function: int, argument: object) -> Iterator[None]:
+    """Yields for each frame of a sequence, from its first token on."""
     call = {"fn_index": function, "data": [argument], "session_hash": uuid.uuid4().hex}
-    browser.post("/gradio_api/queue/join", json=call).raise_for_status()
-    begun = False
-    with browser.stream("GET", "/gradio_api/queue/data", params={"session_hash": call["session_hash"]}) as events:
+    client.post("/gradio_api/queue/join", json=call).raise_for_status()
+    has_tokens = False
+    with client.stream("GET", "/gradio_api/queue/data", params={"session_hash": call["session_hash"]}) as events:
         for line in filter(None, events.iter_lines()):
             message = json.loads(line.removeprefix("data: "))
-            if 'class=\\"fault\\"' in line or not message.get("success", True):
+            if 'class=\\"error\\"' in line or not message.get("success", True):
                 raise RuntimeError(line)
-            begun = begun or "<td>" in line
-            if begun:
+            has_tokens = has_tokens or "<td>" in line
+            if has_tokens:
                 yield
             if message["msg"] == "process_completed":
                 return
-    raise RuntimeError("the server ended before the sentence")
+    raise RuntimeError("the connection ended before the sequence")
 
 
-def visit(kind: Callable, url: str, number: int, pictures: int, folder: Path) -> list[tuple[list[float], str]]:
-    """Of each picture the seconds, and what went wrong."""
-    ask, answers = kind(url), []
-    for picture in range(pictures):
-        path = folder / f"{number}_{picture}.png"
-        draw_image(np.random.default_rng((number, picture)), SIDE, SHAPES)[0].save(path)
+# Clients, and what their times measure.
+CLIENTS = {program: ("boxes",), visitor: ("first token", "last token")}
+
+
+def send_images(client: Callable, url: str, seed: int, num_images: int, folder: Path) -> list[tuple[list[float], str]]:
+    """Sends images one after the other. Returns the times and the error of each."""
+    call, answers = client(url), []
+    for number in range(num_images):
+        path = folder / f"{seed}_{number}.png"
+        draw_image(np.random.default_rng((seed, number)), 320, 4)[0].save(path)
         try:
-            answers.append((ask(path), ""))
-        except Exception as problem:  # each is counted
-            answers.append(([], repr(problem)))
+            answers.append((call(path), ""))
+        except Exception as error:  # counted
+            answers.append(([], repr(error)))
     return answers
 
 
-def rush(kind: Callable, url: str, count: int, pictures: int, folder: Path) -> dict:
+def measure_clients(client: Callable, url: str, num_clients: int, num_images: int, folder: Path) -> dict:
+    """Runs clients at the same time."""
     started, answers = time.perf_counter(), []
-    with ThreadPoolExecutor(count) as pool:
-        visits = [pool.submit(visit, kind, url, number, pictures, folder) for number in range(count)]
-        for done in progress(as_completed(visits), f"{count} {kind.__name__}s", count):
-            answers += done.result()
+    with ThreadPoolExecutor(num_clients) as pool:
+        runs = [pool.submit(send_images, client, url, seed, num_images, folder) for seed in range(num_clients)]
+        for run in progress(as_completed(runs), f"{num_clients} {client.__name__}s", num_clients):
+            answers += run.result()
     columns = zip(*(seconds for seconds, error in answers if not error), strict=True)
     spread = [{"median": statistics.median(column), "95 %": float(np.quantile(column, 0.95))} for column in columns]
     return {
-        "at once": count,
-        "pictures": len(answers),
+        "clients": num_clients,
+        "images": len(answers),
         "errors": [error for _, error in answers if error],
-        "seconds": dict(zip(KINDS[kind], spread, strict=False)),
-        "pictures_per_s": sum(not error for _, error in answers) / (time.perf_counter() - started),
+        "seconds": dict(zip(CLIENTS[client], spread, strict=False)),
+        "images_per_s": sum(not error for _, error in answers) / (time.perf_counter() - started),
     }
 
 
-KINDS = {program: ("boxes",), visitor: ("first token", "whole sentence")}  # who comes, and waits for what
-
-
-def measure(checkpoint: str, visitors: int, pictures: int) -> dict:
-    found = {}
-    with served(checkpoint) as (url, process), tempfile.TemporaryDirectory() as folder:
-        for kind in KINDS:
-            visit(kind, url, visitors, WARM_UP, Path(folder))
+def measure(checkpoint: str, num_clients: int, num_images: int) -> dict:
+    """Measures one client and `num_clients` clients of each kind, and the memory of the server."""
+    results = {}
+    with serve(checkpoint) as (url, process), tempfile.TemporaryDirectory() as folder:
+        for client in CLIENTS:
+            send_images(client, url, num_clients, NUM_WARM_UP, Path(folder))
         memory = {"before": process.memory_info().rss / 1e6}
-        for kind in KINDS:
-            found[kind.__name__] = [rush(kind, url, count, pictures, Path(folder)) for count in (1, visitors)]
+        for client in CLIENTS:
+            results[client.__name__] = [
+                measure_clients(client, url, count, num_images, Path(folder)) for count in (1, num_clients)
+            ]
         memory["after"] = process.memory_info().rss / 1e6
-        for kind in KINDS:
-            rush(kind, url, visitors, pictures, Path(folder))
-        memory["after as many again"] = process.memory_info().rss / 1e6
-    return found | {"memory_mb": memory}
+    return results | {"memory_mb": memory}
 
 
-def fill(page: str, record: dict) -> str:
-    """The page, with what was measured between its marks, `<!-- load -->` and `<!-- end -->`."""
-    where = record["environment"]
+def fill_page(page: str, record: dict) -> str:
+    """Replaces the text between the comments BEGIN and END of a Markdown page by the measurements."""
     lines = [
-        f"{where['processor']}, load average {record['load_average_before']:.1f} before, from other work "
-        "([record](results/demo_load.json)). Seconds, the median and what 95 % stay within:",
+        f"{record['environment']['processor']}, load average {record['load_average_before']:.1f} before "
+        "([record](results/demo_load.json)). Times in seconds:",
         "",
-        "| at once | pictures | errors | until | median | 95 % | pictures/s |",
+        "| clients | images | errors | time until | median | 95 % | images/s |",
         "|---|---|---|---|---|---|---|",
     ]
-    for kind in KINDS:
-        for part in record[kind.__name__]:
-            count = part["at once"]
+    for client in CLIENTS:
+        for part in record[client.__name__]:
             for until, seconds in part["seconds"].items():
-                cells = [f"{count} {kind.__name__}{'s' * (count > 1)}", part["pictures"], len(part["errors"]), until]
-                cells += [f"{seconds['median']:.2f}", f"{seconds['95 %']:.2f}", f"{part['pictures_per_s']:.1f}"]
+                name = f"{part['clients']} {client.__name__}{'s' * (part['clients'] > 1)}"
+                cells = [name, part["images"], len(part["errors"]), until]
+                cells += [f"{seconds['median']:.2f}", f"{seconds['95 %']:.2f}", f"{part['images_per_s']:.1f}"]
                 lines.append(f"| {' | '.join(map(str, cells))} |")
-    memory = [f"{record['memory_mb'][when]:.0f} MB" for when in ("before", "after", "after as many again")]
-    lines += ["", "The server held {} before, {} after, and {} after as many again.".format(*memory)]
-    (before, _), (_, after) = page.split(MARK), page.split(END)  # or there is no place for them
-    return "\n".join([before + MARK.rstrip(), *lines, END + after])
+    memory = record["memory_mb"]
+    lines += ["", f"Memory of the server: {memory['before']:.0f} MB before, {memory['after']:.0f} MB after."]
+    (before, _), (_, after) = page.split(BEGIN), page.split(END)
+    return "\n".join([before + BEGIN.rstrip(), *lines, END + after])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure the demo page under load.")
-    parser.add_argument("--checkpoint", required=True, help="folder of a trained detector")
-    parser.add_argument("--visitors", type=int, default=8)
-    parser.add_argument("--pictures", type=int, default=20, help="of each visitor")
+    parser.add_argument("--checkpoint", required=True, help="folder of a trained model")
+    parser.add_argument("--clients", type=int, default=8)
+    parser.add_argument("--images", type=int, default=20, help="images per client")
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
-    parser.add_argument("--page", type=Path, help="Markdown file whose figures to fill in")
+    parser.add_argument("--page", type=Path, help="Markdown file whose measurements are replaced")
     args = parser.parse_args()
-    # Whatever else the machine does makes visitors wait.
     record = {"environment": environment(torch.device("cpu")), "load_average_before": os.getloadavg()[0]}
-    record |= measure(args.checkpoint, args.visitors, args.pictures)
+    record |= measure(args.checkpoint, args.clients, args.images)
     args.output.write_text(json.dumps(record, indent=1) + "\n")
     if args.page:
-        args.page.write_text(fill(args.page.read_text(), record))
+        args.page.write_text(fill_page(args.page.read_text(), record))
     print(args.output)
 
 

@@ -1,1 +1,1 @@
-"""A page on which a detector shows what it writes, while it writes it."""
+"""Web page that shows the token sequence of an image while it is generated."""

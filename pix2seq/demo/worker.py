@@ -1,7 +1,4 @@
-"""Where the detector is asked: pictures come one after the other, and what is written can be read meanwhile.
-
-One thread writes, at full speed, and is all that ever touches the model. Who reads how fast is nothing to it.
-"""
+"""Inference thread of the demo: images are processed one after the other, and tokens can be read meanwhile."""
 
 import logging
 import threading
@@ -13,30 +10,34 @@ from PIL import Image
 from torchvision.transforms.v2.functional import to_pil_image
 
 from pix2seq.data.image_files import BadImageError
-from pix2seq.generation import Interrupted, NonFiniteLogits, write
-from pix2seq.generation.decoding_state import DecodingState
-from pix2seq.inference.predictor import Pix2Seq, open_image
+from pix2seq.generation import DecodingState, Interrupted, generate_tokens
+from pix2seq.inference import Pix2Seq
+from pix2seq.inference.images import open_image
+from pix2seq.models.detections import to_detections
 from pix2seq.tokenizer import TOKENS_PER_OBJECT
 from pix2seq.transforms import EvalTransform, resized_size, to_original_pixels
 from pix2seq.visualization import GREY, color_of
 
-LOG = logging.getLogger(__name__)
-SHOWN = 640  # pixels of the longer side of a picture on the page
-LEAST_SIDE = 8
-FULL = "Too many pictures are waiting already. Please come back in a minute."
-NOT_FINITE = "The detector's logits for this picture are not finite."
-FAILED = "The detector failed at this picture. The server's log says why."
+logger = logging.getLogger(__name__)
+
+PREVIEW_SIDE = 640  # pixels
+QUEUE_FULL = "Too many images are waiting. Please try again in a minute."
+FAILED = "Inference failed for this image. See the log of the server."
 
 
 @dataclass(frozen=True)
-class Line:
-    """An object of a sentence, or as much as is written of it.
+class ObjectTokens:
+    """The tokens of one object, and the object if all five have been generated.
 
-    words   of its tokens, five if it is finished     color   as its box, grey for noise; none before it is finished
-    then also: the detector's `name` for it, `score`, and `box` (4,), xyxy in pixels of the picture
+    Attributes:
+        tokens: up to five tokens as text.
+        color: color of the box, grey for noise; "" for an incomplete object.
+        name: class name with the highest probability, also for noise.
+        score: probability of this class.
+        box: (4,) xyxy in pixels of the image, or None for an incomplete object.
     """
 
-    words: list[str]
+    tokens: list[str]
     color: str = ""
     name: str = ""
     score: float = 1.0
@@ -48,110 +49,136 @@ class Line:
 
 
 @dataclass(eq=False)
-class Sentence:
-    """What is written about a picture, which the desk's thread adds to until the `work` is done.
+class Request:
+    """An image that waits for inference or is being processed. The worker's thread updates it.
 
-    preview   the picture, small, and its `size` (height, width); None before its turn has come
-    lines     as far as they are written. A new list each time: who holds one holds what was then
-    fault     why there is nothing to read, in words for strangers: no file of the server's is named
+    Attributes:
+        preview: reduced image, None as long as the request waits.
+        size: (height, width) of the image.
+        objects: the tokens so far. The worker replaces this list and does not modify it.
+        error: message for visitors, which contains no path of the server.
+        future: done when the request has ended.
+        cancelled: set by `cancel`.
     """
 
-    work: Future = field(default_factory=Future)
     preview: Image.Image | None = None
     size: tuple[int, int] = (0, 0)
-    lines: list[Line] = field(default_factory=list)
-    fault: str = ""
-    left: threading.Event = field(default_factory=threading.Event)
+    objects: list[ObjectTokens] = field(default_factory=list)
+    error: str = ""
+    future: Future = field(default_factory=Future)
+    cancelled: threading.Event = field(default_factory=threading.Event)
 
-    def leave(self) -> None:
-        """Nobody reads on: it is not begun, or ends at the next token."""
-        self.left.set()
-        self.work.cancel()
+    def cancel(self) -> None:
+        """Removes the request from the queue, or ends it at the next token."""
+        self.cancelled.set()
+        self.future.cancel()
 
 
 class InferenceWorker:
-    """A detector, and the pictures that wait for it: `max_queue` at most, and sides of `max_side` pixels. To be asked
-    by one thread."""
+    """Runs a model in a thread of its own. Its methods are called by one thread.
 
-    def __init__(self, detector: Pix2Seq, max_side: int, max_queue: int):
-        self.detector, self.max_side, self.max_queue = detector, max_side, max_queue
-        self._pool, self._line = ThreadPoolExecutor(1, "desk"), []
+    Args:
+        detector: the model.
+        max_queue: largest number of waiting images.
+    """
 
-    def ask(self, path: str) -> Sentence:
-        """The sentence about a picture, which will be written when its turn has come."""
-        self._line = [one for one in self._line if not one.work.done()]
-        sentence = Sentence()
-        if len(self._line) > self.max_queue:  # the first one does not wait
-            sentence.fault = FULL
-            sentence.work.set_result(None)
+    def __init__(self, detector: Pix2Seq, max_queue: int):
+        self.detector, self.max_queue = detector, max_queue
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="inference")
+        self._requests: list[Request] = []
+
+    def submit(self, path: str) -> Request:
+        """Appends an image to the queue. The request has an `error` if the queue is full."""
+        self._requests = [request for request in self._requests if not request.future.done()]
+        request = Request()
+        if len(self._requests) > self.max_queue:  # one of them is being processed
+            request.error = QUEUE_FULL
+            request.future.set_result(None)
         else:
-            sentence.work = self._pool.submit(self._write, path, sentence)
-            self._line.append(sentence)
-        return sentence
+            request.future = self._pool.submit(self._process, path, request)
+            self._requests.append(request)
+        return request
 
-    def ahead(self, sentence: Sentence) -> int:
-        """How many come before it."""
-        return sum(not one.work.done() for one in self._line[: self._line.index(sentence)])
+    def queue_position(self, request: Request) -> int:
+        """The number of unfinished requests before this one."""
+        earlier = self._requests[: self._requests.index(request)]
+        return sum(not other.future.done() for other in earlier)
 
     def close(self) -> None:
-        for sentence in self._line:
-            sentence.leave()
+        """Cancels all requests and waits for the thread."""
+        for request in self._requests:
+            request.cancel()
         self._pool.shutdown()
 
-    def _write(self, path: str, sentence: Sentence) -> None:
+    def _process(self, path: str, request: Request) -> None:
         try:
-            self._read_and_write(path, sentence)
+            self._detect(path, request)
         except Interrupted:
             pass
-        except BadImageError as bad:
-            sentence.fault = f"This picture cannot be used: {bad}."
-        except NonFiniteLogits:
-            sentence.fault = NOT_FINITE
-        except Exception:  # out of memory, say: that was this picture, and others are waiting
-            LOG.exception("a picture could not be written about")
-            sentence.fault = FAILED
+        except BadImageError as error:
+            request.error = f"This image cannot be used: {error}."
+        except Exception:  # such as out of memory or logits that are not finite: the next request may succeed
+            logger.exception("inference failed")
+            request.error = FAILED
 
-    def _read_and_write(self, path: str, sentence: Sentence) -> None:
-        model, options = self.detector.model, self.detector.options
-        picture = open_image(path)
-        _, height, width = picture.shape
-        if min(height, width) < LEAST_SIDE or max(height, width) > self.max_side:
-            sides = f"{width} x {height} pixels: each side must have {LEAST_SIDE} to {self.max_side}"
-            raise BadImageError("unreadable-file", sides)
-        pixels = picture.pixels()
+    def _detect(self, path: str, request: Request) -> None:
+        model = self.detector.model
+        image = open_image(path)
+        pixels = image.pixels()
         preview = to_pil_image(pixels)
-        preview.thumbnail((SHOWN, SHOWN))
-        sentence.size, sentence.preview = (height, width), preview
-        canvas = EvalTransform(model.config.image_size)(pixels).image[None].to(self.detector.device)
-        writing = DecodingState.create(canvas, model.tokenizer, options)
+        preview.thumbnail((PREVIEW_SIDE, PREVIEW_SIDE))
+        request.size, request.preview = image.shape[1:], preview
+        padded = EvalTransform(model.config.image_size)(pixels)
+        pixel_values = padded.image[None].to(self.detector.device)
+        options = self.detector.options
+        state = DecodingState.create(pixel_values, model.tokenizer, options)
 
-        def look_on() -> bool:
-            sentence.lines = lines_of(self.detector, writing, sentence.size)
-            return sentence.left.is_set()
+        def update_and_check() -> bool:
+            request.objects = to_objects(self.detector, state, request.size)
+            return request.cancelled.is_set()
 
-        written = write(model, canvas, model.tokenizer, options, look_on, writing)
-        sentence.lines = lines_of(self.detector, written, sentence.size)
-
-
-def lines_of(detector: Pix2Seq, writing: DecodingState, size: tuple[int, int]) -> list[Line]:
-    """The sentence of one picture of this (height, width), as far as it is written. Raises NonFiniteLogits."""
-    tokenizer, side, names = detector.model.tokenizer, detector.model.config.image_size, detector.names
-    found = writing.detections(tokenizer, detector.options.box_score_power)[0]
-    boxes = to_original_pixels(found.boxes, side, resized_size(size, side), size)
-    tokens = writing.tokens[0].tolist()
-    words = [tokenizer.token_to_str(token, names) for token in tokens[: tokens.index(tokenizer.eos_id)]]
-    lines = []
-    for number, start in enumerate(range(0, len(words), TOKENS_PER_OBJECT)):
-        line = Line(words[start : start + TOKENS_PER_OBJECT])
-        if len(line.words) == TOKENS_PER_OBJECT:
-            label, noise = found.labels[number], tokens[start + TOKENS_PER_OBJECT - 1] == tokenizer.noise_id
-            color = GREY if noise else color_of(label)
-            line = Line(line.words, color, names[label], float(found.scores[number]), boxes[number])
-        lines.append(line)
-    return lines
+        state = generate_tokens(model, pixel_values, model.tokenizer, self.detector.options, update_and_check, state)
+        request.objects = to_objects(self.detector, state, request.size)
 
 
-def beginning(lines: list[Line], count: int) -> list[Line]:
-    """The first `count` tokens of a sentence."""
-    whole, rest = divmod(count, TOKENS_PER_OBJECT)
-    return [*lines[:whole], *(Line(line.words[:rest]) for line in lines[whole : whole + 1] if rest)]
+def to_objects(detector: Pix2Seq, state: DecodingState, size: tuple[int, int]) -> list[ObjectTokens]:
+    """Converts the tokens of one image so far.
+
+    Args:
+        detector: the model.
+        state: decoding state with a batch size of 1.
+        size: (height, width) of the image.
+
+    Raises:
+        NonFiniteLogits: a logit is NaN or infinite.
+    """
+    tokenizer, side = detector.model.tokenizer, detector.model.config.image_size
+    detections = to_detections(state, tokenizer, detector.options.box_score_power)[0]
+    boxes = to_original_pixels(detections.boxes, side, resized_size(size, side), size)
+    token_ids = state.tokens[0].tolist()
+    token_ids = token_ids[: token_ids.index(tokenizer.eos_id)] if tokenizer.eos_id in token_ids else token_ids
+    objects = []
+    for index, start in enumerate(range(0, len(token_ids), TOKENS_PER_OBJECT)):
+        object_ids = token_ids[start : start + TOKENS_PER_OBJECT]
+        tokens = [tokenizer.token_to_str(token_id, detector.class_names) for token_id in object_ids]
+        if len(tokens) < TOKENS_PER_OBJECT:
+            objects.append(ObjectTokens(tokens))
+            continue
+        label, is_noise = detections.labels[index], object_ids[-1] == tokenizer.noise_id
+        objects.append(
+            ObjectTokens(
+                tokens=tokens,
+                color=GREY if is_noise else color_of(label),
+                name=detector.class_names[label],
+                score=float(detections.scores[index]),
+                box=boxes[index],
+            )
+        )
+    return objects
+
+
+def first_tokens(objects: list[ObjectTokens], count: int) -> list[ObjectTokens]:
+    """The first `count` tokens of a sequence."""
+    complete, rest = divmod(count, TOKENS_PER_OBJECT)
+    incomplete = [ObjectTokens(item.tokens[:rest]) for item in objects[complete : complete + 1] if rest]
+    return [*objects[:complete], *incomplete]
