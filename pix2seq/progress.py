@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, now and then a line elsewhere."""
+"""Progress of long loops: a bar on a terminal, otherwise a line every half minute."""
 
 import math
 import sys
@@ -9,20 +9,25 @@ from typing import TypeVar
 from tqdm import tqdm
 
 T = TypeVar("T")
-SECONDS = 30.0  # between two lines
+SECONDS_BETWEEN_LINES = 30.0
 
 
-def progress(items: Iterable[T], what: str, total: float | None = None) -> Iterator[T]:
-    """The items, with word of how many have been dealt with: on standard error, none of it for what is quick.
-    `total`: len(items) by default, infinity where nobody knows."""
+def progress(items: Iterable[T], description: str, total: float | None = None) -> Iterator[T]:
+    """Yields the items and reports on standard error how many are done. Quick loops print nothing.
+
+    Args:
+        items: The items.
+        description: Name of the work.
+        total: Number of items, infinity if unknown. Default: `len(items)`.
+    """
     total = len(items) if total is None else total
     if sys.stderr.isatty():
-        yield from tqdm(items, desc=what, total=total, leave=False)
+        yield from tqdm(items, desc=description, total=total, leave=False)
         return
-    of = f" of {total}" if total < math.inf else ""
-    told = time.monotonic()
+    of_total = f" of {total}" if total < math.inf else ""
+    last_line = time.monotonic()
     for number, item in enumerate(items):
-        if time.monotonic() - told >= SECONDS:
-            print(f"{what}: {number}{of}", file=sys.stderr, flush=True)
-            told = time.monotonic()
+        if time.monotonic() - last_line >= SECONDS_BETWEEN_LINES:
+            print(f"{description}: {number}{of_total}", file=sys.stderr, flush=True)
+            last_line = time.monotonic()
         yield item

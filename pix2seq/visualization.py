@@ -1,17 +1,44 @@
-"""Pictures: boxes on images, and grids of them. Knows pixels and names, nothing of models or datasets."""
+"""Drawing functions: boxes on images, grids of images and tables of tokens, in one palette for the whole project."""
 
+import io
+import warnings
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-# Okabe and Ito's palette: told apart with any kind of colour vision.
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# The palette of Okabe and Ito, which is distinguishable with any kind of colour vision.
 PALETTE = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
-GREY = "#8A8A8A"
-MARGIN = 8
-CELL = 320  # side of a picture in a grid
-TITLE, CAPTION = 28, 24  # pixels for what stands over a column, and over a picture
-IN_A_ROW = 7  # pictures of a strip
+ORANGE, SKY_BLUE, GREEN, YELLOW, BLUE, VERMILLION, PURPLE = PALETTE
+CORRECT, WRONG = SKY_BLUE, ORANGE  # black text is legible on both
+GREY = "#8A8A8A"  # noise objects and unreadable images
+LIGHT_GREY, TEXT_GREY = "#EEEEEE", "#777777"
+
+MARGIN = 8  # pixels between the images of a grid
+CELL = 320  # side of an image in a grid
+TITLE_HEIGHT, CAPTION_HEIGHT = 28, 24  # pixels above a column, and above an image
+STRIP_COLUMNS = 7  # images in a row of `strip`
+EXAMPLE_COLUMNS = 4  # images in a row of `draw_examples`
+
+
+class TableRow(NamedTuple):
+    """One object in `sequence_table`.
+
+    Args:
+        tokens: Text of its tokens, y1 x1 y2 x2 class.
+        has_weight: For each token, whether it has a weight in the loss.
+        color: Colour of the cells.
+        description: Text beside the cells.
+    """
+
+    tokens: Sequence[str]
+    has_weight: Sequence[bool]
+    color: str
+    description: str
 
 
 def draw_boxes(
@@ -24,28 +51,35 @@ def draw_boxes(
     width: int | None = None,
     names_below: bool = False,
 ) -> Image.Image:
-    """A copy of the image with boxes (N, 4) xyxy in its pixels; `dashed` ones are drawn as such.
+    """Draws boxes and their names on a copy of an image.
 
-    Lines are `width` pixels wide, by default what suits the image; 0: no lines. Names stand over their boxes, or below
-    them.
+    Args:
+        image: The image, which is not changed.
+        boxes: (N, 4) xyxy in pixels of the image; they may lie outside it.
+        names: Text at each box, "" for none.
+        colors: Colour of each box.
+        dashed: Whether to draw each box with dashed lines. Default: none.
+        font_size: Height of the names in pixels.
+        width: Width of the lines in pixels, 0 for names only. Default: in proportion to the image.
+        names_below: Draw names below their boxes instead of above.
     """
     image = image.convert("RGB")
     draw = ImageDraw.Draw(image)
     font = ImageFont.load_default(font_size)
     width = max(1, round(min(image.size) / 160)) if width is None else width
     boxes = np.asarray(boxes, dtype=float).reshape(-1, 4)
-    # Edges far beyond the picture are as invisible just beyond it, and drawn in a moment.
-    near = boxes.clip(-width - 1, np.array(image.size * 2) + width + 1)
-    for index, (x1, y1, x2, y2) in enumerate(near):
+    # Clipping far edges to just outside the image changes no pixel, and Pillow is slow with long lines.
+    clipped = boxes.clip(-width - 1, np.array(image.size * 2) + width + 1)
+    for index, (x1, y1, x2, y2) in enumerate(clipped):
         x2, y2 = max(x1, x2 - 1), max(y1, y2 - 1)
         if dashed is not None and dashed[index]:
-            _dashed_rectangle(draw, (x1, y1, x2, y2), colors[index])
+            _draw_dashed_rectangle(draw, (x1, y1, x2, y2), colors[index])
         else:
             draw.rectangle((x1, y1, x2, y2), outline=colors[index], width=width)
     # Names after all boxes, so that no box crosses a name.
     for index, (x1, y1, _, y2) in enumerate(boxes):
         if names[index]:
-            left, top, right, bottom = draw.textbbox((0, 0), names[index], font=font)
+            _, _, right, bottom = draw.textbbox((0, 0), names[index], font=font)
             x = min(max(x1, 0), max(image.width - right - 2, 0))
             y = y2 + 1 if names_below else y1 - bottom - 2
             y = min(max(y, 0), image.height - bottom - 2)
@@ -55,7 +89,7 @@ def draw_boxes(
 
 
 def color_of(label: int) -> str:
-    """A label's colour; grey for noise (-1)."""
+    """Returns the colour of a class label, grey for noise objects (-1)."""
     return PALETTE[label % len(PALETTE)] if label >= 0 else GREY
 
 
@@ -65,60 +99,90 @@ def grid(
     cell: int | None = None,
     captions: Sequence[Sequence[str]] = (),
 ) -> Image.Image:
-    """Images in rows on white, each fitted into a square cell, with a title over each column and a caption over each
-    image."""
+    """Arranges images in rows on a white background.
+
+    Args:
+        rows: Images of each row; rows may differ in length.
+        titles: Text above each column.
+        cell: Side of the square that each image is scaled down to. Default: the longest side of all images.
+        captions: Text above each image.
+    """
     cell = cell or max(max(image.size) for row in rows for image in row)
-    font = ImageFont.load_default(16)
-    top = TITLE if titles else 0
-    high = cell + MARGIN + (CAPTION if captions else 0)
+    title_font, caption_font = ImageFont.load_default(16), ImageFont.load_default(14)
+    top = TITLE_HEIGHT if titles else 0
+    pitch = cell + MARGIN
+    row_height = pitch + (CAPTION_HEIGHT if captions else 0)
     columns = max(len(row) for row in rows)
-    sheet = Image.new("RGB", (columns * (cell + MARGIN) + MARGIN, len(rows) * high + MARGIN + top), "white")
+    sheet = Image.new("RGB", (columns * pitch + MARGIN, len(rows) * row_height + MARGIN + top), "white")
     draw = ImageDraw.Draw(sheet)
     for column, title in enumerate(titles):
-        draw.text((MARGIN + column * (cell + MARGIN), 6), title, fill="black", font=font)
-    for r, row in enumerate(rows):
-        for c, image in enumerate(row):
+        draw.text((MARGIN + column * pitch, 6), title, fill="black", font=title_font)
+    for row, images in enumerate(rows):
+        for column, image in enumerate(images):
             image = image.copy()
             image.thumbnail((cell, cell))
-            sheet.paste(image, (MARGIN + c * (cell + MARGIN), top + (r + 1) * high - cell))
-    small = ImageFont.load_default(14)
-    for r, row in enumerate(captions):
-        for c, caption in enumerate(row):
-            place = (MARGIN + c * (cell + MARGIN), top + r * high + MARGIN)
-            draw.text(place, _fitted(caption, small, cell), fill="black", font=small)
+            sheet.paste(image, (MARGIN + column * pitch, top + (row + 1) * row_height - cell))
+    for row, texts in enumerate(captions):
+        for column, caption in enumerate(texts):
+            position = (MARGIN + column * pitch, top + row * row_height + MARGIN)
+            draw.text(position, _truncate(caption, caption_font, cell), fill="black", font=caption_font)
+    return sheet
+
+
+def stack(images: Sequence[Image.Image]) -> Image.Image:
+    """Stacks images vertically, centred on a white background."""
+    width = max(image.width for image in images)
+    sheet = Image.new("RGB", (width, sum(image.height for image in images)), "white")
+    top = 0
+    for image in images:
+        sheet.paste(image, ((width - image.width) // 2, top))
+        top += image.height
     return sheet
 
 
 def side_by_side(
     pairs: Sequence[tuple[Image.Image, Image.Image]], columns: int = 2, cell: int = CELL, title: str = "predictions"
 ) -> Image.Image:
-    """Pairs of (ground truth, predictions), `columns` pairs in a row. `title` stands over the predictions."""
+    """Arranges pairs of (ground truth, predictions) in a grid, `columns` pairs in a row.
+
+    Args:
+        pairs: Images with ground truth, and the same images with predictions.
+        columns: Pairs in a row.
+        cell: Side of an image in the grid.
+        title: Text above the columns of predictions.
+    """
     rows = [[image for pair in pairs[i : i + columns] for image in pair] for i in range(0, len(pairs), columns)]
     titles = ["ground truth", title] * min(columns, len(pairs))
     return grid(rows, titles, cell)
 
 
-def pair_of(sheet: Image.Image, number: int, columns: int = 2, cell: int = CELL) -> list[Image.Image]:
-    """Of what `side_by_side` gives, the cells of one pair."""
+def crop_pair(sheet: Image.Image, number: int, columns: int = 2, cell: int = CELL) -> list[Image.Image]:
+    """Cuts pair `number` out of an image that `side_by_side` made."""
     row, column = divmod(number, columns)
-    top = TITLE + MARGIN + row * (cell + MARGIN)
+    top = TITLE_HEIGHT + MARGIN + row * (cell + MARGIN)
     lefts = [MARGIN + (2 * column + side) * (cell + MARGIN) for side in (0, 1)]
     return [sheet.crop((left, top, left + cell, top + cell)) for left in lefts]
 
 
 def strip(sheets: dict[int, Image.Image], number: int) -> Image.Image:
-    """One picture over the steps: its ground truth, and its predictions in each of the sheets, which are what
-    `side_by_side` gave at that step."""
-    pairs = {step: pair_of(sheet, number) for step, sheet in sorted(sheets.items())}
+    """Shows the predictions for one image at each training step.
+
+    Args:
+        sheets: Images that `side_by_side` made, by step.
+        number: Number of the pair in each of them.
+    """
+    pairs = {step: crop_pair(sheet, number) for step, sheet in sorted(sheets.items())}
     cells = [next(iter(pairs.values()))[0], *(predicted for _, predicted in pairs.values())]
     captions = ["ground truth", *(f"step {step:,}" for step in pairs)]
-    starts = range(0, len(cells), IN_A_ROW)
-    cells, captions = ([row[start : start + IN_A_ROW] for start in starts] for row in (cells, captions))
-    return grid(cells, cell=CELL, captions=captions)
+    return grid(_in_rows(cells, STRIP_COLUMNS), cell=CELL, captions=_in_rows(captions, STRIP_COLUMNS))
 
 
 def enlarge(image: Image.Image, boxes: np.ndarray, side: int) -> tuple[Image.Image, np.ndarray]:
-    """Image and boxes scaled so that the longer side is `side`: names drawn on it are legible whatever its size."""
+    """Scales an image and its boxes so that the longer side is `side` pixels, for legible names on small images.
+
+    Returns:
+        The scaled image, and the boxes (N, 4) in its pixels.
+    """
     scale = side / max(image.size)
     size = tuple(max(1, round(length * scale)) for length in image.size)
     return image.resize(size, Image.Resampling.BICUBIC), np.asarray(boxes, dtype=float).reshape(-1, 4) * scale
@@ -127,9 +191,12 @@ def enlarge(image: Image.Image, boxes: np.ndarray, side: int) -> tuple[Image.Ima
 def draw_examples(
     images: Sequence[Image.Image], objects: Sequence[tuple[np.ndarray, np.ndarray]], names: Sequence[str]
 ) -> Image.Image:
-    """Training examples, four in a row: canvases with their (boxes (N, 4) xyxy in [0, 1], labels (N,)).
+    """Draws training examples in a grid. Noise objects are drawn first, grey and dashed, without a name.
 
-    Noise objects (label -1) are drawn first, grey and dashed, without a name.
+    Args:
+        images: Padded square images.
+        objects: Boxes (N, 4) xyxy in [0, 1] and labels (N,) of each image; label -1 marks a noise object.
+        names: Class names by label.
     """
     drawn = []
     for image, (boxes, labels) in zip(images, objects, strict=True):
@@ -138,35 +205,39 @@ def draw_examples(
         labels = labels[order]
         captions = ["" if label < 0 else names[label] for label in labels]
         drawn.append(draw_boxes(image, boxes, captions, [color_of(label) for label in labels], labels < 0))
-    return grid([drawn[start : start + 4] for start in range(0, len(drawn), 4)], cell=CELL)
+    return grid(_in_rows(drawn, EXAMPLE_COLUMNS), cell=CELL)
 
 
-def sequence_table(
-    lines: Sequence[tuple[Sequence[str], Sequence[bool], str, str]], rest: str, side: int
-) -> Image.Image:
-    """A sentence as a table in a square of `side` pixels, an object a line: (its tokens as words, whether each has
-    weight, its colour, what it is). `rest` tells what is left out."""
+def sequence_table(rows: Sequence[TableRow], footer: str, side: int) -> Image.Image:
+    """Draws a token sequence as a table, one object a row. Tokens without a loss weight are pale.
+
+    Args:
+        rows: The objects.
+        footer: Text below the table, "" for none.
+        side: Side of the square image in pixels.
+    """
     sheet = Image.new("RGB", (side, side), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
-    columns = (0, 0.115, 0.23, 0.345, 0.46, 0.72)  # of the side: where the cells begin, and what the line is
-    for left, name in zip(columns, ("y1", "x1", "y2", "x2", "class"), strict=False):
-        draw.text((left * side + 4, 4), name, fill="#777777", font=font)
+    edges = [fraction * side for fraction in (0, 0.115, 0.23, 0.345, 0.46, 0.72)]  # of the five cells
+    for left, name in zip(edges, ("y1", "x1", "y2", "x2", "class"), strict=False):
+        draw.text((left + 4, 4), name, fill=TEXT_GREY, font=font)
     y = 24
-    for cells, weighted, color, meaning in lines:
-        for left, right, cell, has_weight in zip(columns, columns[1:], cells, weighted, strict=False):
-            box = (left * side, y, right * side - 4, y + 26)
-            draw.rectangle(box, fill=color if has_weight else "#EEEEEE")
-            cell = _fitted(cell, font, box[2] - box[0] - 8)
-            draw.text((box[0] + 5, y + 6), cell, fill="black" if has_weight else "#999999", font=font)
-        draw.text((columns[-1] * side + 6, y + 6), meaning, fill="black" if all(weighted) else "#777777", font=font)
+    for row in rows:
+        for left, right, text, has_weight in zip(edges, edges[1:], row.tokens, row.has_weight, strict=False):
+            box = (left, y, right - 4, y + 26)
+            draw.rectangle(box, fill=row.color if has_weight else LIGHT_GREY)
+            text = _truncate(text, font, box[2] - box[0] - 8)
+            draw.text((box[0] + 5, y + 6), text, fill="black" if has_weight else "#999999", font=font)
+        color = "black" if all(row.has_weight) else TEXT_GREY
+        draw.text((edges[-1] + 6, y + 6), row.description, fill=color, font=font)
         y += 32
-    if rest:
-        draw.text((4, y + 4), f"... {rest}", fill="#777777", font=font)
+    if footer:
+        draw.text((4, y + 4), footer, fill=TEXT_GREY, font=font)
     return sheet
 
 
 def paragraph(text: str, width: int, font_size: int = 14) -> Image.Image:
-    """Text broken into lines of at most `width` pixels, on white."""
+    """Draws text on white, wrapped to `width` pixels."""
     font, lines = ImageFont.load_default(font_size), [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
@@ -178,15 +249,28 @@ def paragraph(text: str, width: int, font_size: int = 14) -> Image.Image:
     return sheet
 
 
-def _fitted(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
-    """What of the text is at most so many pixels wide."""
+def figure_to_image(figure: "Figure") -> Image.Image:
+    """Renders a matplotlib figure."""
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # the font draws an empty box for these characters
+        figure.savefig(buffer, format="png")
+    return Image.open(buffer).convert("RGB")
+
+
+def _in_rows(items: Sequence, columns: int) -> list[Sequence]:
+    return [items[start : start + columns] for start in range(0, len(items), columns)]
+
+
+def _truncate(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
+    """Shortens a text to `width` pixels."""
     while len(text) > 1 and font.getlength(text) > width:
         text = text.rstrip("…")[:-1] + "…"
     return text
 
 
-def _dashed_rectangle(draw: ImageDraw.ImageDraw, box: tuple[float, float, float, float], color: str) -> None:
-    """White between the dashes, so that they are seen on any ground."""
+def _draw_dashed_rectangle(draw: ImageDraw.ImageDraw, box: tuple[float, float, float, float], color: str) -> None:
+    """Draws dashes on a white line, which is visible on any background."""
     x1, y1, x2, y2 = box
     dash = 4
     draw.rectangle(box, outline="white")

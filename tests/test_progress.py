@@ -1,4 +1,4 @@
-"""Progress: a bar on a terminal, lines elsewhere, and the items untouched."""
+"""Progress bars and lines."""
 
 import io
 import math
@@ -13,13 +13,13 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_the_items_come_out_and_quick_work_is_silent(capsys):
+def test_quick_loops_print_nothing(capsys):
     assert list(progress(range(5), "work")) == [0, 1, 2, 3, 4]
     assert list(progress(iter("abc"), "work", total=3)) == ["a", "b", "c"]
     assert capsys.readouterr() == ("", "")
 
 
-def test_long_work_gives_lines_where_there_is_no_terminal(capsys, monkeypatch):
+def test_long_loops_print_lines_without_a_terminal(capsys, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
     for _ in progress(range(10), "work"):

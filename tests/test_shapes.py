@@ -1,4 +1,4 @@
-"""The embedded dataset: repeatable, with honest boxes and the hard cases, and nobody's data is overwritten."""
+"""The shapes dataset: reproducible images, tight boxes, and no overwritten files."""
 
 import hashlib
 import json
@@ -10,17 +10,19 @@ from PIL import Image, ImageDraw
 
 from pix2seq.data.shapes import CATEGORY_IDS, SHAPES, _draw_shape, draw_dataset, draw_image
 
+RECIPE = {"num_train": 2, "num_val": 1, "size": 16}
 
-def contents(folder: Path) -> dict[str, str]:
+
+def hashes(folder: Path) -> dict[str, str]:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def pictures(seed: int, count: int = 120):
-    return [draw_image(np.random.default_rng((seed, index)), 48, 5) for index in range(count)]
+def image_hashes(folder: Path) -> set[str]:
+    return {digest for name, digest in hashes(folder).items() if name.endswith(".png")}
 
 
-def test_the_layout_is_cocos(shapes_root):
+def test_layout_is_cocos(shapes_root):
     for split, count in (("train", 12), ("val", 5)):
         content = json.loads((shapes_root / f"annotations/instances_{split}2017.json").read_text())
         assert [image["id"] for image in content["images"]] == list(range(1, count + 1))
@@ -31,86 +33,71 @@ def test_the_layout_is_cocos(shapes_root):
             assert entry["area"] == width * height
             assert 0 <= x < x + width <= 64
             assert 0 <= y < y + height <= 64
-        for image in content["images"]:
-            with Image.open(shapes_root / f"images/{split}2017" / image["file_name"]) as picture:
-                assert picture.size == (64, 64)
-
-
-def test_the_same_arguments_draw_the_same_files(tmp_path):
-    first = draw_dataset(tmp_path / "a", num_train=4, num_val=2, size=32, seed=1)
-    again = draw_dataset(tmp_path / "b", num_train=4, num_val=2, size=32, seed=1)
-    other = draw_dataset(tmp_path / "c", num_train=4, num_val=2, size=32, seed=2)
-    assert contents(first) == contents(again)
-    images = [{h for name, h in contents(folder).items() if name.endswith("png")} for folder in (first, other)]
-    assert not images[0] & images[1]
-
-
-def test_no_picture_is_in_both_splits(shapes_root):
-    hashes = contents(shapes_root)
-    train = {h for name, h in hashes.items() if name.startswith("images/train")}
-    val = {h for name, h in hashes.items() if name.startswith("images/val")}
-    assert len(train) == 12
-    assert len(val) == 5
-    assert not train & val
-
-
-@pytest.mark.parametrize("name", SHAPES)
-def test_boxes_are_tight(name):
-    """Drawn alone on black, every shape fills its box to the pixel and leaves it nowhere."""
-    for box in ((10, 20, 41, 60), (0, 0, 17, 23), (33, 5, 64, 34)):
-        picture = Image.new("RGB", (64, 64))
-        _draw_shape(ImageDraw.Draw(picture), name, box, (255, 255, 255))
-        assert picture.getbbox() == box
-
-
-def test_empty_pictures_and_overlaps_exist():
-    drawn = pictures(0)
-    counts = [len(objects) for _, objects in drawn]
-    assert 0 < counts.count(0) < 20
-    assert max(counts) >= 4
-    overlaps = 0
-    for _, objects in drawn:
-        boxes = np.array([box for _, box in objects]).reshape(-1, 4)
-        for i in range(len(boxes)):
-            for j in range(i):
-                low, high = np.maximum(boxes[i, :2], boxes[j, :2]), np.minimum(boxes[i, 2:], boxes[j, 2:])
-                overlaps += bool((high > low).all())
-    assert overlaps > 5
-
-
-def test_every_class_is_drawn():
-    labels = [label for _, objects in pictures(1) for label, _ in objects]
-    assert set(labels) == set(range(len(SHAPES)))
+        for entry in content["images"]:
+            with Image.open(shapes_root / f"images/{split}2017" / entry["file_name"]) as image:
+                assert image.size == (64, 64)
 
 
 def test_category_ids_have_gaps():
-    """Code that assumes ids 1 ... C should break on the demo first."""
     assert len(set(CATEGORY_IDS)) == len(SHAPES)
     assert max(CATEGORY_IDS) > len(SHAPES)
 
 
-def test_a_foreign_folder_is_refused(tmp_path):
-    (tmp_path / "thesis.txt").write_text("do not lose")
-    with pytest.raises(ValueError, match=f"{tmp_path} is not empty and holds no shapes dataset"):
-        draw_dataset(tmp_path, num_train=1, num_val=1, size=16)
-    assert contents(tmp_path).keys() == {"thesis.txt"}
+def test_datasets_are_reproducible(tmp_path):
+    first = draw_dataset(tmp_path / "a", **RECIPE, seed=1)
+    assert hashes(first) == hashes(draw_dataset(tmp_path / "b", **RECIPE, seed=1))
+    assert not image_hashes(first) & image_hashes(draw_dataset(tmp_path / "c", **RECIPE, seed=2))
 
 
-def test_a_finished_folder_is_left_alone(tmp_path):
-    recipe = {"num_train": 2, "num_val": 1, "size": 16}
-    draw_dataset(tmp_path, **recipe)
-    picture = tmp_path / "images/train2017/000000.png"
-    picture.write_bytes(b"touched")
-    draw_dataset(tmp_path, **recipe)
-    assert picture.read_bytes() == b"touched"
-    draw_dataset(tmp_path, **recipe | {"size": 24})  # ours, but another dataset: drawn again
-    with Image.open(picture) as image:
+def test_no_image_is_in_both_splits(shapes_root):
+    train, val = (image_hashes(shapes_root / f"images/{split}2017") for split in ("train", "val"))
+    assert (len(train), len(val)) == (12, 5)
+    assert not train & val
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("box", [(10, 20, 41, 60), (0, 0, 17, 23), (33, 5, 64, 34)])
+def test_boxes_are_tight(name, box):
+    image = Image.new("RGB", (64, 64))
+    _draw_shape(ImageDraw.Draw(image), name, box, (255, 255, 255))
+    assert image.getbbox() == box
+
+
+def test_images_have_all_classes_overlaps_and_no_objects():
+    objects = [draw_image(np.random.default_rng((0, index)), 48, 5)[1] for index in range(120)]
+    counts = [len(image_objects) for image_objects in objects]
+    assert 0 < counts.count(0) < 20
+    assert max(counts) >= 4
+    assert {label for image_objects in objects for label, _ in image_objects} == set(range(len(SHAPES)))
+    overlaps = 0
+    for image_objects in objects:
+        boxes = np.array([box for _, box in image_objects]).reshape(-1, 4)
+        for i in range(len(boxes)):
+            low, high = np.maximum(boxes[i, :2], boxes[:i, :2]), np.minimum(boxes[i, 2:], boxes[:i, 2:])
+            overlaps += (high > low).all(axis=1).sum()
+    assert overlaps > 5
+
+
+def test_a_folder_with_other_files_is_refused(tmp_path):
+    (tmp_path / "thesis.txt").write_text("text")
+    with pytest.raises(ValueError, match=f"{tmp_path} is not empty"):
+        draw_dataset(tmp_path, **RECIPE)
+    assert hashes(tmp_path).keys() == {"thesis.txt"}
+
+
+def test_only_a_different_dataset_is_drawn_again(tmp_path):
+    draw_dataset(tmp_path, **RECIPE)
+    file = tmp_path / "images/train2017/000000.png"
+    file.write_bytes(b"changed")
+    draw_dataset(tmp_path, **RECIPE)
+    assert file.read_bytes() == b"changed"
+    draw_dataset(tmp_path, **RECIPE | {"size": 24})
+    with Image.open(file) as image:
         assert image.size == (24, 24)
 
 
-def test_an_interrupted_folder_is_finished(tmp_path):
-    recipe = {"num_train": 2, "num_val": 1, "size": 16}
-    whole = contents(draw_dataset(tmp_path, **recipe))
+def test_an_interrupted_dataset_is_completed(tmp_path):
+    complete = hashes(draw_dataset(tmp_path, **RECIPE))
     (tmp_path / "shapes.json").write_text("null")
     (tmp_path / "images/val2017/000000.png").unlink()
-    assert contents(draw_dataset(tmp_path, **recipe)) == whole
+    assert hashes(draw_dataset(tmp_path, **RECIPE)) == complete

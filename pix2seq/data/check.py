@@ -1,4 +1,4 @@
-"""Everything that is wrong with a dataset, by name, and what it holds: before any training, and without a model."""
+"""Dataset report: the contents of a dataset and all of its issues, found before training and without a model."""
 
 import hashlib
 import json
@@ -13,60 +13,80 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2.functional import to_pil_image
 
-from pix2seq.charts import dataset_overview
 from pix2seq.data.coco import Annotations, load_annotations
 from pix2seq.data.image_files import FORMATS_OF_SUFFIX, BadImageError, ImageFile
-from pix2seq.data.issues import ERROR, WARNING, DatasetIssue, shown
+from pix2seq.data.issues import ERROR, WARNING, DatasetIssue, sanitize
 from pix2seq.data.layouts import Split
+from pix2seq.data.overview_figure import SplitSummary, dataset_overview
 from pix2seq.errors import UserError
 from pix2seq.progress import progress
 from pix2seq.visualization import CELL, color_of, draw_boxes, enlarge
 
-NUM_EXAMPLES = 8
-SHOWN = 20  # faults of a kind that are printed; the JSON file has all of them
+NUM_EXAMPLES = 8  # images in the figure
+MAX_PRINTED = 20  # issues of a kind that are printed; check.json has all of them
 
 
 @dataclass
-class Report:
-    """faults, and of each split what it holds: see `_statistics`."""
+class DatasetReport:
+    """The result of `check_dataset`.
 
-    faults: list[DatasetIssue] = field(default_factory=list)
+    Args:
+        issues: All issues, by kind and file.
+        statistics: Counts and sizes, by name of the split.
+        draw_figure: Draws the figure; None if the training set cannot be read.
+    """
+
+    issues: list[DatasetIssue] = field(default_factory=list)
     statistics: dict[str, dict] = field(default_factory=dict)
-    draw: Callable[[], Image.Image] | None = None
+    draw_figure: Callable[[], Image.Image] | None = None
 
-    def of(self, severity: str) -> list[DatasetIssue]:
-        return [fault for fault in self.faults if fault.severity == severity]
+    def with_severity(self, severity: str) -> list[DatasetIssue]:
+        """Returns the errors or the warnings."""
+        return [issue for issue in self.issues if issue.severity == severity]
 
     def __str__(self) -> str:
-        lines = [f"{name}: {_line(statistics)}" for name, statistics in self.statistics.items()]
+        lines = [f"{name}: {_format_statistics(statistics)}" for name, statistics in self.statistics.items()]
         for severity in (ERROR, WARNING):
-            for kind, count in Counter(fault.kind for fault in self.of(severity)).most_common():
-                faults = [fault for fault in self.faults if fault.kind == kind]
-                lines += ["", f"{severity}: {count} x {kind}: {faults[0].effect}"]
-                lines += [f"  {fault}" for fault in faults[:SHOWN]]
-                lines += [f"  and {count - SHOWN} more"] if count > SHOWN else []
-        return "\n".join([*lines, "", f"{len(self.of(ERROR))} errors, {len(self.of(WARNING))} warnings"])
+            for kind, count in Counter(issue.kind for issue in self.with_severity(severity)).most_common():
+                issues = [issue for issue in self.issues if issue.kind == kind]
+                lines += ["", f"{severity}: {count} x {kind}: {issues[0].effect}"]
+                lines += [f"  {issue}" for issue in issues[:MAX_PRINTED]]
+                lines += [f"  and {count - MAX_PRINTED} more"] if count > MAX_PRINTED else []
+        errors, warnings = len(self.with_severity(ERROR)), len(self.with_severity(WARNING))
+        return "\n".join([*lines, "", f"{errors} errors, {warnings} warnings"])
 
-    def write(self, folder: Path) -> None:
-        """check.json and, if there was anything to draw, check.png."""
+    def save(self, folder: Path) -> None:
+        """Writes check.json and, if there is a figure, check.png."""
         folder.mkdir(parents=True, exist_ok=True)
-        faults = [asdict(fault) | {"severity": fault.severity, "effect": fault.effect} for fault in self.faults]
         content = {
-            "errors": len(self.of(ERROR)),
-            "warnings": len(self.of(WARNING)),
+            "errors": len(self.with_severity(ERROR)),
+            "warnings": len(self.with_severity(WARNING)),
             "splits": self.statistics,
-            "faults": faults,
+            "issues": [asdict(issue) | {"severity": issue.severity, "effect": issue.effect} for issue in self.issues],
         }
         (folder / "check.json").write_text(json.dumps(content, indent=1) + "\n")
-        if self.draw is not None:
-            self.draw().save(folder / "check.png")
+        if self.draw_figure is not None:
+            self.draw_figure().save(folder / "check.png")
 
 
-def check(
+def check_dataset(
     train: Split, val: Split | None, follow_links: bool = False, max_objects: int = 100, num_workers: int = 0
-) -> Report:
-    """Reads every annotation and decodes every image. `val` is None where there is none, or where it is `train`."""
-    report, loaded, digests = Report(), {}, {}
+) -> DatasetReport:
+    """Reads all annotations and decodes all images.
+
+    Args:
+        train: Training split.
+        val: Validation split, None if there is none or if it equals `train`.
+        follow_links: Whether to open images behind symbolic links that leave the folder of images.
+        max_objects: Largest number of objects in a token sequence, drawn in the figure.
+        num_workers: Processes that decode images.
+
+    Returns:
+        The report. A file that cannot be read at all is an issue in it.
+    """
+    report = DatasetReport()
+    loaded: dict[str, Annotations] = {}
+    digests: dict[str, dict[str, list[int]]] = {}
     for name, split in (("train", train), ("val", val)):
         if split is None:
             continue
@@ -74,33 +94,32 @@ def check(
             categories = loaded["train"].categories if "train" in loaded else None
             loaded[name] = load_annotations(split, categories, follow_links)
         except UserError as error:
-            report.faults.append(
-                DatasetIssue("unusable", str(split.json), "", str(error).removeprefix(f"{split.json}: "))
-            )
+            reason = str(error).removeprefix(f"{split.json}: ")
+            report.issues.append(DatasetIssue("unusable", str(split.json), "", reason))
             continue
-        report.faults += loaded[name].faults
-        digests[name], faults = _inspect_all(loaded[name], f"checking {name}", num_workers)
-        report.faults += faults
-        report.statistics[name] = _statistics(loaded[name])
+        report.issues += loaded[name].issues
+        digests[name], issues = _inspect_images(loaded[name], f"checking {name}", num_workers)
+        report.issues += issues
+        report.statistics[name] = _compute_statistics(loaded[name])
     for name, annotations in loaded.items():
         if not annotations.trainable.any():
-            value = f"{len(annotations)} images of {name} without an object"
-            report.faults.append(DatasetIssue("no-objects", str(annotations.split.json), "", value))
+            value = f"none of the {len(annotations)} images of {name} has an object"
+            report.issues.append(DatasetIssue("no-objects", str(annotations.split.json), "", value))
     if "train" in loaded:
-        report.faults += _faults_of_classes(loaded["train"])
-        report.draw = partial(_picture, loaded, max_objects)
+        report.issues += _find_class_issues(loaded["train"])
+        report.draw_figure = partial(_draw_figure, loaded, max_objects)
     for digest in digests.get("train", {}).keys() & digests.get("val", {}).keys():
-        value = f"the same pixels as {loaded['train'].name(digests['train'][digest][0])}"
+        value = f"has the same pixels as {loaded['train'].name(digests['train'][digest][0])}"
         for index in digests["val"][digest]:
-            name = shown(str(loaded["val"].file_names[index]))
-            report.faults.append(DatasetIssue("leak", str(loaded["val"].split.images), name, value))
-    report.faults.sort(key=lambda fault: (fault.kind, fault.file, fault.entry))
+            name = sanitize(str(loaded["val"].file_names[index]))
+            report.issues.append(DatasetIssue("leak", str(loaded["val"].split.images), name, value))
+    report.issues.sort(key=lambda issue: (issue.kind, issue.file, issue.entry))
     return report
 
 
 @dataclass
-class _Inspection(Dataset):
-    """Of each image its faults, as (kind, value), and a digest of its pixels, None if it has none."""
+class _ImageInspector(Dataset):
+    """Decodes images. An item is (index, issues as (kind, value), digest of the pixels or None)."""
 
     annotations: Annotations
 
@@ -109,142 +128,146 @@ class _Inspection(Dataset):
 
     def __getitem__(self, index: int) -> tuple[int, list[tuple[str, str]], str | None]:
         if index in self.annotations.bad_images:
-            return index, [], None  # told when the file was read
-        faults = []
+            return index, [], None  # `annotations.issues` has it
+        issues = []
         try:
-            picture = self.annotations.image_file(index)
-            faults = _faults_of_header(
-                picture, str(self.annotations.file_names[index]), tuple(self.annotations.sizes[index].tolist())
-            )
-            pixels = picture.pixels().contiguous()
-        except BadImageError as bad:
-            return index, [*faults, (bad.kind, bad.why)], None
+            file = self.annotations.image_file(index)
+            annotated_size = tuple(self.annotations.sizes[index].tolist())
+            issues = _find_header_issues(file, str(self.annotations.file_names[index]), annotated_size)
+            pixels = file.pixels().contiguous()
+        except BadImageError as error:
+            return index, [*issues, (error.kind, error.reason)], None
         digest = hashlib.blake2b(pixels.numpy(), digest_size=16, key=str(tuple(pixels.shape)).encode())
-        return index, faults, digest.hexdigest()
+        return index, issues, digest.hexdigest()
 
 
-def _inspect_all(
-    annotations: Annotations, what: str, num_workers: int
+def _inspect_images(
+    annotations: Annotations, description: str, num_workers: int
 ) -> tuple[dict[str, list[int]], list[DatasetIssue]]:
-    """The images by their digests, and what is wrong with them."""
-    found, faults, images = {}, [], str(annotations.split.images)
-    loader = DataLoader(_Inspection(annotations), batch_size=None, num_workers=num_workers)
-    for index, said, digest in progress(loader, what):
-        faults += [
-            DatasetIssue(kind, images, shown(str(annotations.file_names[index])), value) for kind, value in said
-        ]
+    """Returns the indices of the images by their digest, and the issues of the files."""
+    by_digest: dict[str, list[int]] = {}
+    issues, folder = [], str(annotations.split.images)
+    names = annotations.file_names.tolist()
+    loader = DataLoader(_ImageInspector(annotations), batch_size=None, num_workers=num_workers)
+    for index, image_issues, digest in progress(loader, description):
+        issues += [DatasetIssue(kind, folder, sanitize(names[index]), value) for kind, value in image_issues]
         if digest is not None:
-            found.setdefault(digest, []).append(index)
-    for indices in found.values():
-        first = str(annotations.file_names[indices[0]])
-        for index in indices[1:]:
-            if (name := str(annotations.file_names[index])) != first:
-                faults.append(
-                    DatasetIssue("duplicate-image", images, shown(name), f"the same pixels as {shown(first)}")
-                )
-    return found, faults
+            by_digest.setdefault(digest, []).append(index)
+    for first, *others in by_digest.values():
+        value = f"has the same pixels as {sanitize(names[first])}"
+        for name in (names[index] for index in others if names[index] != names[first]):
+            issues.append(DatasetIssue("duplicate-image", folder, sanitize(name), value))
+    return by_digest, issues
 
 
-def _faults_of_header(picture: ImageFile, name: str, annotated: tuple[int, int]) -> list[tuple[str, str]]:
-    image, faults = picture.header, []
+def _find_header_issues(file: ImageFile, name: str, annotated_size: tuple[int, int]) -> list[tuple[str, str]]:
+    """Returns (kind, value) of the issues in an image's header, given its annotated (height, width), 0 if unknown."""
+    image, issues = file.header, []
     expected = FORMATS_OF_SUFFIX.get(Path(name).suffix.lower())
     if expected is not None and image.format not in expected:
-        faults.append(("suffix-differs", f"a {image.format} file"))
+        issues.append(("suffix-differs", f"a {image.format} file"))
     mode = image.mode
-    # Pillow opens 16-bit colour as 8-bit; only the decoder it is about to use tells.
+    # Pillow reports 16-bit RGB as 8-bit; only the arguments of its decoder have the real depth.
     if ";16" in mode or any(";16" in str(tile[3]) for tile in image.tile):
-        faults.append(("16-bit", f"mode {mode}"))
+        issues.append(("16-bit", f"mode {mode}"))
     elif mode in ("1", "L", "LA"):
-        faults.append(("grey", f"mode {mode}"))
+        issues.append(("grayscale", f"mode {mode}"))
     elif mode in ("P", "PA"):
-        faults.append(("palette", f"mode {mode}"))
+        issues.append(("palette", f"mode {mode}"))
     elif mode == "CMYK":
-        faults.append(("cmyk", f"mode {mode}"))
-    elif mode not in ("RGB", "RGBA", "I", "F"):  # the last two cannot be read
-        faults.append(("other-colours", f"mode {mode}"))
+        issues.append(("cmyk", f"mode {mode}"))
+    elif mode not in ("RGB", "RGBA", "I", "F"):  # the last two cannot be decoded, which is another issue
+        issues.append(("other-colors", f"mode {mode}"))
     if getattr(image, "is_animated", False):
-        faults.append(("animated", f"{image.n_frames} frames"))
+        issues.append(("animated", f"{image.n_frames} frames"))
     if mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        faults.append(("transparent", f"mode {mode}"))
-    stored = (image.height, image.width)
-    if min(annotated) == 0:
-        faults.append(("size-unknown", "no whole numbers as width and height in the annotation file"))
-    elif not picture.turned and annotated != stored:
-        value = f"{annotated[1]} x {annotated[0]} in the annotation file, {stored[1]} x {stored[0]} in fact"
-        faults.append(("size-differs", value))
-    if picture.turned:
-        faults.append(("exif-turned", f"EXIF orientation {picture.orientation}"))
-    elif picture.orientation != 1:
-        said = "as stored" if annotated == stored else "another" if min(annotated) > 0 else "unknown"
-        faults.append(("exif-ignored", f"EXIF orientation {picture.orientation}, but its annotated size is {said}"))
-    return faults
+        issues.append(("transparent", f"mode {mode}"))
+    file_size = (image.height, image.width)
+    if min(annotated_size) == 0:
+        issues.append(("size-unknown", "width and height are not whole numbers in the annotation file"))
+    elif not file.is_transposed and annotated_size != file_size:
+        annotated, actual = (f"{width} x {height}" for height, width in (annotated_size, file_size))
+        issues.append(("size-differs", f"{annotated} in the annotation file, {actual} in the image file"))
+    if file.is_transposed:
+        issues.append(("exif-applied", f"EXIF orientation {file.orientation}"))
+    elif file.orientation != 1:
+        relation = "as stored" if annotated_size == file_size else "another" if min(annotated_size) > 0 else "unknown"
+        issues.append(("exif-ignored", f"EXIF orientation {file.orientation}, but its annotated size is {relation}"))
+    return issues
 
 
-def _faults_of_classes(annotations: Annotations) -> list[DatasetIssue]:
-    file, first, faults = str(annotations.split.json), {}, []
-    counts = np.bincount(annotations.labels[annotations.trainable], minlength=len(annotations.categories.ids))
-    for category_id, name, count in zip(*_columns(annotations), counts, strict=True):
+def _find_class_issues(annotations: Annotations) -> list[DatasetIssue]:
+    file, issues = str(annotations.split.json), []
+    id_of_name: dict[str, int] = {}
+    categories, counts = annotations.categories, _count_by_class(annotations)
+    for category_id, name, count in zip(categories.ids, categories.names, counts, strict=True):
         entry = f"category {category_id}"
-        if first.setdefault(name, category_id) != category_id:
-            faults.append(DatasetIssue("class-name-twice", file, entry, f"{name!r} is category {first[name]}, too"))
+        if (first := id_of_name.setdefault(name, category_id)) != category_id:
+            issues.append(DatasetIssue("class-name-twice", file, entry, f"{name!r} is also category {first}"))
         if count == 0 and counts.any():
-            faults.append(DatasetIssue("class-unused", file, entry, f"{name!r} has no object"))
-    return faults
+            issues.append(DatasetIssue("class-unused", file, entry, f"{name!r} has no object"))
+    return issues
 
 
-def _statistics(annotations: Annotations) -> dict:
-    """What a split holds, as plain numbers."""
-    labels = annotations.labels[annotations.trainable]
-    counts = np.bincount(labels, minlength=len(annotations.categories.ids))
-    objects = np.array([len(annotations.objects(index)[1]) for index in range(len(annotations))])
-    widths, heights = _sides(annotations).T if len(labels) else (np.zeros(1), np.zeros(1))
-    ids, names = _columns(annotations)
+def _compute_statistics(annotations: Annotations) -> dict:
+    categories, counts = annotations.categories, _count_by_class(annotations)
+    objects, box_sizes = _objects_per_image(annotations), _box_sizes(annotations)
     return {
         "images": len(annotations),
         "images_without_objects": int((objects == 0).sum()),
-        "objects": len(labels),
+        "objects": int(counts.sum()),
         "crowds": int(annotations.crowd.sum()),
-        "without_area": int((~annotations.trainable & ~annotations.crowd).sum()),
-        "most_objects_in_an_image": int(objects.max()),
-        "median_side": float(np.median(np.sqrt(widths * heights))),
+        "boxes_without_area": int((~annotations.trainable & ~annotations.crowd).sum()),
+        "max_objects_per_image": int(objects.max()),
+        "median_box_size": float(np.median(box_sizes)) if len(box_sizes) else 0.0,
         "objects_by_class": [
-            {"id": i, "name": n, "objects": int(c)} for i, n, c in zip(ids, names, counts, strict=True)
+            {"id": category_id, "name": name, "objects": int(count)}
+            for category_id, name, count in zip(categories.ids, categories.names, counts, strict=True)
         ],
     }
 
 
-def _line(statistics: dict) -> str:
+def _format_statistics(statistics: dict) -> str:
     return (
         f"{statistics['images']} images ({statistics['images_without_objects']} without objects), "
         f"{statistics['objects']} objects of {len(statistics['objects_by_class'])} classes, at most "
-        f"{statistics['most_objects_in_an_image']} in an image; the median box has the area of a square of "
-        f"{statistics['median_side']:.0f} pixels"
+        f"{statistics['max_objects_per_image']} per image, median box size {statistics['median_box_size']:.0f} pixels"
     )
 
 
-def _columns(annotations: Annotations) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    return annotations.categories.ids, annotations.categories.names
+def _count_by_class(annotations: Annotations) -> np.ndarray:
+    return np.bincount(annotations.labels[annotations.trainable], minlength=len(annotations.categories.ids))
 
 
-def _sides(annotations: Annotations) -> np.ndarray:
-    """(width, height) of the boxes trained on, (M, 2), in pixels."""
+def _objects_per_image(annotations: Annotations) -> np.ndarray:
+    return np.diff(np.append(0, np.cumsum(annotations.trainable))[annotations.offsets])
+
+
+def _box_sizes(annotations: Annotations) -> np.ndarray:
+    """Square roots of the areas of the trainable boxes, in pixels."""
     boxes = annotations.boxes[annotations.trainable].astype(np.float64)
-    return boxes[:, 2:] - boxes[:, :2]
+    return np.sqrt(np.prod(boxes[:, 2:] - boxes[:, :2], axis=1))
 
 
-def _picture(loaded: dict[str, Annotations], max_objects: int) -> Image.Image:
-    train = loaded["train"]
-    counts = {name: np.bincount(a.labels[a.trainable], minlength=len(a.categories.ids)) for name, a in loaded.items()}
-    objects = {name: np.diff(np.append(0, np.cumsum(a.trainable))[a.offsets]) for name, a in loaded.items()}
-    examples, index = [], 0
-    while len(examples) < NUM_EXAMPLES and index < len(train):
-        boxes, labels = train.objects(index)
+def _draw_figure(loaded: dict[str, Annotations], max_objects: int) -> Image.Image:
+    train, examples = loaded["train"], []
+    for index in range(len(train)):
         try:
-            large, boxes = enlarge(to_pil_image(train.image_file(index).pixels()), boxes, CELL)
-            names = [train.categories.names[label] for label in labels]
-            examples.append(draw_boxes(large, boxes, names, [color_of(label) for label in labels]))
+            image = to_pil_image(train.image_file(index).pixels())
         except BadImageError:
-            pass
-        index += 1
-    sides = {name: np.sqrt(np.prod(_sides(a), axis=1)) for name, a in loaded.items()}
-    return dataset_overview(train.categories.names, counts, sides, objects, examples, max_objects)
+            continue
+        boxes, labels = train.objects(index)
+        image, boxes = enlarge(image, boxes, CELL)
+        names = [train.categories.names[label] for label in labels]
+        examples.append(draw_boxes(image, boxes, names, [color_of(label) for label in labels]))
+        if len(examples) == NUM_EXAMPLES:
+            break
+    splits = {
+        name: SplitSummary(
+            class_counts=_count_by_class(annotations),
+            box_sizes=_box_sizes(annotations),
+            objects_per_image=_objects_per_image(annotations),
+        )
+        for name, annotations in loaded.items()
+    }
+    return dataset_overview(train.categories.names, splits, examples, max_objects)

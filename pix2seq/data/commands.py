@@ -1,6 +1,6 @@
 """The dataset commands of `pix2seq`: check, show, convert and shard.
 
-check, show and shard take the arguments of `train.py`, recipes included.
+check, show and shard accept the arguments and recipes of training.
 """
 
 import argparse
@@ -10,110 +10,120 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pix2seq.argument_parser import LineErrorParser, parse, run_command
-from pix2seq.arguments import TrainArguments, argument
-from pix2seq.data.check import check
+from pix2seq.arguments import TrainArguments, argument, check_value
+from pix2seq.data.check import check_dataset
 from pix2seq.data.coco import load_annotations
 from pix2seq.data.convert import convert
 from pix2seq.data.issues import ERROR
 from pix2seq.data.shards import write_shards
-from pix2seq.data.show import show
+from pix2seq.data.show import draw_training_examples
 from pix2seq.errors import UserError
 from pix2seq.training.datasets import find_splits, load_data
 
 
 def check_data(args: TrainArguments) -> int:
-    """Prints what is in a dataset and what is wrong with it, and writes it into the run folder; the exit code."""
-    report = check(*find_splits(args), args.follow_links, args.max_objects, min(args.num_workers, os.cpu_count() or 1))
+    """Prints the dataset report and saves it in the run folder. Returns 2 if there are errors, otherwise 0."""
+    train, val = find_splits(args)
+    report = check_dataset(
+        train,
+        val,
+        follow_links=args.follow_links,
+        max_objects=args.max_objects,
+        num_workers=min(args.num_workers, os.cpu_count() or 1),
+    )
     folder = Path(args.output_dir) / "data"
     print(report)
     try:
-        report.write(folder)
+        report.save(folder)
     except OSError as error:
         raise UserError(f"--output_dir {args.output_dir}: cannot be written to ({error.strerror})") from None
-    print(f"written to {folder}: check.json" + (", check.png" if report.draw is not None else ""))
-    return 2 if report.of(ERROR) else 0
+    print(f"saved in {folder}: check.json" + (", check.png" if report.draw_figure is not None else ""))
+    return 2 if report.with_severity(ERROR) else 0
 
 
 @dataclass
 class ShowArguments(TrainArguments):
-    output: str = argument("show.png", "picture to write")
-    num_images: int = argument(4, "images shown, a row each")
-    first: int = argument(0, "number of the first of them, in the annotation file's order")
-    epoch: int = argument(0, "whose augmentation is shown")
+    """Arguments of `pix2seq show`: those of training, and what to draw."""
+
+    output: str = argument("show.png", "image file to write")
+    num_images: int = argument(4, "number of images, one in each row")
+    first: int = argument(0, "index of the first image in the annotation file")
+    epoch: int = argument(0, "epoch of the augmentation")
 
     def __post_init__(self):
         super().__post_init__()
-        for name, least in (("num_images", 1), ("first", 0), ("epoch", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"--{name} {getattr(self, name)}: must be at least {least}")
+        for name, minimum in (("num_images", 1), ("first", 0), ("epoch", 0)):
+            check_value(self, name, getattr(self, name) >= minimum, f"at least {minimum}")
 
 
 def show_data(args: ShowArguments) -> int:
+    """Draws training examples. Returns the exit code."""
     dataset, _ = load_data(args)
     total = len(dataset.annotations)
     indices = range(args.first, min(args.first + args.num_images, total))
     if not indices:
-        raise UserError(f"--first {args.first}: there are {total} images, from 0 on")
-    picture = show(dataset, indices, args.epoch)
+        raise UserError(f"--first {args.first}: must be less than {total}, the number of training images")
+    image = draw_training_examples(dataset, indices, args.epoch)
     try:
-        picture.save(args.output)
+        image.save(args.output)
     except (OSError, ValueError) as error:
         raise UserError(f"--output {args.output}: cannot be written ({error})") from None
-    print(f"written to {args.output}")
+    print(f"saved as {args.output}")
     return 0
 
 
 @dataclass
 class ShardArguments(TrainArguments):
+    """Arguments of `pix2seq shard`: those of training, and where to write."""
+
     output: str | None = argument(None, "folder for the shards")
-    shard_mb: float = argument(512, "megabytes of a shard")
+    shard_mb: float = argument(512, "approximate size of a shard in megabytes")
 
     def __post_init__(self):
         super().__post_init__()
         if self.output is None:
-            raise ValueError("--output: missing (the folder for the shards)")
-        if not self.shard_mb > 0:
-            raise ValueError(f"--shard_mb {self.shard_mb}: must be above 0")
+            raise ValueError("--output: missing; name a folder for the shards")
+        check_value(self, "shard_mb", self.shard_mb > 0, "above 0")
 
 
 def shard_data(args: ShardArguments) -> int:
+    """Packs the training images into shards. Returns the exit code."""
     train, _ = find_splits(args)
     try:
-        written = write_shards(load_annotations(train, None, args.follow_links), Path(args.output), args.shard_mb)
+        counts = write_shards(load_annotations(train, None, args.follow_links), Path(args.output), args.shard_mb)
     except OSError as error:
         raise UserError(f"--output {args.output}: cannot be written to ({error.strerror})") from None
-    print(
-        f"{written['images']} images in {written['shards']} shards; "
-        f"train.py reads them with --train_shards {args.output}"
-    )
+    print(f"{counts['images']} images in {counts['shards']} shards; train with --train_shards {args.output}")
     return 0
 
 
 def convert_parser(program: str = "pix2seq convert") -> argparse.ArgumentParser:
-    """The arguments of `pix2seq convert`."""
+    """Builds the parser of `pix2seq convert`."""
     parser = LineErrorParser(prog=program, description="Convert YOLO or Pascal VOC to COCO annotation files.")
-    parser.add_argument("source", type=Path, help="folder with data.yaml, or with Pascal VOC's XML files")
+    parser.add_argument("source", type=Path, help="folder with data.yaml, or with the XML files of Pascal VOC")
     parser.add_argument("output", type=Path, help="folder for the COCO annotation files and links to the images")
     parser.add_argument(
-        "--follow_links", action="store_true", help="also open files outside the folder, behind links or in lists"
+        "--follow_links", action="store_true", help="also open files outside the source, behind links or in lists"
     )
     return parser
 
 
 def convert_data(args: argparse.Namespace) -> int:
-    flags, parts = [], convert(args.source, args.output, args.follow_links, lambda line: print(f"note: {line}"))
-    for part in parts:
-        print(f"{part.name}: {part.num_images} images, {part.num_objects} objects -> {part.json}")
-        if part.name in ("train", "val"):
-            flags += [f"--{part.name}_images", str(part.images), f"--{part.name}_json", str(part.json)]
-    if {"train", "val"} <= {part.name for part in parts if part.linked}:
+    """Converts a dataset and prints the flags to train on it. Returns the exit code."""
+    splits = convert(args.source, args.output, args.follow_links, notify=lambda message: print(f"note: {message}"))
+    flags: list[str] = []
+    for split in splits:
+        print(f"{split.name}: {split.num_images} images, {split.num_objects} objects -> {split.json}")
+        if split.name in ("train", "val"):
+            flags += [f"--{split.name}_images", str(split.images), f"--{split.name}_json", str(split.json)]
+    if {"train", "val"} <= {split.name for split in splits if split.linked}:
         flags = ["--root", str(args.output)]
     if flags:
-        print(f"train.py reads them with {shlex.join(flags)}")
-    names = {part.name for part in parts}
-    if len(names & {"train", "val"}) == 1:
-        missing = "val" if "train" in names else "train"
-        print(f"there are no {missing} images: train.py needs --{missing}_images and --{missing}_json too")
+        print(f"train with {shlex.join(flags)}")
+    missing = {"train", "val"} - {split.name for split in splits}
+    if len(missing) == 1:
+        (name,) = missing
+        print(f"there is no {name} split: also name --{name}_images and --{name}_json")
     return 0
 
 

@@ -1,9 +1,7 @@
-"""The embedded dataset: coloured shapes on noisy backgrounds, drawn from a seed into a COCO-layout folder.
+"""The shapes dataset: coloured shapes on noisy backgrounds, in COCO's layout, for demonstrations and tests.
 
-    python -m pix2seq shapes data/shapes
-
-The same arguments always draw the same pictures. Train and val come from different streams of the generator, so no
-picture is in both. Shapes overlap now and then, and some pictures hold nothing at all.
+The same arguments always draw the same images. The training and validation images have different random streams, so
+no image is in both. Some shapes overlap, and some images are empty.
 """
 
 import argparse
@@ -16,7 +14,7 @@ from PIL import Image, ImageDraw
 from pix2seq.progress import progress
 
 SHAPES = ("ellipse", "rectangle", "triangle", "cross")
-# Not 1 ... 4: real annotation files have gaps, and code that assumes none should break here first.
+# Not 1 to 4: ids of real annotation files have gaps, too.
 CATEGORY_IDS = (1, 3, 7, 11)
 
 _COLORS = ((230, 60, 50), (60, 170, 70), (60, 100, 230), (240, 200, 40), (190, 70, 210), (40, 200, 210))
@@ -26,20 +24,31 @@ _SUPERSAMPLING = 2
 def draw_dataset(
     folder: str | Path, num_train: int = 8000, num_val: int = 200, size: int = 64, max_shapes: int = 4, seed: int = 0
 ) -> Path:
-    """Draws images/{train,val}2017 and annotations/instances_{train,val}2017.json under `folder` and returns it.
+    """Draws images/{train,val}2017 and annotations/instances_{train,val}2017.json. An identical dataset is kept.
 
-    A folder that already holds exactly this dataset is left as it is. One with anything else in it is refused with a
-    ValueError, lest somebody's data be overwritten.
+    Args:
+        folder: Folder to write to.
+        num_train: Number of training images.
+        num_val: Number of validation images.
+        size: Side of the images in pixels.
+        max_shapes: Largest number of objects in an image.
+        seed: Seed of the random generator.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: The folder has files that are not of a shapes dataset.
     """
     folder = Path(folder)
     recipe = {"num_train": num_train, "num_val": num_val, "size": size, "max_shapes": max_shapes, "seed": seed}
-    written = folder / "shapes.json"
-    if written.exists() and json.loads(written.read_text()) == recipe:
+    recipe_file = folder / "shapes.json"
+    if recipe_file.exists() and json.loads(recipe_file.read_text()) == recipe:
         return folder
-    if folder.is_dir() and any(folder.iterdir()) and not written.exists():
-        raise ValueError(f"{folder} is not empty and holds no shapes dataset: name another folder")
+    if folder.is_dir() and any(folder.iterdir()) and not recipe_file.exists():
+        raise ValueError(f"{folder} is not empty and has no shapes dataset; name another folder")
     folder.mkdir(parents=True, exist_ok=True)
-    written.write_text("null")  # from here on the folder is ours, and unfinished
+    recipe_file.write_text("null")  # an unfinished dataset
     for stream, (split, count) in enumerate((("train", num_train), ("val", num_val))):
         images_folder = folder / "images" / f"{split}2017"
         images_folder.mkdir(parents=True, exist_ok=True)
@@ -65,34 +74,43 @@ def draw_dataset(
         (folder / "annotations" / f"instances_{split}2017.json").write_text(
             json.dumps({"images": images, "annotations": annotations, "categories": categories})
         )
-    written.write_text(json.dumps(recipe))
+    recipe_file.write_text(json.dumps(recipe))
     return folder
 
 
 def draw_image(
     rng: np.random.Generator, size: int, max_shapes: int
 ) -> tuple[Image.Image, list[tuple[int, tuple[float, float, float, float]]]]:
-    """One picture and its objects as (label, xyxy in pixels). About one picture in twenty holds none."""
+    """Draws an image. About one image in twenty is empty.
+
+    Args:
+        rng: Random generator.
+        size: Side of the image in pixels.
+        max_shapes: Largest number of objects.
+
+    Returns:
+        The image, and (label, (x1, y1, x2, y2) in pixels) of each object.
+    """
     low, high = sorted(rng.integers(0, 256, 2))
     background = rng.integers(low, high + 1, 3) + rng.normal(0, 12, (size, size, 3))
-    picture = Image.fromarray(np.clip(background, 0, 255).astype(np.uint8))
-    picture = picture.resize((size * _SUPERSAMPLING,) * 2, Image.Resampling.NEAREST)
-    draw = ImageDraw.Draw(picture)
+    image = Image.fromarray(np.clip(background, 0, 255).astype(np.uint8))
+    image = image.resize((size * _SUPERSAMPLING,) * 2, Image.Resampling.NEAREST)
+    draw = ImageDraw.Draw(image)
     objects: list[tuple[int, tuple[float, float, float, float]]] = []
     count = 0 if rng.random() < 0.05 else int(rng.integers(1, max_shapes + 1))
     for _ in range(count):
-        box = _place(rng, size, [taken for _, taken in objects])
+        box = _place_box(rng, size, [other for _, other in objects])
         if box is None:
             continue
         label = int(rng.integers(len(SHAPES)))
         color = tuple(np.clip(np.array(_COLORS[rng.integers(len(_COLORS))]) + rng.integers(-20, 21, 3), 0, 255))
         _draw_shape(draw, SHAPES[label], [v * _SUPERSAMPLING for v in box], tuple(int(c) for c in color))
         objects.append((label, box))
-    return picture.resize((size, size), Image.Resampling.BOX), objects
+    return image.resize((size, size), Image.Resampling.BOX), objects
 
 
-def _place(rng: np.random.Generator, size: int, taken: list) -> tuple[float, float, float, float] | None:
-    """A box that overlaps earlier ones a little at most, so that no shape hides another."""
+def _place_box(rng: np.random.Generator, size: int, others: list) -> tuple[float, float, float, float] | None:
+    """Draws a box that overlaps the others by less than 15 % of their areas; None after 20 attempts."""
     for _ in range(20):
         width, height = (float(v) for v in rng.uniform(0.2, 0.5, 2) * size)
         if max(width, height) > 1.5 * min(width, height):
@@ -100,7 +118,7 @@ def _place(rng: np.random.Generator, size: int, taken: list) -> tuple[float, flo
         x, y = float(rng.uniform(0, size - width)), float(rng.uniform(0, size - height))
         x1, y1, x2, y2 = (round(v * 2) / 2 for v in (x, y, x + width, y + height))
         area = (x2 - x1) * (y2 - y1)
-        if all(_overlap((x1, y1, x2, y2), other) < 0.15 * min(area, _area(other)) for other in taken):
+        if all(_intersection((x1, y1, x2, y2), other) < 0.15 * min(area, _area(other)) for other in others):
             return x1, y1, x2, y2
     return None
 
@@ -109,12 +127,12 @@ def _area(box) -> float:
     return (box[2] - box[0]) * (box[3] - box[1])
 
 
-def _overlap(a, b) -> float:
+def _intersection(a, b) -> float:
     return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
 
 
 def _draw_shape(draw: ImageDraw.ImageDraw, name: str, box, color) -> None:
-    x1, y1, x2, y2 = box[0], box[1], box[2] - 1, box[3] - 1  # PIL paints the last pixel too
+    x1, y1, x2, y2 = box[0], box[1], box[2] - 1, box[3] - 1  # Pillow's coordinates are inclusive
     if name == "ellipse":
         draw.ellipse((x1, y1, x2, y2), fill=color)
     elif name == "rectangle":
@@ -130,12 +148,12 @@ def _draw_shape(draw: ImageDraw.ImageDraw, name: str, box, color) -> None:
 def main(argv: list[str] | None = None, program: str = "pix2seq shapes") -> int:
     """Parses the command line and draws the dataset; returns the exit code."""
     parser = argparse.ArgumentParser(prog=program, description="Draw the shapes dataset as a COCO-layout folder.")
-    parser.add_argument("folder", help="where to put it")
-    parser.add_argument("--num_train", type=int, default=8000)
-    parser.add_argument("--num_val", type=int, default=200)
-    parser.add_argument("--size", type=int, default=64, help="side of a picture in pixels")
-    parser.add_argument("--max_shapes", type=int, default=4)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("folder", help="folder to write to")
+    parser.add_argument("--num_train", type=int, default=8000, help="number of training images")
+    parser.add_argument("--num_val", type=int, default=200, help="number of validation images")
+    parser.add_argument("--size", type=int, default=64, help="side of an image in pixels")
+    parser.add_argument("--max_shapes", type=int, default=4, help="largest number of objects in an image")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random generator")
     args = parser.parse_args(argv)
     try:
         print(draw_dataset(**vars(args)))
