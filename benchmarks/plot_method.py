@@ -1,85 +1,98 @@
-"""Draws what docs/method.md tells: a sentence as it is read, said and weighed, and what each decoder looks at.
+"""Draws the figures of docs/method.md: a training sequence, and the attention masks of the two decoders.
 
-python -m benchmarks.plot_method images/said.png images/looks.png
+python -m benchmarks.plot_method --output_dir images
 """
 
-import sys
+import argparse
+from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from pix2seq.charts import to_image
 from pix2seq.data.shapes import SHAPES
 from pix2seq.sequence import SequenceBuilder
 from pix2seq.tokenizer import SLOTS, TOKENS_PER_OBJECT, Tokenizer
-from pix2seq.visualization import GREY, PALETTE
+from pix2seq.visualization import GREEN, GREY, LIGHT_GREY, ORANGE, SKY_BLUE, TEXT_GREY
 
-BINS, OBJECTS = 64, 3
-PICTURE, SENTENCE = 6, 6  # tokens in the drawings of attention
-NOTHING, PALE = "white", "#EEEEEE"
-
-
-def word(token: int, tokenizer: Tokenizer) -> str:
-    if token >= tokenizer.first_bin_id:
-        return str(token - tokenizer.first_bin_id)
-    if token >= tokenizer.first_class_id:
-        return SHAPES[token - tokenizer.first_class_id]
-    return {tokenizer.bos_id: "BOS", tokenizer.noise_id: "NOISE"}[token]
+NUM_BINS, MAX_OBJECTS = 64, 3
+NUM_VISUAL, NUM_SEQUENCE = 6, 6  # tokens in the attention masks
 
 
-def said() -> Figure:
-    """Two real objects and a noise object of the training code's own making."""
-    tokenizer = Tokenizer(len(SHAPES), BINS)
-    build = SequenceBuilder(tokenizer, max_objects=OBJECTS, order="none")
+def inputs_and_labels() -> Figure:
+    """Inputs, labels and weights of two real objects and a noise object, from SequenceBuilder."""
+    tokenizer = Tokenizer(len(SHAPES), NUM_BINS)
+    build = SequenceBuilder(tokenizer, max_objects=MAX_OBJECTS, order="none")
     boxes, labels = np.array([[0.16, 0.62, 0.44, 1.0], [0.3, 0.0, 0.71, 0.29]]), np.array([2, 3])
-    sentence = build(boxes, labels, np.random.default_rng(6))
-    length = TOKENS_PER_OBJECT * OBJECTS
-    figure = Figure(figsize=(12, 2.4), dpi=100, layout="constrained")
+    sequence = build(boxes, labels, np.random.default_rng(6))
+    length = TOKENS_PER_OBJECT * MAX_OBJECTS
+    figure = Figure(figsize=(12, 2.6), dpi=100, layout="constrained")
     axis = figure.subplots()
-    for place in range(length):
-        color = (PALETTE[2], PALETTE[1], GREY)[place // TOKENS_PER_OBJECT]
-        weight = sentence["token_weights"][place]
-        axis.text(place + 0.45, 3.2, SLOTS[place % TOKENS_PER_OBJECT], ha="center", color="#777777", fontsize=9)
-        for row, name in ((2, "input_ids"), (1, "labels")):
-            shown = PALE if row == 2 or not weight else color
-            axis.add_patch(_cell(place, row, shown))
-            text = word(int(sentence[name][place]), tokenizer)
-            axis.text(place + 0.45, row + 0.45, text, ha="center", va="center", fontsize=9)
-        axis.text(place + 0.45, 0.45, f"{weight:g}", ha="center", va="center", fontsize=9)
-    for row, name in ((2, "reads"), (1, "has to say"), (0, "weight")):
-        axis.text(-0.15, row + 0.45, name, ha="right", va="center", fontsize=10)
-    axis.set(xlim=(-1.4, length + 0.05), ylim=(0, 3.6))
+    for number, (name, color) in enumerate((("object 1", GREEN), ("object 2", SKY_BLUE), ("noise object", GREY))):
+        start = number * TOKENS_PER_OBJECT
+        axis.text(start + TOKENS_PER_OBJECT / 2, 4.0, name, ha="center", color=color, fontsize=10, weight="bold")
+        for position in range(start, start + TOKENS_PER_OBJECT):
+            weight = sequence["token_weights"][position]
+            slot = SLOTS[position % TOKENS_PER_OBJECT]
+            axis.text(position + 0.45, 3.2, slot, ha="center", color=TEXT_GREY, fontsize=9)
+            for row, key in ((2, "input_ids"), (1, "labels")):
+                axis.add_patch(_cell(position, row, color if key == "labels" and weight else LIGHT_GREY))
+                token = tokenizer.token_to_str(int(sequence[key][position]), SHAPES)
+                axis.text(position + 0.45, row + 0.45, token, ha="center", va="center", fontsize=9)
+            axis.text(position + 0.45, 0.45, f"{weight:g}", ha="center", va="center", fontsize=9)
+    for row, name in ((2, "input_ids"), (1, "labels"), (0, "token_weights")):
+        axis.text(-0.15, row + 0.45, name, ha="right", va="center", fontsize=10, family="monospace")
+    axis.set(xlim=(-1.8, length + 0.05), ylim=(0, 4.5))
     axis.axis("off")
     return figure
 
 
-def looks() -> Figure:
-    """A row is a token, and what it looks at is coloured."""
-    figure = Figure(figsize=(11, 4.4), dpi=100, layout="constrained")
-    left, right = figure.subplots(1, 2)
-    names = [f"p{n + 1}" for n in range(PICTURE)] + ["BOS", *SLOTS]
-    for axis, title, of_the_picture in (
-        (left, "--decoder llama: picture and sentence are one text", PALETTE[2]),
-        (right, "--decoder transformer: the picture is looked up", PALE),
-    ):
-        total = PICTURE + SENTENCE
+def attention_masks() -> Figure:
+    """A row is a query token; its colored cells are the tokens that it attends to."""
+    figure = Figure(figsize=(11, 4.9), dpi=100, layout="constrained")
+    names = [f"v{number + 1}" for number in range(NUM_VISUAL)] + ["BOS", *SLOTS]
+    total = NUM_VISUAL + NUM_SEQUENCE
+    for axis, decoder in zip(figure.subplots(1, 2), ("llama", "transformer"), strict=True):
         for row in range(total):
             for column in range(total):
-                if column < PICTURE:
-                    color = of_the_picture if row < PICTURE else PALETTE[1]
+                if column >= NUM_VISUAL:
+                    color = ORANGE if column <= row else "white"
+                elif row >= NUM_VISUAL:
+                    color = SKY_BLUE
                 else:
-                    color = PALETTE[0] if column <= row else NOTHING
+                    color = GREEN if decoder == "llama" else LIGHT_GREY
                 axis.add_patch(_cell(column, total - 1 - row, color))
             axis.text(-0.15, total - 0.55 - row, names[row], ha="right", va="center", fontsize=9)
             axis.text(row + 0.45, total + 0.1, names[row], ha="center", fontsize=9)
-        if of_the_picture == PALE:
-            axis.text(PICTURE / 2, total - PICTURE / 2, "no part of the decoder", ha="center", va="center", fontsize=9)
-        axis.axhline(SENTENCE - 0.05, color="black", linewidth=0.8)
-        axis.axvline(PICTURE - 0.05, color="black", linewidth=0.8)
-        axis.set(xlim=(-1, total), ylim=(-0.1, total + 0.7), aspect="equal")
-        axis.set_title(title, fontsize=10)
+        if decoder == "transformer":
+            axis.text(
+                NUM_VISUAL / 2,
+                total - NUM_VISUAL / 2,
+                "encoder only",
+                ha="center",
+                va="center",
+                fontsize=9,
+            )
+        axis.axhline(NUM_SEQUENCE - 0.05, color="black", linewidth=0.8)
+        axis.axvline(NUM_VISUAL - 0.05, color="black", linewidth=0.8)
+        axis.set(xlim=(-0.9, total), ylim=(-0.1, total + 0.7), aspect="equal")
+        axis.set_title(
+            {
+                "llama": "--decoder llama: visual tokens are a bidirectional prefix",
+                "transformer": "--decoder transformer: cross-attention to visual tokens",
+            }[decoder],
+            fontsize=10,
+        )
         axis.axis("off")
+    handles = [
+        Rectangle((0, 0), 1, 1, facecolor=color, label=label)
+        for color, label in (
+            (GREEN, "visual tokens to visual tokens"),
+            (SKY_BLUE, "sequence to visual tokens"),
+            (ORANGE, "sequence to previous tokens"),
+        )
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=9)
     return figure
 
 
@@ -87,10 +100,13 @@ def _cell(x: float, y: float, color: str) -> Rectangle:
     return Rectangle((x, y), 0.9, 0.9, facecolor=color, edgecolor="#CCCCCC", linewidth=0.5)
 
 
-def main(*paths: str) -> None:
-    for figure, path in zip((said(), looks()), paths, strict=True):
-        to_image(figure).save(path, optimize=True)
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Draw the figures of docs/method.md.")
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder for the images")
+    args = parser.parse_args()
+    for name, figure in (("inputs_and_labels", inputs_and_labels()), ("attention_masks", attention_masks())):
+        figure.savefig(args.output_dir / f"{name}.png", pil_kwargs={"optimize": True})
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()
