@@ -1,17 +1,15 @@
-"""Scores a detector, or anybody's predictions, with the 12 COCO numbers.
+"""Evaluates a model, or any COCO results file, with the COCO metrics.
 
-    python evaluate.py --checkpoint OUT/best --root DIR --output_dir E          a trained detector
+    python evaluate.py --checkpoint OUT/best --root DIR --output_dir E          a trained model
     python evaluate.py --predictions p.json --gt instances.json --output_dir E  any COCO results file
-    python evaluate.py --oracle --root DIR                                      the AP a perfect model would have
+    python evaluate.py --oracle --root DIR                                      the AP of a perfect model
 
---report adds a page that shows what is right and what is wrong. `python -m pix2seq compare A B` says which
-of two folders is better.
-
-Under `accelerate launch` the images are shared between the processes and each is counted once.
+With --report, the output folder also holds a page with figures and examples of errors. `pix2seq compare A B` compares
+two output folders. Under `accelerate launch`, the images are divided among the processes and each is counted once.
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -21,12 +19,12 @@ from transformers.utils import logging as transformers_logging
 
 from pix2seq.argument_parser import parse, read_training_arguments, run_command
 from pix2seq.arguments import DecodingArguments, argument, check_at_least
-from pix2seq.data import Categories, EvalDataset, find_split, load_annotations
+from pix2seq.data import Annotations, Categories, EvalDataset, find_split, load_annotations
 from pix2seq.data.issues import count_by_kind
 from pix2seq.errors import UserError
 from pix2seq.evaluation import oracle_predictions, predict, prediction_image, warn_unreadable
 from pix2seq.evaluation.coco_metrics import coco_metrics, load_ground_truth, load_predictions, metrics_table
-from pix2seq.evaluation.output_folder import Skipped, prepare, write_numbers, writing
+from pix2seq.evaluation.output_folder import Skipped, prepare_output_folder, report_write_errors, write_results
 from pix2seq.evaluation.report.write import write_report
 from pix2seq.models import load_model
 from pix2seq.tokenizer import Tokenizer
@@ -61,7 +59,7 @@ class EvaluateArguments(DecodingArguments):
     num_bins: int = argument(1000, "coordinate bins of --oracle")
     num_images: int = argument(8, "images drawn in predictions.png")
     report: bool = argument(
-        False, "also write report.html: AP by class, size and score, kinds of errors, examples; needs --output_dir"
+        False, "also write report.html: AP by class and size, types of errors, examples; needs --output_dir"
     )
 
     def __post_init__(self):
@@ -84,33 +82,100 @@ class EvaluateArguments(DecodingArguments):
         super().__post_init__()
 
 
-def dataset(args: EvaluateArguments, training: dict, categories: Categories | None, image_size: int) -> EvalDataset:
-    """The images to evaluate: those named on the command line, else the ones training evaluated."""
-    overfit = training.get("overfit", 0) if args.val_json is None else 0
-    kind = "train" if overfit else "val"
-    named = vars(args) if args.root or args.val_json else training
-    where = [named.get(name) for name in ("root", f"{kind}_images", f"{kind}_json", f"{kind}_shards")]
-    if not any(where):
-        raise UserError("--root: missing (the folder of a COCO-layout dataset)")
-    split = find_split(kind, *where)
-    annotations = load_annotations(split, categories, args.follow_links or training.get("follow_links", False))
-    if overfit:
-        annotations = annotations.subset(range(min(overfit, len(annotations))))
-        if os.environ.get("RANK", "0") == "0":
-            print(f"the first {len(annotations)} training images, as in training (--overfit {overfit})")
-    return EvalDataset(annotations, EvalTransform(image_size))
+@dataclass
+class EvaluationData:
+    """The ground truth and the predictions of an evaluation.
+
+    Args:
+        name: Name of the predictions in error messages.
+        title: Title of the report.
+        annotation_file: File of the ground truth.
+        ground_truth: COCO annotations from `load_ground_truth`.
+        predictions: COCO results.
+        annotations: Gives access to the images, None if only a results file is evaluated.
+        skipped: Unreadable images and issues in the annotation file.
+    """
+
+    name: str
+    title: str
+    annotation_file: str
+    ground_truth: dict
+    predictions: list[dict]
+    annotations: Annotations | None = None
+    skipped: Skipped = field(default_factory=Skipped)
 
 
-def detect(args: EvaluateArguments, skipped: Skipped) -> tuple[dict, list[dict], EvalDataset, bool]:
-    """Ground truth, the detector's predictions, their images, and whether this is the main process. Adds to `skipped`
-    the images that cannot be read."""
-    transformers_logging.disable_progress_bar()
-    model, training = (
-        load_model(args.checkpoint, "--checkpoint"),
-        read_training_arguments(args.checkpoint, "--checkpoint"),
+def is_main_process() -> bool:
+    """Whether this is the only process, or the first of `accelerate launch`."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def run_evaluation(args: EvaluateArguments) -> dict[str, float]:
+    """Evaluates; the main process prints the metrics and writes the output folder.
+
+    Returns:
+        The metrics, on every process.
+
+    Raises:
+        UserError: An argument or a file is invalid.
+    """
+    output = None if args.output_dir is None else Path(args.output_dir)
+    if output is not None:
+        prepare_output_folder(output)
+    if args.checkpoint is not None:
+        data = evaluate_checkpoint(args)
+    elif args.oracle:
+        data = evaluate_oracle(args)
+    else:
+        data = read_results_file(args)
+    metrics = coco_metrics(data.ground_truth, data.predictions, data.name)
+    if is_main_process():
+        print(metrics_table(metrics))
+        warn_unreadable(data.skipped.unreadable)
+        if data.skipped.issues:
+            print(f"issues in {data.annotation_file}: {count_by_kind(data.skipped.issues)}")
+        if output is not None:
+            with report_write_errors(output):
+                write_output(args, output, metrics, data)
+    return metrics
+
+
+def read_results_file(args: EvaluateArguments) -> EvaluationData:
+    """Reads the predictions of a COCO results file."""
+    skipped = Skipped()
+    return EvaluationData(
+        name=f"--predictions {args.predictions}",
+        title="/".join(Path(args.predictions).resolve().parts[-2:]),
+        annotation_file=args.gt,
+        ground_truth=load_ground_truth(args.gt, warn=skipped.issues.extend),
+        predictions=load_predictions(args.predictions),
+        skipped=skipped,
     )
+
+
+def evaluate_oracle(args: EvaluateArguments) -> EvaluationData:
+    """Computes the predictions of a perfect model."""
+    dataset = load_dataset(args, training={}, categories=None, image_size=args.image_size)
+    annotations, skipped = dataset.annotations, skipped_annotations(dataset.annotations)
+    tokenizer = Tokenizer(len(annotations.categories.ids), args.num_bins)
+    return EvaluationData(
+        name="predictions",
+        title="the oracle",
+        annotation_file=str(annotations.split.json),
+        ground_truth=load_ground_truth(annotations.split.json),
+        predictions=oracle_predictions(dataset, tokenizer, warn=skipped.unreadable.extend),
+        annotations=annotations,
+        skipped=skipped,
+    )
+
+
+def evaluate_checkpoint(args: EvaluateArguments) -> EvaluationData:
+    """Runs a model over a dataset."""
+    transformers_logging.disable_progress_bar()
+    model = load_model(args.checkpoint, "--checkpoint")
+    training = read_training_arguments(args.checkpoint, "--checkpoint")
     accelerator = Accelerator(
-        # Without it, processes on a CPU do not find each other. Apple's GPUs have no float64.
+        # Without `cpu`, several processes on a CPU do not form a group. Apple's GPUs lack float64.
         cpu=not torch.cuda.is_available(),
         mixed_precision=args.mixed_precision or training.get("mixed_precision"),
     )
@@ -118,84 +183,92 @@ def detect(args: EvaluateArguments, skipped: Skipped) -> tuple[dict, list[dict],
         raise UserError("--mixed_precision fp16: needs a GPU; use bf16 or no")
     config = model.to(accelerator.device).config
     categories = Categories(tuple(config.category_ids), config.class_names)
-    data = dataset(args, training, categories, config.image_size)
+    dataset = load_dataset(args, training, categories, config.image_size)
+    annotations, skipped = dataset.annotations, skipped_annotations(dataset.annotations)
     try:
         options = model.override_options(**args.decoding())
     except ValueError as error:
         raise UserError(f"--{error}") from None
-    batch_size = args.eval_batch_size or training.get("eval_batch_size", 64)
-    truth = load_ground_truth(data.annotations.split.json, data.annotations.image_ids, categories)
-    warn = skipped.unreadable.extend
-    predictions = predict(model, data, options, batch_size, accelerator, args.num_workers, warn=warn)
-    return truth, predictions, data, accelerator.is_main_process
+    return EvaluationData(
+        name="predictions",
+        title="/".join(Path(args.checkpoint).resolve().parts[-2:]),
+        annotation_file=str(annotations.split.json),
+        ground_truth=load_ground_truth(annotations.split.json, annotations.image_ids, categories),
+        predictions=predict(
+            model,
+            dataset,
+            options,
+            args.eval_batch_size or training.get("eval_batch_size", 64),
+            accelerator,
+            args.num_workers,
+            warn=skipped.unreadable.extend,
+        ),
+        annotations=annotations,
+        skipped=skipped,
+    )
 
 
-def run_evaluation(args: EvaluateArguments) -> dict:
-    """Returns the metrics, on every process; writes and prints them on the main one."""
-    output = Path(args.output_dir) if args.output_dir is not None else None
-    if output is not None:
-        prepare(output)
-    name, data, is_main, skipped = "predictions", None, True, Skipped()
-    if args.predictions is not None:
-        name = f"--predictions {args.predictions}"
-        truth = load_ground_truth(args.gt, warn=skipped.faults.extend)
-        predictions = load_predictions(args.predictions)
-    elif args.oracle:
-        data = dataset(args, {}, None, args.image_size)
-        tokenizer = Tokenizer(len(data.annotations.categories.ids), args.num_bins)
-        truth = load_ground_truth(data.annotations.split.json)
-        predictions = oracle_predictions(data, tokenizer, skipped.unreadable.extend)
-    else:
-        truth, predictions, data, is_main = detect(args, skipped)
+def load_dataset(
+    args: EvaluateArguments, training: dict, categories: Categories | None, image_size: int
+) -> EvalDataset:
+    """Loads the images that the command line names, otherwise those that were evaluated in training.
 
-    metrics = coco_metrics(truth, predictions, name)
-    if not is_main:
-        return metrics
-    print(metrics_table(metrics))
-    warn_unreadable(skipped.unreadable)
-    ground_truth = args.gt if data is None else str(data.annotations.split.json)
-    if data is not None:  # what is wrong with its images has been told
-        skipped.faults = [fault for fault in data.annotations.issues if fault.file == ground_truth]
-    if skipped.faults:
-        print(f"faults in {ground_truth}: {count_by_kind(skipped.faults)}")
-    if output is not None:
-        with writing(output):
-            write(args, output, metrics, truth, predictions, data, ground_truth, skipped)
-    return metrics
+    Args:
+        args: The arguments.
+        training: Arguments of the training run, {} if unknown.
+        categories: Classes of the model. Default: those in the annotation file.
+        image_size: Side of the padded square images in pixels.
+    """
+    overfit = training.get("overfit", 0) if args.val_json is None else 0
+    kind = "train" if overfit else "val"
+    source = vars(args) if args.root or args.val_json else training
+    locations = [source.get(name) for name in ("root", f"{kind}_images", f"{kind}_json", f"{kind}_shards")]
+    if not any(locations):
+        raise UserError("--root: missing (the folder of a COCO-layout dataset)")
+    follow_links = args.follow_links or training.get("follow_links", False)
+    annotations = load_annotations(find_split(kind, *locations), categories, follow_links)
+    if overfit:
+        annotations = annotations.subset(range(min(overfit, len(annotations))))
+        if is_main_process():
+            print(f"the first {len(annotations)} training images, as in training (--overfit {overfit})")
+    return EvalDataset(annotations, EvalTransform(image_size))
 
 
-def write(
-    args: EvaluateArguments,
-    output: Path,
-    metrics: dict,
-    truth: dict,
-    predictions: list,
-    data: EvalDataset | None,
-    ground_truth: str,
-    skipped: Skipped,
-) -> None:
-    annotations = None if data is None else data.annotations
-    if annotations is not None:  # names are enough: pages and files are sent to others
+def skipped_annotations(annotations: Annotations) -> Skipped:
+    """Returns the issues in the annotation file. Images that cannot be read are added when they are evaluated."""
+    return Skipped(issues=[issue for issue in annotations.issues if issue.file == str(annotations.split.json)])
+
+
+def write_output(args: EvaluateArguments, output: Path, metrics: dict, data: EvaluationData) -> None:
+    """Writes the output folder and prints the names of the files."""
+    annotations, skipped = data.annotations, data.skipped
+    if annotations is not None:  # the files name no folder of this machine, so that they can be sent to others
         skipped.unreadable = [line.removeprefix(f"{annotations.split.images}/") for line in skipped.unreadable]
-    write_numbers(output, metrics, truth, predictions, ground_truth, skipped)
-    written = ["metrics.json", "predictions.json"]
+    write_results(output, metrics, data.ground_truth, data.predictions, data.annotation_file, skipped)
+    names = ["metrics.json", "predictions.json"]
     if annotations is not None and args.num_images > 0:
-        prediction_image(annotations, predictions, args.num_images).save(output / "predictions.png")
-        written.append("predictions.png")
+        prediction_image(annotations, data.predictions, args.num_images).save(output / "predictions.png")
+        names.append("predictions.png")
     if args.report:
-        named = Path(args.checkpoint or args.predictions or "").resolve()
-        title = "the oracle" if args.oracle else "/".join(named.parts[-2:])
-        write_report(output, truth, predictions, annotations, "predictions", title, skipped)
-        written.append("report.html")
-    print(f"written to {output}: {', '.join(written)}")
+        write_report(
+            output,
+            data.ground_truth,
+            data.predictions,
+            annotations,
+            name=data.name,
+            title=data.title,
+            notes=skipped.lines(),
+        )
+        names.append("report.html")
+    print(f"written to {output}: {', '.join(names)}")
 
 
 def evaluate(args: EvaluateArguments) -> int:
-    """Calls `run_evaluation`; returns the exit code. Only the main process reports a `UserError`."""
+    """Calls `run_evaluation` and returns the exit code. Only the main process raises a `UserError`."""
     try:
         run_evaluation(args)
     except UserError:
-        if os.environ.get("RANK", "0") == "0":
+        if is_main_process():
             raise
         return 2
     return 0

@@ -1,4 +1,4 @@
-"""From a model and a dataset to predictions, and what can be read from them: see report.py and compare.py."""
+"""Evaluation: predictions of a model over a dataset, COCO metrics, images, a report, and the comparison of models."""
 
 from pix2seq.evaluation.images import prediction_image, worst_image
 from pix2seq.evaluation.predictions import coco_results, oracle_predictions, predict, warn_unreadable

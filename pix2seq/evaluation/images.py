@@ -1,4 +1,4 @@
-"""Ground truth beside predictions: the first images, and those a detector is most wrong about."""
+"""Images of predictions beside the ground truth: the first images of a dataset, and the worst."""
 
 from dataclasses import dataclass
 
@@ -9,159 +9,216 @@ from torchvision.transforms.v2.functional import to_pil_image
 from pix2seq.data import Annotations
 from pix2seq.data.image_files import BadImageError
 from pix2seq.evaluation.coco_metrics import box_ious
-from pix2seq.visualization import CELL, GREY, PALETTE, color_of, draw_boxes, enlarge, grid, paragraph, side_by_side
+from pix2seq.visualization import (
+    CELL,
+    CORRECT,
+    GREY,
+    WRONG,
+    color_of,
+    draw_boxes,
+    enlarge,
+    grid,
+    paragraph,
+    side_by_side,
+)
 
-RIGHT, WRONG = PALETTE[1], PALETTE[0]  # sky blue and orange: names in black are legible on both
-LEAST_SCORE = 0.3  # of the predictions that count, and are drawn
-FOREGROUND = 0.5  # IoU from which a prediction is on an object
+MIN_SCORE = 0.3  # of the predictions that are drawn
+MIN_IOU = 0.5  # from which a prediction is on an object
 COLUMNS = 2  # images in a row
-TITLE, NOTHING = f"predictions from score {LEAST_SCORE}", f"nothing scored {LEAST_SCORE} or more"
+TITLE, NO_PREDICTIONS = f"predictions with score >= {MIN_SCORE}", f"no score >= {MIN_SCORE}"
 
 
-def prediction_image(annotations: Annotations, predictions: list[dict], count: int):
-    """The first `count` images with ground truth on the left and predictions of a score of at least 0.3 on the right.
+def prediction_image(annotations: Annotations, predictions: list[dict], count: int) -> Image.Image:
+    """Draws the ground truth (left) and the predictions (right) of the first images.
 
-    One that cannot be read is grey, and where there are no predictions the picture says why.
+    Args:
+        annotations: The ground truth. Images that cannot be read are gray.
+        predictions: COCO results. Those with a score below 0.3 are not drawn.
+        count: Number of images.
     """
     names = annotations.categories.names
     label_of_category = {category_id: label for label, category_id in enumerate(annotations.categories.ids)}
+    by_image = _group_by_image(predictions)
     pairs = []
     for index in range(min(count, len(annotations))):
-        (boxes, labels), why_empty = annotations.objects(index), NOTHING
-        try:
-            image = to_pil_image(annotations.image_file(index).pixels())
-        except BadImageError:
-            why_empty = "cannot be read"
-            image, boxes, labels = Image.new("RGB", (CELL, CELL), GREY), boxes[:0], labels[:0]
-        large, boxes = enlarge(image, boxes, CELL)
-        truth = draw_boxes(large, boxes, [names[label] for label in labels], [color_of(label) for label in labels])
-        shown = [p for p in predictions if p["image_id"] == annotations.image_ids[index] and p["score"] >= LEAST_SCORE]
-        boxes = np.array([p["bbox"] for p in shown]).reshape(-1, 4)
-        boxes[:, 2:] += boxes[:, :2]
-        labels = [label_of_category[p["category_id"]] for p in shown]
-        captions = [f"{names[label]} {p['score']:.2f}" for label, p in zip(labels, shown, strict=True)]
-        large, boxes = enlarge(image, boxes, CELL)
-        said = draw_boxes(large, boxes, captions, [color_of(label) for label in labels])
-        if not shown:
-            said = draw_boxes(said, np.zeros((1, 4)), [why_empty], ["white"], width=0)
-        pairs.append((truth, said))
+        drawn = by_image.get(int(annotations.image_ids[index]), [])
+        boxes, labels = annotations.objects(index)
+        image, no_boxes = _read_image(annotations, index), NO_PREDICTIONS
+        if image is None:
+            image, no_boxes, boxes, labels = _unreadable_image(), "cannot be read", boxes[:0], labels[:0]
+        predicted_labels = [label_of_category[prediction["category_id"]] for prediction in drawn]
+        captions = [f"{names[k]} {p['score']:.2f}" for k, p in zip(predicted_labels, drawn, strict=True)]
+        target = _draw(image, boxes, [names[label] for label in labels], [color_of(label) for label in labels])
+        predicted = _draw(image, _to_xyxy(drawn), captions, [color_of(label) for label in predicted_labels])
+        if not drawn:
+            predicted = draw_boxes(predicted, np.zeros((1, 4)), [no_boxes], ["white"], width=0)
+        pairs.append((target, predicted))
     return side_by_side(pairs, title=TITLE)
 
 
 @dataclass(frozen=True)
-class Judged:
-    """An image with N objects and those M predictions for it that count, `said`, best score first.
+class ImageErrors:
+    """Errors in an image with N objects and M predictions with a score of at least 0.3.
 
-    found (N,) bool   whether a prediction of the object's class is on it, at an IoU of at least 0.5
-    right (M,) bool   whether the prediction is on an object of its class. Two on one object are both right
-    silent            whether nothing scored enough to count, on a crowd either
+    Args:
+        index: Index of the image.
+        predictions: The predictions, without those on crowds.
+        is_found: bool (N,), whether a prediction of the same class has an IoU of at least 0.5 with the object.
+        is_correct: bool (M,), whether the prediction is on an object of its class. Duplicates are correct.
+        has_predictions: Whether any prediction has a score of at least 0.3, those on crowds included.
     """
 
     index: int
-    said: list[dict]
-    found: np.ndarray
-    right: np.ndarray
-    silent: bool
+    predictions: list[dict]
+    is_found: np.ndarray
+    is_correct: np.ndarray
+    has_predictions: bool
 
     @property
     def agreement(self) -> float:
-        """Objects found, as a share of all objects and wrong predictions; 1 where there are neither."""
-        total = len(self.found) + (~self.right).sum()
-        return float(self.found.sum() / total) if total else 1.0
+        """Found objects as a fraction of all objects and wrong predictions, 1 if there are none."""
+        total = len(self.is_found) + (~self.is_correct).sum()
+        return float(self.is_found.sum() / total) if total else 1.0
 
     @property
-    def surest_mistake(self) -> float:
-        """The highest score of a wrong prediction, 0 without one."""
-        return max((row["score"] for row, right in zip(self.said, self.right, strict=True) if not right), default=0.0)
+    def highest_wrong_score(self) -> float:
+        """The highest score of a wrong prediction, 0 if there is none."""
+        scores = np.array([prediction["score"] for prediction in self.predictions], float)
+        return float(scores[~self.is_correct].max(initial=0.0))
 
 
-def worst(annotations: Annotations, predictions: list[dict], count: int) -> list[Judged]:
-    """At most `count` images with something wrong: half of them those of lowest `agreement` (of equals, those with
-    more objects), the others those of the `surest_mistake`. COCO's crowds are neither found nor missed, and what lies
-    on them is neither right nor wrong."""
-    said: dict[int, list[dict]] = {}
-    for row in predictions:
-        if row["score"] >= LEAST_SCORE:
-            said.setdefault(row["image_id"], []).append(row)
-    judged = [
-        _judge(annotations, index, said.get(image_id, []))
+def find_worst(annotations: Annotations, predictions: list[dict], count: int) -> list[ImageErrors]:
+    """Finds the images with the largest errors.
+
+    Half of them are those of lowest `agreement`, the others those of the `highest_wrong_score`. Crowds are neither
+    found nor missed, and predictions on them neither correct nor wrong, as in COCO.
+
+    Args:
+        annotations: The ground truth.
+        predictions: COCO results.
+        count: Maximum number of images. Images without errors are never returned.
+    """
+    by_image = _group_by_image(predictions)
+    images = [
+        _find_errors(annotations, index, by_image.get(image_id, []))
         for index, image_id in enumerate(annotations.image_ids.tolist())
         if index not in annotations.bad_images
     ]
-    lowest = sorted((one for one in judged if one.agreement < 1), key=lambda one: (one.agreement, -len(one.found)))
-    surest = sorted((one for one in lowest if one.surest_mistake), key=lambda one: -one.surest_mistake)
-    in_order = [*lowest[: (count + 1) // 2], *surest, *lowest]
-    return list({one.index: one for one in in_order}.values())[:count]
+    by_agreement = sorted(
+        (image for image in images if image.agreement < 1), key=lambda image: (image.agreement, -len(image.is_found))
+    )
+    by_score = sorted(
+        (image for image in by_agreement if image.highest_wrong_score), key=lambda image: -image.highest_wrong_score
+    )
+    in_order = [*by_agreement[: (count + 1) // 2], *by_score, *by_agreement]
+    return list({image.index: image for image in in_order}.values())[:count]
 
 
-def _judge(annotations: Annotations, index: int, said: list[dict]) -> Judged:
+def _find_errors(annotations: Annotations, index: int, predictions: list[dict]) -> ImageErrors:
     boxes, labels = annotations.objects(index)
     of_image = slice(annotations.offsets[index], annotations.offsets[index + 1])
     crowd = annotations.crowd[of_image]
-    crowds, labels_of_crowds = annotations.boxes[of_image][crowd], annotations.labels[of_image][crowd]
-    on_crowd = _is_on(annotations, said, crowds, labels_of_crowds, crowd=True).any(axis=1)
-    on, silent = _is_on(annotations, said, boxes, labels), not said
-    counts = on.any(axis=1) | ~on_crowd
-    on = on[counts]
-    said = [row for row, count in zip(said, counts, strict=True) if count]
-    return Judged(index, said, found=on.any(axis=0), right=on.any(axis=1), silent=silent)
+    crowd_boxes, crowd_labels = annotations.boxes[of_image][crowd], annotations.labels[of_image][crowd]
+    on_crowd = _is_on(annotations, predictions, crowd_boxes, crowd_labels, crowd=True).any(axis=1)
+    on_object = _is_on(annotations, predictions, boxes, labels)
+    counted = on_object.any(axis=1) | ~on_crowd
+    on_object = on_object[counted]  # (M, N)
+    return ImageErrors(
+        index=index,
+        predictions=[prediction for prediction, count in zip(predictions, counted, strict=True) if count],
+        is_found=on_object.any(axis=0),
+        is_correct=on_object.any(axis=1),
+        has_predictions=bool(predictions),
+    )
 
 
-def _is_on(annotations: Annotations, said: list[dict], boxes: np.ndarray, labels: np.ndarray, crowd: bool = False):
-    """Whether each prediction is on each object, boxes (N, 4) xyxy, and of its class: (M, N) bool."""
+def _is_on(
+    annotations: Annotations, predictions: list[dict], boxes: np.ndarray, labels: np.ndarray, crowd: bool = False
+) -> np.ndarray:
+    """Whether each prediction is on each object (boxes (N, 4) xyxy) and of its class: bool (M, N)."""
     boxes = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)
-    ids = np.array(annotations.categories.ids)[labels]
-    same = np.array([row["category_id"] for row in said], int)[:, None] == ids
-    return same & (box_ious([row["bbox"] for row in said], boxes, crowd) >= FOREGROUND)
+    target_ids = np.array(annotations.categories.ids)[labels]
+    predicted_ids = np.array([prediction["category_id"] for prediction in predictions], int)
+    ious = box_ious([prediction["bbox"] for prediction in predictions], boxes, crowd)
+    return (predicted_ids[:, None] == target_ids) & (ious >= MIN_IOU)
 
 
 def worst_image(annotations: Annotations, predictions: list[dict], count: int) -> Image.Image:
-    """The `worst` images, the objects on the left and the predictions on the right. One that cannot be read is grey.
+    """Draws the ground truth (left) and the predictions (right) of the images that `find_worst` returns.
 
-    No other images are read.
+    Only these images are read. Those that cannot be read are gray.
     """
-    shown = worst(annotations, predictions, count)
-    if not shown:
-        words = f"Every object is found, and no prediction with a score of at least {LEAST_SCORE} is wrong."
-        return paragraph(words, 2 * CELL)
-    drawn = [_drawn(annotations, one) for one in shown]
-    rows = [drawn[start : start + COLUMNS] for start in range(0, len(drawn), COLUMNS)]
+    worst = find_worst(annotations, predictions, count)
+    if not worst:
+        text = f"All objects are found, and no prediction with a score of at least {MIN_SCORE} is wrong."
+        return paragraph(text, 2 * CELL)
+    pairs = [_draw_errors(annotations, errors) for errors in worst]
+    rows = [pairs[start : start + COLUMNS] for start in range(0, len(pairs), COLUMNS)]
     return grid(
-        [[image for pictures, _ in row for image in pictures] for row in rows],
-        ["ground truth (orange: missed)", f"{TITLE} (orange: wrong)"] * min(COLUMNS, len(drawn)),
+        [[image for images, _ in row for image in images] for row in rows],
+        ["ground truth (orange: missed)", f"{TITLE} (orange: wrong)"] * min(COLUMNS, len(pairs)),
         CELL,
-        [[words for _, captions in row for words in captions] for row in rows],
+        [[caption for _, captions in row for caption in captions] for row in rows],
     )
 
 
-def _drawn(annotations: Annotations, one: Judged) -> tuple[list[Image.Image], list[str]]:
-    """Both pictures, and what stands over them."""
+def _draw_errors(annotations: Annotations, errors: ImageErrors) -> tuple[list[Image.Image], list[str]]:
+    """Returns the two images and their captions."""
     name_of = dict(zip(annotations.categories.ids, annotations.categories.names, strict=True))
-    boxes, labels = annotations.objects(one.index)
+    boxes, labels = annotations.objects(errors.index)
     names = [annotations.categories.names[label] for label in labels]
-    said = np.array([row["bbox"] for row in one.said], float).reshape(-1, 4)
-    said[:, 2:] += said[:, :2]
-    names_said = [f"{name_of[row['category_id']]} {row['score']:.2f}" for row in one.said]
-    mistakes = [name for name, right in zip(names_said, one.right, strict=True) if not right]
+    predicted = [f"{name_of[p['category_id']]} {p['score']:.2f}" for p in errors.predictions]
+    wrong = [name for name, is_correct in zip(predicted, errors.is_correct, strict=True) if not is_correct]
     captions = [
-        f"image {annotations.image_ids[one.index]}: {one.found.sum()} of {len(names)} found",
-        f"{len(mistakes)} wrong, the surest: {mistakes[0]}" if mistakes else NOTHING if one.silent else "none wrong",
+        f"image {annotations.image_ids[errors.index]}: {errors.is_found.sum()} of {len(names)} found",
+        f"{len(wrong)} wrong, highest score: {wrong[0]}"
+        if wrong
+        else "none wrong"
+        if errors.has_predictions
+        else NO_PREDICTIONS,
     ]
-    try:
-        image = to_pil_image(annotations.image_file(one.index).pixels())
-    except BadImageError:
-        grey = Image.new("RGB", (CELL, CELL), GREY)
-        return [grey, grey], [f"{captions[0]} (cannot be read)", captions[1]]
+    image = _read_image(annotations, errors.index)
+    if image is None:
+        return [_unreadable_image()] * 2, [f"{captions[0]} (cannot be read)", captions[1]]
     return [
-        _boxes_on(image, boxes, names, one.found),
-        _boxes_on(image, said, names_said, one.right),
+        _draw_marked(image, boxes, names, errors.is_found),
+        _draw_marked(image, _to_xyxy(errors.predictions), predicted, errors.is_correct),
     ], captions
 
 
-def _boxes_on(image: Image.Image, boxes: np.ndarray, names: list[str], good: np.ndarray) -> Image.Image:
-    """What is wrong is drawn last, over the rest."""
-    large, boxes = enlarge(image, boxes, CELL)
-    order = np.argsort(~good, kind="stable")
-    return draw_boxes(
-        large, boxes[order], [names[row] for row in order], [RIGHT if good[row] else WRONG for row in order]
-    )
+def _draw_marked(image: Image.Image, boxes: np.ndarray, names: list[str], is_correct: np.ndarray) -> Image.Image:
+    """Draws errors last, over the other boxes."""
+    order = np.argsort(~is_correct, kind="stable")
+    colors = [CORRECT if is_correct[index] else WRONG for index in order]
+    return _draw(image, boxes[order], [names[index] for index in order], colors)
+
+
+def _draw(image: Image.Image, boxes: np.ndarray, names: list[str], colors: list[str]) -> Image.Image:
+    return draw_boxes(*enlarge(image, boxes, CELL), names, colors)
+
+
+def _group_by_image(predictions: list[dict]) -> dict[int, list[dict]]:
+    """Groups the predictions that are drawn by image id."""
+    by_image: dict[int, list[dict]] = {}
+    for prediction in predictions:
+        if prediction["score"] >= MIN_SCORE:
+            by_image.setdefault(prediction["image_id"], []).append(prediction)
+    return by_image
+
+
+def _to_xyxy(predictions: list[dict]) -> np.ndarray:
+    boxes = np.array([prediction["bbox"] for prediction in predictions], float).reshape(-1, 4)
+    boxes[:, 2:] += boxes[:, :2]
+    return boxes
+
+
+def _read_image(annotations: Annotations, index: int) -> Image.Image | None:
+    """Reads an image, None if it cannot be read."""
+    try:
+        return to_pil_image(annotations.image_file(index).pixels())
+    except BadImageError:
+        return None
+
+
+def _unreadable_image() -> Image.Image:
+    return Image.new("RGB", (CELL, CELL), GREY)

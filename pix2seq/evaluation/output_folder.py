@@ -1,9 +1,10 @@
-"""The folder evaluate.py writes: what it is called, what was scored in it, and how it is read again.
+"""The output folder of evaluate.py.
 
-metrics.json, predictions.json   the numbers, and what they are of
-scored_against.json              what was scored against: a COCO annotation file without what cannot be used
-evaluation.json                  what was skipped
-predictions.png, report.html, report.json, report/   where they were asked for
+metrics.json, predictions.json          the metrics and the predictions
+ground_truth.json                       the ground truth of the metrics: COCO annotations without unusable entries
+evaluation.json                         the name of the annotation file, and what was skipped
+predictions.png                         the first images, if the images are available
+report.html, report.json, report/       the report, if requested
 """
 
 import json
@@ -16,101 +17,104 @@ from pathlib import Path
 
 from pix2seq.data.issues import DatasetIssue, count_by_kind
 from pix2seq.errors import UserError
-from pix2seq.evaluation.coco_metrics import SCORED_KEYS, load_ground_truth
+from pix2seq.evaluation.coco_metrics import GROUND_TRUTH_KEYS, load_ground_truth
 from pix2seq.evaluation.report.figures import FIGURES
-from pix2seq.evaluation.report.matching import KINDS
+from pix2seq.evaluation.report.matching import ERROR_TYPES
 
-TRUTH = "scored_against.json"
-SHOWN = 3  # of what was skipped
+GROUND_TRUTH_FILE = "ground_truth.json"
+NUM_LISTED = 3  # skipped images and issues that are listed
 
 
 @dataclass
 class Skipped:
-    """What is wrong with the files: a line for each image that cannot be read, "name: reason", and faults in entries
-    of the annotation file."""
+    """What an evaluation skipped.
+
+    Args:
+        unreadable: "name: reason" of each image that cannot be read.
+        issues: Issues in the entries of the annotation file.
+    """
 
     unreadable: list[str] = field(default_factory=list)
-    faults: list[DatasetIssue] = field(default_factory=list)
+    issues: list[DatasetIssue] = field(default_factory=list)
 
-    def lines(self) -> list[str]:
-        """For a reader, none where nothing was skipped."""
-        unreadable, faults = self.as_json().values()
-        lines = []
-        if self.unreadable:
-            lines.append(
-                f"Not read: {_images(unreadable['count'])}, whose objects count as not found. {_some(unreadable)}"
-            )
-        if self.faults:
-            what = f"{count_by_kind(self.faults)} (python -m pix2seq check says what becomes of each)"
-            lines.append(f"Faults in the annotation file: {what}. {_some(faults)}")
-        return lines
-
-    def as_json(self) -> dict:
-        faults = [f"{fault.entry}: {fault.value}".removeprefix(": ") for fault in self.faults[:SHOWN]]
-        kinds = dict(Counter(fault.kind for fault in self.faults).most_common())
+    def to_json(self) -> dict:
+        """Returns the counts and the first entries."""
         return {
-            "unreadable_images": {"count": len(self.unreadable), "first": self.unreadable[:SHOWN]},
-            "annotation_faults": {"count": len(self.faults), "first": faults, "kinds": kinds},
+            "unreadable_images": {"count": len(self.unreadable), "first": self.unreadable[:NUM_LISTED]},
+            "annotation_issues": {
+                "count": len(self.issues),
+                "first": [f"{issue.entry}: {issue.value}".removeprefix(": ") for issue in self.issues[:NUM_LISTED]],
+                "by_kind": dict(Counter(issue.kind for issue in self.issues).most_common()),
+            },
         }
 
+    def lines(self) -> list[str]:
+        """Returns a sentence for each kind of skipped data."""
+        images, issues = self.to_json().values()
+        lines = []
+        if images["count"]:
+            lines.append(f"{images['count']:,} unreadable images: their objects count as missed. {_first(images)}")
+        if issues["count"]:
+            lines.append(f"Issues in the annotation file: {count_by_kind(self.issues)}. {_first(issues)}")
+        return lines
 
-def _images(count: int) -> str:
-    return f"{count:,} image{'s' * (count != 1)}"
 
-
-def _some(skipped: dict) -> str:
+def _first(skipped: dict) -> str:
     rest = skipped["count"] - len(skipped["first"])
     return "; ".join(skipped["first"]) + (f" (and {rest:,} more)" if rest else "")
 
 
-def files(folder: Path) -> list[Path]:
-    """All that an evaluation may write."""
-    names = ["metrics.json", "predictions.json", TRUTH, "evaluation.json", "predictions.png"]
-    names += ["report.html", "report.json"]
-    names += [f"report/{key}.png" for key in (*FIGURES, *(f"example_{kind}" for kind in KINDS))]
+def output_files(folder: Path) -> list[Path]:
+    """Returns all files that an evaluation may write."""
+    names = ["metrics.json", "predictions.json", GROUND_TRUTH_FILE, "evaluation.json", "predictions.png"]
+    names += ["report.html", "report.json", *(f"report/{name}.png" for name in FIGURES)]
+    names += [f"report/example_{name}.png" for name in ERROR_TYPES]
     return [folder / name for name in names]
 
 
-def prepare(folder: Path) -> None:
-    """Makes the folder and sees that it can be written to, before the work. Raises UserError."""
-    with writing(folder):
+def prepare_output_folder(folder: Path) -> None:
+    """Creates the folder and checks that it is writable, before the model runs.
+
+    Raises:
+        UserError: The folder or one of its files cannot be written.
+    """
+    with report_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
-    for path, right in [(folder / "report", Path.is_dir), *((path, Path.is_file) for path in files(folder))]:
-        if path.exists() and not right(path):
-            there = "a folder" if path.is_dir() else "a file"
-            raise UserError(f"--output_dir {folder}: cannot be written to ({path.name} is {there} there)")
+    for path in (folder / "report", *output_files(folder)):
+        expected = "a folder" if path.name == "report" else "a file"
+        if path.exists() and path.is_dir() != (expected == "a folder"):
+            raise UserError(f"--output_dir {folder}: cannot be written to ({path.name} exists and is not {expected})")
 
 
 @contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """What goes wrong with files inside is the mistake of the user who named the folder."""
+def report_write_errors(folder: Path) -> Iterator[None]:
+    """Converts an OSError to a UserError that names --output_dir."""
     try:
         yield
     except OSError as error:
         raise UserError(f"--output_dir {folder}: cannot be written to ({error.strerror})") from None
 
 
-def write_numbers(
-    folder: Path, metrics: dict, truth: dict, predictions: list[dict], scored_against: str, skipped: Skipped
+def write_results(
+    folder: Path, metrics: dict, ground_truth: dict, predictions: list[dict], annotation_file: str, skipped: Skipped
 ) -> None:
-    """All but the pictures. What an earlier evaluation left is taken away first, or it might be taken for this one's;
-    nothing else in the folder is touched."""
-    for path in files(folder):
+    """Writes the JSON files, after removing the files of an earlier evaluation. Other files are kept."""
+    for path in output_files(folder):
         path.unlink(missing_ok=True)
     if (folder / "report").is_dir() and not any((folder / "report").iterdir()):
         (folder / "report").rmdir()
-    kept = {key: [{k: entry[k] for k in keys} for entry in truth[key]] for key, keys in SCORED_KEYS.items()}
-    for entry, image in zip(kept["images"], truth["images"], strict=True):
-        entry["file_name"] = image["file_name"]
+    used_keys = GROUND_TRUTH_KEYS | {"images": ("id", "file_name")}
+    used = {key: [{k: entry[k] for k in keys} for entry in ground_truth[key]] for key, keys in used_keys.items()}
+    about = {"annotation_file": Path(annotation_file).name} | skipped.to_json()
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=1))
     (folder / "predictions.json").write_text(json.dumps(predictions))
-    (folder / TRUTH).write_text(json.dumps(kept))
-    about = {"ground_truth": Path(scored_against).name} | skipped.as_json()
+    (folder / GROUND_TRUTH_FILE).write_text(json.dumps(used))
     (folder / "evaluation.json").write_text(json.dumps(about, indent=1) + "\n")
 
 
-def read_truth(path: Path) -> dict | None:
-    """What predictions in a folder were scored against, None where it does not say. Raises UserError."""
-    return load_ground_truth(path / TRUTH) if (path / TRUTH).is_file() else None
+def read_ground_truth(folder: Path) -> dict | None:
+    """Reads the ground truth of the metrics in an output folder, None if there is none. Raises UserError."""
+    path = folder / GROUND_TRUTH_FILE
+    return load_ground_truth(path) if path.is_file() else None

@@ -1,7 +1,7 @@
 """Runs a model over a dataset and returns COCO results."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -10,7 +10,8 @@ from tqdm import tqdm
 from pix2seq.data import EvalDataset, eval_loader
 from pix2seq.data.image_files import BadImageError
 from pix2seq.errors import Stopped
-from pix2seq.generation import DecodingOptions, Detections, Interrupted, NonFiniteLogits
+from pix2seq.generation import DecodingOptions, Interrupted, NonFiniteLogits
+from pix2seq.models.detections import Detections
 from pix2seq.progress import progress
 from pix2seq.tokenizer import Tokenizer
 from pix2seq.transforms import to_original_pixels
@@ -94,7 +95,7 @@ def predict(
 
 
 def _batch_results(
-    batch: dict, detections: list[Detections], image_size: int, category_ids: list[int]
+    batch: dict, detections: list[Detections], image_size: int, category_ids: Sequence[int]
 ) -> list[tuple[int, list[dict], str]]:
     """Returns the id, the COCO results and the reason why it is unreadable ("" if it is not) of each image."""
     results = []
@@ -115,7 +116,7 @@ def warn_unreadable(lines: list[str], write: Callable[[str], None] = tqdm.write)
         write(f"{len(lines)} images cannot be read; their objects count as not found: {listed}{more}")
 
 
-def coco_results(image_id: int, detections: Detections, category_ids: list[int]) -> list[dict]:
+def coco_results(image_id: int, detections: Detections, category_ids: Sequence[int]) -> list[dict]:
     """Converts detections to entries of a COCO results file.
 
     Args:

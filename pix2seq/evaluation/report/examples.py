@@ -1,4 +1,4 @@
-"""Pictures of errors: the truth in one colour, the box that is wrong in another, both with words."""
+"""Example images of each type of error."""
 
 from collections.abc import Iterator
 from itertools import islice
@@ -10,38 +10,40 @@ from torchvision.transforms.v2.functional import to_pil_image
 from pix2seq.data import Annotations
 from pix2seq.data.image_files import BadImageError
 from pix2seq.evaluation.report.analysis import Analysis
-from pix2seq.evaluation.report.matching import KINDS, Error
-from pix2seq.visualization import CELL, PALETTE, draw_boxes, enlarge, grid
+from pix2seq.evaluation.report.matching import ERROR_TYPES, Error
+from pix2seq.visualization import CELL, CORRECT, WRONG, draw_boxes, enlarge, grid
 
-TRUTH, WRONG = PALETTE[1], PALETTE[0]  # sky blue and orange: names in black are legible on both
-LEAST_SCORE = 0.05  # of a wrong prediction that is shown: a detector may write any number of boxes it does not believe
-COUNT = 4  # pictures of a kind, each of another image
-CONTEXT = 2.5  # side of what is shown around small boxes, in sides of them
+MIN_SCORE = 0.05  # of the wrong predictions that are shown
+MAX_EXAMPLES = 4  # of a type of error, each in another image
+CONTEXT = 2.5  # side of the shown part of the image, in sides of the boxes
+MIN_SIDE = 64  # pixels of the shown part
 
 
 def example_images(analysis: Analysis, annotations: Annotations) -> dict[str, Image.Image]:
-    """A row of pictures for each kind of error there is: the surest predictions, and the largest missed objects.
+    """Draws a row of examples for each type of error: the highest scores, and the largest missed objects.
 
-    Images that cannot be read are passed over; a kind without a picture is left out.
+    Images that cannot be read are skipped. Types without examples are left out.
     """
-    order = np.argsort(annotations.image_ids)  # the analysis has them in the order of their ids
-    pictures = {}
-    for kind in KINDS:
-        drawn = list(islice(_drawn(kind, analysis, annotations, order), COUNT))
-        if drawn:
-            empty = [Image.new("RGB", (1, 1), "white")] * (COUNT - len(drawn))
-            pictures[kind] = grid([drawn + empty], cell=CELL)
-    return pictures
+    order = np.argsort(annotations.image_ids)  # the analysis sorts the images by id
+    rows = {}
+    for error_type in ERROR_TYPES:
+        images = list(islice(_examples(error_type, analysis, annotations, order), MAX_EXAMPLES))
+        if images:
+            padding = [Image.new("RGB", (1, 1), "white")] * (MAX_EXAMPLES - len(images))
+            rows[error_type] = grid([images + padding], cell=CELL)
+    return rows
 
 
-def _drawn(kind: str, analysis: Analysis, annotations: Annotations, order: np.ndarray) -> Iterator[Image.Image]:
-    seen = set()
+def _examples(
+    error_type: str, analysis: Analysis, annotations: Annotations, order: np.ndarray
+) -> Iterator[Image.Image]:
+    used = set()
     for error in analysis.errors:
-        if error.kind != kind or error.image in seen:
+        if error.type != error_type or error.image in used:
             continue
-        if error.prediction >= 0 and analysis.predictions[error.prediction]["score"] < LEAST_SCORE:
+        if error.prediction is not None and analysis.predictions[error.prediction]["score"] < MIN_SCORE:
             return
-        seen.add(error.image)
+        used.add(error.image)
         try:
             image = to_pil_image(annotations.image_file(int(order[error.image])).pixels())
         except BadImageError:
@@ -50,44 +52,34 @@ def _drawn(kind: str, analysis: Analysis, annotations: Annotations, order: np.nd
 
 
 def draw_error(image: Image.Image, error: Error, analysis: Analysis) -> Image.Image:
-    """The part of the image around the error, `CELL` pixels on its longer side."""
-    boxes, names, wrong = _boxes(error, analysis)
-    area = _around(boxes, image.size)
-    boxes = boxes - np.array([*area[:2], *area[:2]])
-    large, boxes = enlarge(image.crop(area), boxes, CELL)
-    # Where both boxes are the same, the thin one lies on the thick one, and the names do not lie on each other.
-    truth, bad = ([row for row, is_wrong in enumerate(wrong) if is_wrong == which] for which in (False, True))
-    for rows, color, width in ((truth, TRUTH, 6), (bad, WRONG, 3), (truth, TRUTH, 0)):
-        shown = [names[row] if width != 6 else "" for row in rows]
-        large = draw_boxes(large, boxes[rows], shown, [color] * len(rows), None, 14, width, names_below=rows is bad)
-    return large
-
-
-def _boxes(error: Error, analysis: Analysis) -> tuple[np.ndarray, list[str], list[bool]]:
-    """Boxes (n, 4) xyxy in pixels, what is written on them, and whether each is the wrong one."""
-    class_names = [entry["name"] for entry in analysis.numbers["classes"]]
-    shown = []
-    if error.object >= 0:
-        entry = analysis.truth["annotations"][error.object]
-        missed = error.prediction < 0
-        name = class_names[entry["category_id"] - 1]
-        shown.append((entry["bbox"], f"missed: {name}" if missed else f"truth: {name}", missed))
-    if error.prediction >= 0:
-        row = analysis.predictions[error.prediction]
-        shown.append((row["bbox"], f"said: {class_names[row['category_id'] - 1]} {row['score']:.2f}", True))
-    boxes = np.array([box for box, *_ in shown], float)
+    """Draws the part of an image around an error: the object in CORRECT (or missed), the wrong prediction in WRONG."""
+    names = [row["name"] for row in analysis.numbers["classes"]]
+    target = predicted = None
+    if error.object is not None:
+        target = analysis.ground_truth["annotations"][error.object]
+    if error.prediction is not None:
+        predicted = analysis.predictions[error.prediction]
+    boxes = np.array([entry["bbox"] for entry in (target, predicted) if entry is not None], float)
     boxes[:, 2:] += boxes[:, :2]
-    return boxes, [name for _, name, _ in shown], [wrong for *_, wrong in shown]
+    area = _crop_around(boxes, image.size)
+    image, boxes = enlarge(image.crop(area), boxes - np.array([*area[:2], *area[:2]]), CELL)
+    if target is not None and predicted is not None:
+        # Equal boxes and names stay visible: a thin box on a thick one, one name above and one below.
+        image = draw_boxes(image, boxes[:1], [""], [CORRECT], width=6)
+    if predicted is not None:
+        text = f"predicted: {names[predicted['category_id'] - 1]} {predicted['score']:.2f}"
+        image = draw_boxes(image, boxes[-1:], [text], [WRONG], font_size=14, width=3, names_below=True)
+    if target is not None:
+        name, missed = names[target["category_id"] - 1], predicted is None
+        text, color, width = (f"missed: {name}", WRONG, 3) if missed else (f"target: {name}", CORRECT, 0)
+        image = draw_boxes(image, boxes[:1], [text], [color], font_size=14, width=width, names_below=missed)
+    return image
 
 
-def _around(boxes: np.ndarray, size: tuple[int, int]) -> tuple[int, int, int, int]:
-    """A part of an image (width, height) with all boxes, xyxy: the whole where they are not small in it."""
-    (left, top), (right, bottom) = boxes[:, :2].min(0), boxes[:, 2:].max(0)
-    side = max(CONTEXT * max(right - left, bottom - top), 64)
-    lows, highs = [], []
-    for low, high, length in ((left, right, size[0]), (top, bottom, size[1])):
-        extent = min(side, length)
-        start = min(max((low + high - extent) / 2, 0), length - extent)
-        lows.append(int(start))
-        highs.append(max(int(start) + 1, round(start + extent)))
-    return (*lows, *highs)
+def _crop_around(boxes: np.ndarray, size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Returns the part (x1, y1, x2, y2) of an image of size (width, height) around boxes (N, 4) xyxy."""
+    low, high = boxes[:, :2].min(axis=0), boxes[:, 2:].max(axis=0)
+    extent = np.minimum(max(CONTEXT * (high - low).max(), MIN_SIDE), size)
+    start = np.clip((low + high - extent) / 2, 0, size - extent).astype(int)
+    end = np.maximum(start + 1, np.round(start + extent).astype(int))
+    return (*start.tolist(), *end.tolist())

@@ -1,4 +1,4 @@
-"""What a detector gets right and what it gets wrong: report.html, its figures as PNG files, its numbers as JSON."""
+"""Writes a report: report.html, report.json and the figures."""
 
 import json
 from pathlib import Path
@@ -6,98 +6,112 @@ from pathlib import Path
 from PIL import Image
 
 from pix2seq.data import Annotations
-from pix2seq.evaluation.coco_metrics import METRICS
-from pix2seq.evaluation.output_folder import Skipped
 from pix2seq.evaluation.report import captions
-from pix2seq.evaluation.report.analysis import Analysis, analyse
-from pix2seq.evaluation.report.examples import LEAST_SCORE, example_images
-from pix2seq.evaluation.report.figures import FIGURES, threshold
-from pix2seq.evaluation.report.html import Section, figure, page, paragraph, points, table
-from pix2seq.evaluation.report.matching import KINDS
-from pix2seq.progress import progress
+from pix2seq.evaluation.report.analysis import Analysis, analyze
+from pix2seq.evaluation.report.examples import MIN_SCORE, example_images
+from pix2seq.evaluation.report.figures import draw_figures, threshold_text
+from pix2seq.evaluation.report.html import Section, bullet_list, figure, page, paragraph, table
+from pix2seq.evaluation.report.matching import ERROR_TYPES
 
-MOST_PAIRS = 10  # of confused classes
+MAX_PAIRS = 10  # of confused classes
 
 
 def write_report(
     folder: Path,
-    truth: dict,
+    ground_truth: dict,
     predictions: list[dict],
-    annotations: Annotations | None,
-    name: str,
-    title: str,
-    skipped: Skipped,
+    annotations: Annotations | None = None,
+    name: str = "predictions",
+    title: str = "predictions",
+    notes: list[str] | None = None,
 ) -> None:
-    """report.html, report.json and report/*.png in a folder. Without `annotations` there are no example pictures.
+    """Writes report.html, report.json and report/*.png.
 
-    Raises UserError, in which the predictions are called `name`, and OSError.
+    Args:
+        folder: The output folder.
+        ground_truth: COCO annotations from `load_ground_truth`.
+        predictions: Entries of a COCO results file.
+        annotations: Gives access to the images. Without them there are no examples of errors.
+        name: Name of the predictions in error messages.
+        title: What the report evaluates.
+        notes: Further lines of the summary.
+
+    Raises:
+        UserError: Some predictions are invalid.
+        OSError: A file cannot be written.
     """
-    analysis = analyse(truth, predictions, name)
-    charts = {key: draw(analysis.numbers) for key, draw in progress(FIGURES.items(), "drawing")}
-    examples = example_images(analysis, annotations) if annotations is not None else {}
-    summary = Section("summary", "In short", [points(_summary(analysis.numbers) + skipped.lines())])
-    sections = [summary, *_sections(analysis, charts, examples, annotations)]
-    text = page(f"Evaluation of {title}", _facts(analysis), sections, captions.FOOTER)
+    analysis = analyze(ground_truth, predictions, name)
+    images = draw_figures(analysis)
+    examples = {} if annotations is None else example_images(analysis, annotations)
+    sections = [
+        Section("summary", "Summary", [bullet_list(_summary(analysis.numbers) + (notes or []))]),
+        Section("metrics", "COCO metrics", [_metrics_table(analysis.numbers)]),
+        *_figure_sections(analysis, images),
+        Section("examples", "Examples of errors", _examples(examples, annotations)),
+    ]
+    text = page(f"Evaluation of {title}", _dataset_line(analysis.numbers), sections, captions.FOOTER)
     (folder / "report").mkdir(exist_ok=True)
-    for key, image in (charts | {f"example_{kind}": image for kind, image in examples.items()}).items():
+    for key, image in (images | {f"example_{key}": image for key, image in examples.items()}).items():
         image.save(folder / "report" / f"{key}.png")
     (folder / "report.json").write_text(json.dumps(analysis.numbers, indent=1) + "\n")
     (folder / "report.html").write_text(text, encoding="utf-8")
 
 
-def _facts(analysis: Analysis) -> str:
-    numbers = analysis.numbers
+def _dataset_line(numbers: dict) -> str:
     crowds = f" and {numbers['crowds']:,} crowds" if numbers["crowds"] else ""
     return (
-        f"{numbers['images']:,} images, {numbers['objects']:,} objects{crowds} of {len(numbers['classes'])} classes, "
+        f"{numbers['images']:,} images, {numbers['objects']:,} objects{crowds}, {len(numbers['classes'])} classes, "
         f"{numbers['predictions']:,} predictions"
     )
 
 
-def _sections(
-    analysis: Analysis, charts: dict[str, Image.Image], examples: dict[str, Image.Image], annotations
-) -> list[Section]:
-    numbers = analysis.numbers
+def _summary(numbers: dict) -> list[str]:
+    metrics, threshold = numbers["metrics"], numbers["best_threshold"]
+    if metrics["AP"] is None:
+        return [captions.NO_OBJECTS]
+    lines = [f"AP {metrics['AP']:.3f}, AP50 {metrics['AP50']:.3f}, AP75 {metrics['AP75']:.3f}"]
+    if threshold is None:
+        lines.append("No prediction is correct at IoU 0.5.")
+    else:
+        lines.append(
+            f"With score threshold {threshold_text(threshold['score'])}, {threshold['recall']:.0%} of the objects are "
+            f"found and {threshold['precision']:.0%} of the predictions are correct (IoU 0.5)."
+        )
+    worst = max(numbers["errors"], key=lambda row: row["AP50_gain"])
+    if worst["AP50_gain"] > 0:
+        lines.append(f"Most costly type of error: {worst['type']}. Without it, AP50 gains {worst['AP50_gain']:.3f}.")
+    ranked = sorted((row for row in numbers["classes"] if row["AP"] is not None), key=lambda row: row["AP"])
+    if len(ranked) > 1:
+        low, high = ranked[0], ranked[-1]
+        lines.append(f"Lowest AP: {low['name']} ({low['AP']:.3f}). Highest AP: {high['name']} ({high['AP']:.3f}).")
+    if numbers["calibration"] is not None:
+        lines.append(f"Expected calibration error of the scores: {numbers['calibration']['ECE']:.3f}")
+    return lines
 
-    def chart(key: str) -> str:
-        return figure(charts[key], captions.CAPTIONS[key], captions.ALTERNATIVES[key])
 
-    point = numbers["operating_point"]
-    counted = captions.NOTHING_RIGHT if point is None else _at(captions.THRESHOLD, point, 3)
+def _figure_sections(analysis: Analysis, images: dict[str, Image.Image]) -> list[Section]:
+    numbers, threshold = analysis.numbers, analysis.numbers["best_threshold"]
+    at_threshold = captions.NO_THRESHOLD
+    if threshold is not None:
+        at_threshold = captions.THRESHOLD.format(**threshold | {"score": threshold_text(threshold["score"], 3)})
+    blocks = {
+        "classes": ("Classes", [_class_table(numbers)]),
+        "precision_recall": ("Precision and recall", []),
+        "sizes": ("Object size and number", []),
+        "errors": ("Types of errors", [_error_table(numbers)]),
+        "confusion": ("Confusion matrix", [paragraph(at_threshold), _confused_pairs(numbers)]),
+        "calibration": ("Calibration", []),
+    }
     return [
-        Section("metrics", "The COCO numbers", [_metrics_table(numbers)]),
-        Section("classes", "Classes", [chart("classes"), _class_table(numbers)]),
-        Section("curves", "Precision and recall", [chart("precision_recall")]),
-        Section("sizes", "Size and number", [chart("sizes")]),
-        Section("errors", "Kinds of errors", [chart("errors"), _error_table()]),
-        Section("confusion", "Confusion", [chart("confusion"), paragraph(counted), _confusions(numbers)]),
-        Section("duplicates", "Duplicates", [paragraph(_duplicates(numbers))]),
-        Section("calibration", "Scores", [chart("calibration")]),
-        Section("kept", "Objects kept", [chart("kept")]),
-        Section("examples", "Examples of errors", _examples(examples, annotations)),
+        Section(key, title, [figure(images[key], *captions.FIGURE_TEXTS[key]), *further])
+        for key, (title, further) in blocks.items()
+        if key in images
     ]
-
-
-def _at(caption: str, point: dict[str, float], digits: int) -> str:
-    return caption.format(**point | {"score": threshold(point["score"], digits)})
-
-
-def _examples(examples: dict[str, Image.Image], annotations: Annotations | None) -> list[str]:
-    if not examples:
-        return [paragraph(captions.NO_PICTURES if annotations is None else captions.UNREADABLE)]
-    shown = [
-        figure(image, captions.EXAMPLES[kind], f"Pictures with {kind} errors", kind, photo=True)
-        for kind, image in examples.items()
-    ]
-    rest = [kind for kind in KINDS if kind not in examples]
-    if rest:
-        shown.append(paragraph(captions.NONE_OF_A_KIND.format(kinds=", ".join(rest), score=LEAST_SCORE)))
-    return [paragraph(captions.COLORS), *shown]
 
 
 def _metrics_table(numbers: dict) -> str:
-    rows = [(name, numbers["metrics"][name], captions.MEANINGS[name]) for name in METRICS]
-    return table(("number", "value", "what it is"), rows)
+    rows = [(name, numbers["metrics"][name], text) for name, text in captions.METRIC_DESCRIPTIONS.items()]
+    return table(("metric", "value", "description"), rows)
 
 
 def _class_table(numbers: dict) -> str:
@@ -105,56 +119,42 @@ def _class_table(numbers: dict) -> str:
     return table(("class", *keys[1:]), [[row[key] for key in keys] for row in numbers["classes"]])
 
 
-def _confusions(numbers: dict) -> str:
-    """The pairs of classes that are confused most often."""
+def _error_table(numbers: dict) -> str:
+    threshold = numbers["best_threshold"]
+    header = ["type", "description", "AP50 gain", "count"]
+    keys = ["AP50_gain", "count"]
+    if threshold is not None:
+        header.append(f"count, score >= {threshold_text(threshold['score'])}")
+        keys.append("count_above_threshold")
+    rows = [
+        (row["type"], captions.ERROR_DESCRIPTIONS[row["type"]], *(row[key] for key in keys))
+        for row in numbers["errors"]
+    ]
+    return table(header, rows)
+
+
+def _confused_pairs(numbers: dict) -> str:
+    """Returns a table of the pairs of classes that are confused most often."""
     names, matrix = numbers["confusion"]["classes"], numbers["confusion"]["matrix"]
     pairs = [
-        (there, said, matrix[row][column], matrix[row][column] / sum(matrix[row]))
-        for row, there in enumerate(names)
-        for column, said in enumerate(names)
+        (target, predicted, matrix[row][column], matrix[row][column] / sum(matrix[row]))
+        for row, target in enumerate(names)
+        for column, predicted in enumerate(names)
         if row != column and matrix[row][column]
     ]
     pairs.sort(key=lambda pair: -pair[2])
-    return (
-        table(("what is there", "what is said", "times", "share of what is there"), pairs[:MOST_PAIRS])
-        if pairs
-        else ""
-    )
+    header = ("true class", "predicted class", "count", "share of the true class")
+    return table(header, pairs[:MAX_PAIRS]) if pairs else ""
 
 
-def _error_table() -> str:
-    return table(("kind", "what it is"), list(captions.EXAMPLES.items()))
-
-
-def _duplicates(numbers: dict) -> str:
-    found = numbers["duplicates"]
-    if not found["count"]:
-        return "No object is found twice: nothing to be gained here."
-    return captions.DUPLICATES.format(
-        count=found["count"], total=numbers["predictions"], before=found["with"], without=found["without"]
-    )
-
-
-def _summary(numbers: dict) -> list[str]:
-    """What somebody should know who reads no further."""
-    metrics, point = numbers["metrics"], numbers["operating_point"]
-    if metrics["AP"] is None:
-        return ["There is nothing to find in these images: AP is not defined."]
-    worst = max(numbers["errors"]["kinds"], key=lambda row: row["dAP"])
-    ranked = sorted((row for row in numbers["classes"] if row["AP"] is not None), key=lambda row: row["AP"])
-    lines = [
-        f"AP {metrics['AP']:.3f}, AP50 {metrics['AP50']:.3f}, AP75 {metrics['AP75']:.3f}.",
-        captions.NONE_RIGHT if point is None else _at(captions.AT_THRESHOLD, point, 2),
-    ]
-    if worst["dAP"] > 0:
-        lines.append(
-            f"Most is lost to {captions.LOST_TO[worst['kind']]}: without them AP50 would be {worst['dAP']:.3f} higher."
-        )
-    if len(ranked) > 1:
-        lines.append(
-            f"Worst class: {ranked[0]['name']} (AP {ranked[0]['AP']:.3f}, {ranked[0]['objects']:,} objects); "
-            f"best: {ranked[-1]['name']} ({ranked[-1]['AP']:.3f})."
-        )
-    if (error := numbers["calibration"]["ECE"]) is not None:
-        lines.append(f"Scores are off by {error:.3f} on average, if they are read as probabilities.")
-    return lines
+def _examples(examples: dict[str, Image.Image], annotations: Annotations | None) -> list[str]:
+    if not examples:
+        return [paragraph(captions.NO_IMAGES if annotations is None else captions.NO_EXAMPLES)]
+    blocks = [paragraph(captions.EXAMPLE_COLORS)]
+    for error_type, image in examples.items():
+        alternative = f"Examples of {error_type} errors"
+        blocks.append(figure(image, captions.ERROR_DESCRIPTIONS[error_type], alternative, error_type, photo=True))
+    missing = [error_type for error_type in ERROR_TYPES if error_type not in examples]
+    if missing:
+        blocks.append(paragraph(captions.MISSING_EXAMPLES.format(types=", ".join(missing), score=MIN_SCORE)))
+    return blocks
