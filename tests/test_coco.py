@@ -1,4 +1,4 @@
-"""COCO files, good and bad. Every complaint is one line that names the file and what is wrong in it."""
+"""COCO annotation files: classes, objects, layouts, and the issues of invalid entries and files."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from pix2seq.data import Categories, Split, find_split, load_annotations
 from pix2seq.errors import UserError
 from pix2seq.evaluation.coco_metrics import load_ground_truth
 
-# Sparse ids, out of order, and names that code might trip over.
+# Sparse ids, not in order, and unusual names.
 CATEGORIES = [
     {"id": 90, "name": "hair drier"},
     {"id": 3, "name": "Zuerich, 'old'"},
@@ -20,7 +20,7 @@ CATEGORIES = [
 
 
 def content() -> dict:
-    """Three pictures: one with a bit of everything, one without objects, one with two objects of the first class."""
+    """Three images of 20 x 10 pixels: with various objects, without objects, with two objects of one class."""
     return {
         "images": [
             {"id": 700, "file_name": "b.png", "width": 20, "height": 10},
@@ -39,352 +39,280 @@ def content() -> dict:
     }
 
 
-def write(folder: Path, value, images=("a.png", "b.png", "c.png")) -> Split:
-    split = Split(folder / "pictures", folder / "instances.json")
+def edited(path: str, value) -> dict:
+    """Returns content() with another value at a path such as annotations.1.bbox."""
+    document = content()
+    *parents, last = (int(key) if key.isdigit() else key for key in path.split("."))
+    parent = document
+    for key in parents:
+        parent = parent[key]
+    parent[last] = value
+    return document
+
+
+def write(folder: Path, value) -> Split:
+    """Writes three images and an annotation file."""
+    split = Split(folder / "images", folder / "instances.json")
     split.images.mkdir(exist_ok=True)
-    for name in images:
+    for name in ("a.png", "b.png", "c.png"):
         Image.new("RGB", (20, 10)).save(split.images / name)
     split.json.write_text(value if isinstance(value, str) else json.dumps(value))
     return split
 
 
-def complaint(call, *args, **kwargs) -> str:
+def user_error(call, *args) -> str:
+    """Returns the message of the UserError that a call raises."""
     with pytest.raises(UserError) as error:
-        call(*args, **kwargs)
+        call(*args)
     message = str(error.value)
     assert "\n" not in message
     assert len(message) < 500
     return message
 
 
-def test_categories_become_contiguous_labels_by_id(tmp_path):
-    annotations = load_annotations(write(tmp_path, content()))
-    assert annotations.categories == Categories((3, 17, 90), ("Zuerich, 'old'", "3", "hair drier"))
-    boxes, labels = annotations.objects(0)
-    assert labels.tolist() == [2]
-    assert boxes.tolist() == [[0.5, 0.25, 3.0, 3.25]]
-    assert boxes.dtype == np.float64
-    assert annotations.objects(2)[1].tolist() == [0, 0]
-    assert annotations.objects(2)[0].tolist() == [[1, 2, 4, 6], [5, 5, 6, 6]]
+# -- valid files -----------------------------------------------------------------------------------
 
 
-def test_the_files_order_and_names_are_kept(tmp_path):
+def test_objects_have_contiguous_labels_and_xyxy_boxes(tmp_path):
     split = write(tmp_path, content())
     annotations = load_annotations(split)
-    assert len(annotations) == 3
+    assert annotations.categories == Categories((3, 17, 90), ("Zuerich, 'old'", "3", "hair drier"))
     assert annotations.image_ids.tolist() == [700, 5, 42]
     assert annotations.name(1) == f"{split.images}/a.png"
+    objects = [annotations.objects(index) for index in range(3)]
+    assert [labels.tolist() for _, labels in objects] == [[2], [], [0, 0]]
+    assert [boxes.tolist() for boxes, _ in objects] == [[[0.5, 0.25, 3.0, 3.25]], [], [[1, 2, 4, 6], [5, 5, 6, 6]]]
+    assert {(boxes.dtype.name, boxes.shape[1]) for boxes, _ in objects} == {("float64", 4)}
 
 
-def test_images_without_objects_are_kept(tmp_path):
-    boxes, labels = load_annotations(write(tmp_path, content())).objects(1)
-    assert boxes.shape == (0, 4)
-    assert labels.shape == (0,)
-
-
-def test_crowds_and_boxes_without_area_are_left_out_of_training_and_counted(tmp_path):
-    annotations = load_annotations(write(tmp_path, content()))
+def test_crowds_and_boxes_without_area_are_only_used_in_evaluation(tmp_path):
+    split = write(tmp_path, content())
+    annotations = load_annotations(split)
     assert len(annotations.boxes) == 6
     assert annotations.crowd.sum() == 1
     assert annotations.trainable.sum() == 3
-    summary, faults = annotations.summary(max_objects=1)
-    assert "\n" not in summary
-    for part in (
-        "3 images (1 without objects)",
-        "3 objects",
-        "3 classes",
-        "1 crowd boxes",
-        "2 boxes without area",
-        "1 images have more than 1 objects",
-    ):
-        assert part in summary
-    assert "1 zero-size" in faults
-    assert "1 negative-size" in faults
-    assert "more than" not in annotations.summary(max_objects=2)[0]
-
-
-def test_they_are_kept_in_the_ground_truth(tmp_path):
-    """A bug others shipped: ground truth that went through training's filter."""
-    truth = load_ground_truth(write(tmp_path, content()).json)
+    summary, issues = annotations.summary(max_objects=1)
+    assert "1 crowd boxes, 2 boxes without area" in summary
+    assert "1 images have more than 1 objects" in summary
+    assert "1 zero-size" in issues
+    assert "1 negative-size" in issues
+    truth = load_ground_truth(split.json)
     assert len(truth["annotations"]) == 6
     assert sum(entry["iscrowd"] for entry in truth["annotations"]) == 1
-
-
-def test_reading_changes_nothing_in_the_file(tmp_path):
-    """A bug others shipped: the category ids of the ground truth were rewritten in place."""
-    split = write(tmp_path, content())
-    load_annotations(split)
-    truth = load_ground_truth(split.json)
     assert truth["categories"] == CATEGORIES
     assert json.loads(split.json.read_text()) == content()
 
 
-def test_a_file_without_annotations(tmp_path):
+def test_a_file_may_have_no_annotations(tmp_path):
     annotations = load_annotations(write(tmp_path, content() | {"annotations": []}))
     assert annotations.objects(2)[0].shape == (0, 4)
     assert "3 images (3 without objects), 0 objects" in annotations.summary(100)[0]
 
 
-def test_subset(tmp_path):
+def test_subset_keeps_the_objects_of_its_images(tmp_path):
     annotations = load_annotations(write(tmp_path, content()))
-    part = annotations.subset([2, 1])
-    assert len(part) == 2
-    assert part.image_ids.tolist() == [42, 5]
-    assert part.name(0).endswith("/c.png")
-    np.testing.assert_array_equal(part.objects(0)[0], annotations.objects(2)[0])
-    assert part.objects(1)[0].shape == (0, 4)
-    one = annotations.subset([0])
-    np.testing.assert_array_equal(one.objects(0)[0], annotations.objects(0)[0])
-    np.testing.assert_array_equal(one.objects(0)[1], annotations.objects(0)[1])
-    assert one.categories == annotations.categories
-    assert "1 crowd boxes, 2 boxes without area" in one.summary(100)[0]
-
-
-# -- where things lie ------------------------------------------------------------------------------
-
-
-def test_both_layouts_are_found(tmp_path, shapes_root):
-    found = find_split("train", shapes_root)
-    assert found == Split(shapes_root / "images/train2017", shapes_root / "annotations" / "instances_train2017.json")
-    (tmp_path / "annotations").mkdir()
-    (tmp_path / "annotations/instances_val2017.json").write_text("{}")
-    (tmp_path / "val2017").mkdir()
-    assert find_split("val", str(tmp_path)).images == tmp_path / "val2017"
-
-
-def test_a_missing_root(tmp_path):
-    assert complaint(find_split, "val", tmp_path / "nowhere") == f"--root {tmp_path}/nowhere: no such folder"
-
-
-def test_a_root_without_annotations(tmp_path):
-    message = complaint(find_split, "val", tmp_path)
-    assert str(tmp_path) in message
-    assert "annotations/instances_val2017.json is missing" in message
-
-
-def test_a_root_without_images(tmp_path):
-    (tmp_path / "annotations").mkdir()
-    (tmp_path / "annotations/instances_val2017.json").write_text("{}")
-    message = complaint(find_split, "val", tmp_path)
-    assert str(tmp_path) in message
-    assert "neither images/val2017 nor val2017" in message
-
-
-# -- faults in an annotation file ------------------------------------------------------------------
-
-
-def _set(path: str, value):
-    """An edit of content(): the entry at a path like annotations.1.bbox gets a value."""
-
-    def edit(document: dict) -> dict:
-        *parents, last = path.split(".")
-        place = document
-        for key in parents:
-            place = place[int(key) if key.isdigit() else key]
-        place[int(last) if last.isdigit() else last] = value
-        return document
-
-    return edit
+    subset = annotations.subset([2, 1, 0])
+    assert subset.image_ids.tolist() == [42, 5, 700]
+    assert subset.name(0).endswith("/c.png")
+    for new, old in enumerate((2, 1, 0)):
+        for values, expected in zip(subset.objects(new), annotations.objects(old), strict=True):
+            np.testing.assert_array_equal(values, expected)
+    first = annotations.subset([0])
+    assert first.categories == annotations.categories
+    assert "1 crowd boxes, 2 boxes without area" in first.summary(100)[0]
 
 
 @pytest.mark.parametrize(
-    ("edit", "says"),
+    ("height", "width", "expected"),
     [
-        (_set("images", []), ["holds no images"]),
-        (_set("images", [{"file_name": "a.png"}]), ["holds no images that can be used", "1 image-entry"]),
-        (_set("categories", []), ["holds no categories"]),
-        (_set("categories.1.id", 90), ["category id appears twice", "90"]),
-        (_set("categories.1.name", None), ["lacks", "'name'", "3"]),
-        (_set("annotations", None), ["no list 'annotations'"]),
-        (_set("annotations", [3]), ["no list 'annotations'"]),
+        *[(10.0, 20.0, [10, 20]), (10, 20, [10, 20]), ("10", 20, [0, 0]), (-10, 20, [0, 0])],
+        *[(10.5, 20, [0, 0]), (True, 20, [0, 0]), (2**40, 20, [0, 0]), (float("nan"), 20, [0, 0])],
     ],
 )
-def test_what_makes_a_file_useless_is_named(tmp_path, edit, says):
-    split = write(tmp_path, edit(content()))
-    message = complaint(load_annotations, split)
-    assert str(split.json) in message
-    for part in says:
-        assert part in message
+def test_image_sizes_are_whole_numbers_or_unknown(tmp_path, height, width, expected):
+    value = content()
+    value["images"][0] |= {"height": height, "width": width}
+    assert load_annotations(write(tmp_path, value)).sizes[0].tolist() == expected
 
 
-LEFT_OUT = [
-    (_set("annotations.1.category_id", 4), "unknown-category", "annotation 2", ["category 4", "3, 17, 90"]),
-    (_set("annotations.1.category_id", None), "unknown-category", "annotation 2", ["category None"]),
-    (_set("annotations.5.image_id", 43), "unknown-image", "annotation 6", ["image 43"]),
-    (_set("annotations.0.bbox", [1, 2, 3]), "bbox-invalid", "annotation 1", ["[1, 2, 3]", "four finite numbers"]),
-    (_set("annotations.0.bbox", [1, 2, 3, "4"]), "bbox-invalid", "annotation 1", ["'4'"]),
-    (_set("annotations.0.bbox", None), "bbox-invalid", "annotation 1", ["None"]),
-    *(
-        (_set("annotations.0.bbox", [1, 2, bad, 4]), "bbox-invalid", "annotation 1", [])
-        for bad in (float("nan"), float("inf"), 1e300, True)
-    ),
-    (_set("images.1.id", "5"), "image-entry", "", ["'id'", "a.png"]),
-    (_set("images.1.file_name", None), "image-entry", "", ["'file_name'", "5"]),
-    (_set("images.1.id", 42), "duplicate-image-id", "image 42", ["'c.png'", "'a.png'"]),
-]
+# -- layouts ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("edit", "kind", "entry", "says"), LEFT_OUT)
-def test_entries_that_cannot_be_used_are_left_out_and_named(tmp_path, edit, kind, entry, says):
-    """From training and from the ground truth alike, and nothing else is."""
-    split = write(tmp_path, edit(content()))
+def test_coco_layouts_are_found(tmp_path, shapes_root):
+    split = find_split("train", shapes_root)
+    assert split == Split(shapes_root / "images/train2017", shapes_root / "annotations" / "instances_train2017.json")
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations/instances_val2017.json").write_text("{}")
+    (tmp_path / "val2017").mkdir()
+    assert find_split("val", tmp_path).images == tmp_path / "val2017"
+
+
+def test_incomplete_datasets_are_rejected(tmp_path):
+    assert "nowhere: no such folder" in user_error(find_split, "val", tmp_path / "nowhere")
+    assert "annotations/instances_val2017.json is missing" in user_error(find_split, "val", tmp_path)
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations/instances_val2017.json").write_text("{}")
+    message = user_error(find_split, "val", tmp_path)
+    assert str(tmp_path) in message
+    assert "images/val2017" in message
+
+
+# -- issues of entries -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "kind", "entry", "reason"),
+    [
+        ("annotations.1.category_id", 4, "unknown-category", "annotation 2", "category 4 is not one of 3, 17, 90"),
+        ("annotations.1.category_id", None, "unknown-category", "annotation 2", "category None"),
+        ("annotations.5.image_id", 43, "unknown-image", "annotation 6", "image 43"),
+        *(
+            ("annotations.0.bbox", bbox, "bbox-invalid", "annotation 1", "four finite numbers")
+            for bbox in (None, [1, 2, 3], *([1, 2, bad, 4] for bad in ("3", float("nan"), float("inf"), 1e300, True)))
+        ),
+        ("images.1.id", "5", "image-entry", "", "a.png"),
+        ("images.1.file_name", None, "image-entry", "", "5"),
+        ("images.1.file_name", "\ud800.png", "image-entry", "", "5"),  # JSON can contain lone surrogates
+        ("images.1.id", 42, "duplicate-image-id", "image 42", "'c.png' has the id of 'a.png'"),
+    ],
+)
+def test_invalid_entries_are_ignored_and_reported(tmp_path, path, value, kind, entry, reason):
+    split = write(tmp_path, edited(path, value))
     annotations = load_annotations(split)
-    (fault,) = [fault for fault in annotations.issues if fault.kind == kind]
-    assert (fault.severity, fault.file, fault.entry) == ("error", str(split.json), entry)
-    for part in says:
-        assert part in fault.value
-    lost = kind not in ("image-entry", "duplicate-image-id")
-    assert len(annotations.boxes) == 6 - lost
-    assert len(annotations) == 3 - (not lost)
+    (issue,) = [issue for issue in annotations.issues if issue.kind == kind]
+    assert (issue.severity, issue.file, issue.entry) == ("error", str(split.json), entry)
+    assert reason in issue.value
+    assert str(issue).isprintable()
+    is_image = path.startswith("images")
+    assert len(annotations.boxes) == (6 if is_image else 5)
+    assert len(annotations) == (2 if is_image else 3)
     assert kind in annotations.summary(100)[1]
-    told = []
-    truth = load_ground_truth(split.json, warn=told.extend)
-    assert len(truth["annotations"]) == 6 - lost
+    issues = []
+    truth = load_ground_truth(split.json, warn=issues.extend)
+    assert len(truth["annotations"]) == len(annotations.boxes)
     assert [image["id"] for image in truth["images"]] == annotations.image_ids.tolist()
-    assert [fault.kind for fault in told] == [kind]
+    assert [issue.kind for issue in issues] == [kind]
     json.dumps(truth, allow_nan=False)
 
 
-def test_faults_that_are_used_all_the_same(tmp_path):
+def test_ambiguous_entries_are_used_and_reported(tmp_path):
     value = content()
     value["annotations"][0]["id"] = value["annotations"][1]["id"]
     value["images"][1]["file_name"] = "b.png"
     annotations = load_annotations(write(tmp_path, value))
     assert len(annotations) == 3
     assert len(annotations.boxes) == 6
-    kinds = {fault.kind: fault for fault in annotations.issues}
-    assert kinds["duplicate-annotation-id"].entry == "annotation 2"
-    assert kinds["duplicate-file"].entry == "image 5"
-    assert {fault.severity for fault in (kinds["duplicate-annotation-id"], kinds["duplicate-file"])} == {"warning"}
+    issues = {(issue.kind, issue.severity, issue.entry) for issue in annotations.issues}
+    assert ("duplicate-annotation-id", "warning", "annotation 2") in issues
+    assert ("duplicate-file", "warning", "image 5") in issues
 
 
-def test_odd_areas_and_crowds_are_told_and_do_not_hide_objects(tmp_path):
-    """pycocotools ignores objects of negative area without a word, and "0" is true."""
+def test_invalid_area_and_iscrowd_do_not_hide_objects(tmp_path):
+    """pycocotools ignores objects with a negative area, and the string "0" is true."""
     value = content()
     value["annotations"][0] |= {"area": -1, "iscrowd": "0"}
     split = write(tmp_path, value)
     annotations = load_annotations(split)
-    assert {fault.kind for fault in annotations.issues if fault.entry == "annotation 1"} == {
-        *("area-invalid", "iscrowd-invalid")
-    }
+    kinds = {issue.kind for issue in annotations.issues if issue.entry == "annotation 1"}
+    assert kinds == {"area-invalid", "iscrowd-invalid"}
     assert len(annotations.objects(2)[1]) == 2
     truth = load_ground_truth(split.json)["annotations"][0]
     assert (truth["area"], truth["iscrowd"]) == (12, 0)
 
 
-def test_a_box_thinner_than_float32_can_tell_is_no_object(tmp_path):
-    value = content()
-    value["annotations"][0]["bbox"] = [30, 3, 1e-7, 4]
-    annotations = load_annotations(write(tmp_path, value))
+def test_a_box_without_area_in_float32_is_no_object(tmp_path):
+    annotations = load_annotations(write(tmp_path, edited("annotations.0.bbox", [30, 3, 1e-7, 4])))
     assert len(annotations.objects(2)[1]) == 1
-    assert "annotation 1" in [fault.entry for fault in annotations.issues if fault.kind == "zero-size"]
+    assert "annotation 1" in [issue.entry for issue in annotations.issues if issue.kind == "zero-size"]
 
 
-@pytest.mark.parametrize("size", [(10.0, 20.0), (10, 20)])
-def test_whole_numbers_may_be_written_as_floats(tmp_path, size):
+def test_boxes_beyond_the_edges_are_reported(tmp_path):
     value = content()
-    value["images"][0] |= {"height": size[0], "width": size[1]}
-    assert load_annotations(write(tmp_path, value)).sizes[0].tolist() == [10, 20]
-
-
-@pytest.mark.parametrize("size", [("10", 20), (-10, 20), (10.5, 20), (True, 20), (2**40, 20), (float("nan"), 20)])
-def test_other_sizes_are_unknown(tmp_path, size):
-    value = content()
-    value["images"][0] |= {"height": size[0], "width": size[1]}
-    assert load_annotations(write(tmp_path, value)).sizes[0].tolist() == [0, 0]
-
-
-def test_halves_of_characters_are_told(tmp_path):
-    """JSON may hold them, and nothing can write them."""
-    value = content()
-    value["images"][1]["file_name"] = "\ud800.png"
-    faults = load_annotations(write(tmp_path, value)).issues
-    assert [fault.kind for fault in faults] == ["image-entry", "negative-size", "zero-size"]
-    print(*faults)
-    value = content()
-    value["categories"][0]["name"] = "\ud800"
-    assert "lacks" in complaint(load_annotations, write(tmp_path, value))
-
-
-def test_a_key_that_stands_twice_is_named(tmp_path):
-    text = json.dumps(content())[:-1] + ', "annotations": []}'
-    assert "a key stands twice" in complaint(load_annotations, write(tmp_path, text))
-
-
-def test_boxes_are_compared_to_the_edges_of_their_images(tmp_path):
-    value = content()  # all images are 20 x 10
     boxes = {10: [0, 0, 20.9, 10.9], 11: [-0.9, 0, 5, 5], 12: [15, 5, 8, 3], 13: [20, 0, 5, 5], 14: [-9, 0, 9, 5]}
     boxes |= {15: [10, 5, 19, 9]}
-    value["annotations"] += [
-        {"id": number, "image_id": 5, "category_id": 3, "bbox": box} for number, box in boxes.items()
-    ]
-    found = {fault.entry: (fault.kind, fault.value) for fault in load_annotations(write(tmp_path, value)).issues}
-    assert "annotation 10" not in found  # rounding
-    assert "annotation 11" not in found
-    assert found["annotation 12"] == ("beyond-edge", "bbox [15, 5, 8, 3], image 20 x 10")
-    assert found["annotation 13"][0] == found["annotation 14"][0] == "outside-image"
-    assert "as x1, y1, x2, y2 it would fit" in found["annotation 15"][1]
+    value["annotations"] += [{"id": id_, "image_id": 5, "category_id": 3, "bbox": box} for id_, box in boxes.items()]
+    issues = {issue.entry: issue for issue in load_annotations(write(tmp_path, value)).issues}
+    kinds = [issues[f"annotation {id_}"].kind if f"annotation {id_}" in issues else None for id_ in boxes]
+    assert kinds == [None, None, "beyond-edge", "outside-image", "outside-image", "beyond-edge"]
+    assert "bbox [15, 5, 8, 3], image 20 x 10" in issues["annotation 12"].value
+    assert "x1, y1, x2, y2" in issues["annotation 15"].value
 
 
 @pytest.mark.parametrize(
-    ("form", "told"), [("xywh", set()), ("xyxy", {"boxes-xyxy"}), ("cxcywh", {"boxes-fractions"})]
+    ("box_format", "expected"), [("xywh", set()), ("xyxy", {"boxes-xyxy"}), ("cxcywh", {"boxes-fractions"})]
 )
-def test_boxes_of_another_form_are_suspected(tmp_path, form, told):
-    rng = np.random.default_rng(0)
-    corners = np.sort(rng.random((40, 2, 2)), axis=1).reshape(-1, 4)  # x1, y1, x2, y2 in [0, 1]
+def test_other_box_formats_are_detected(tmp_path, box_format, expected):
+    corners = np.sort(np.random.default_rng(0).random((40, 2, 2)), axis=1).reshape(-1, 4)  # xyxy in [0, 1]
     size = corners[:, 2:] - corners[:, :2]
     boxes = {
         "xywh": np.hstack([corners[:, :2], size]) * [20, 10, 20, 10],
         "xyxy": corners * [20, 10, 20, 10],
         "cxcywh": np.hstack([corners[:, :2] + size / 2, size]),
-    }[form]
-    value = content()
-    value["annotations"] = [
-        {"id": n + 1, "image_id": 5, "category_id": 3, "bbox": box} for n, box in enumerate(boxes.tolist())
+    }[box_format]
+    annotations = [
+        {"id": number, "image_id": 5, "category_id": 3, "bbox": box} for number, box in enumerate(boxes.tolist(), 1)
     ]
-    kinds = {fault.kind for fault in load_annotations(write(tmp_path, value)).issues}
-    assert kinds & {"boxes-xyxy", "boxes-fractions"} == told
+    issues = load_annotations(write(tmp_path, content() | {"annotations": annotations})).issues
+    assert {issue.kind for issue in issues} & {"boxes-xyxy", "boxes-fractions"} == expected
 
 
-@pytest.mark.parametrize("text", ["", "{", "\x00\xff", '{"images": [}'])
-def test_what_is_not_json_is_named(tmp_path, text):
-    split = write(tmp_path, text)
-    for load in (load_annotations, lambda split: load_ground_truth(split.json)):
-        assert f"{split.json}: is not JSON" in complaint(load, split)
+# -- unusable files --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("text", ["[]", "3", "null", '{"info": {}}'])
-def test_json_that_is_not_coco_is_named(tmp_path, text):
-    split = write(tmp_path, text)
-    assert f"{split.json}: has no list 'images'" in complaint(load_annotations, split)
-    assert f"{split.json}: has no list" in complaint(load_ground_truth, split.json)
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        *((text, "is not JSON") for text in ("", "{", "\x00\xff", '{"images": [}')),
+        *((text, "no list 'images'") for text in ("[]", "3", "null", '{"info": {}}')),
+        (json.dumps(content())[:-1] + ', "annotations": []}', "a key appears twice"),
+        (edited("annotations", None), "no list 'annotations'"),
+        (edited("annotations", [3]), "no list 'annotations'"),
+        (edited("images", []), "no images"),
+        (edited("categories", []), "no categories"),
+        (edited("categories.1.id", 90), "category id appears twice"),
+        (edited("categories.1.name", None), "no 'name'"),
+        (edited("categories.1.name", "\ud800"), "no 'name'"),
+    ],
+)
+def test_unusable_files_are_rejected(tmp_path, value, reason):
+    split = write(tmp_path, value)
+    for message in (user_error(load_annotations, split), user_error(load_ground_truth, split.json)):
+        assert str(split.json) in message
+        assert reason in message
 
 
-def test_a_missing_file_is_named(tmp_path):
+def test_a_file_without_usable_images_is_rejected(tmp_path):
+    split = write(tmp_path, edited("images", [{"file_name": "a.png"}]))
+    message = user_error(load_annotations, split)
+    assert str(split.json) in message
+    assert "1 image-entry" in message
+
+
+def test_a_missing_file_is_rejected(tmp_path):
     split = Split(tmp_path, tmp_path / "gone.json")
-    for load, argument in ((load_annotations, split), (load_ground_truth, split.json)):
-        assert complaint(load, argument).startswith(f"{tmp_path}/gone.json: cannot be read")
+    for message in (user_error(load_annotations, split), user_error(load_ground_truth, split.json)):
+        assert message.startswith(f"{tmp_path}/gone.json: cannot be read")
 
 
-def test_validation_may_use_only_the_classes_of_training(tmp_path):
-    training = load_annotations(write(tmp_path, content())).categories
-    value = content()
-    value["categories"].append({"id": 2, "name": "yak"})
-    message = complaint(load_annotations, write(tmp_path, value), training)
-    for part in (str(tmp_path / "instances.json"), "category 2 ('yak')", "90 ('hair drier')"):
+@pytest.mark.parametrize(
+    ("path", "value", "reason"),
+    [
+        ("categories", [*CATEGORIES, {"id": 2, "name": "yak"}], "category 2 ('yak')"),
+        ("categories.2.name", "cup", "category 17 ('cup')"),
+    ],
+)
+def test_validation_data_with_other_classes_is_rejected(tmp_path, path, value, reason):
+    known = load_annotations(write(tmp_path, content())).categories
+    message = user_error(load_annotations, write(tmp_path, edited(path, value)), known)
+    for part in (str(tmp_path / "instances.json"), reason, "90 ('hair drier')"):
         assert part in message
-    message = complaint(load_annotations, write(tmp_path, _set("categories.2.name", "cup")(content())), training)
-    assert "category 17 ('cup')" in message
 
 
-def test_validation_with_fewer_classes_keeps_the_labels_of_training(tmp_path):
-    training = load_annotations(write(tmp_path, content())).categories
+def test_validation_data_with_fewer_classes_has_the_labels_of_training(tmp_path):
+    known = load_annotations(write(tmp_path, content())).categories
     value = content()
     value["categories"] = value["categories"][:1]
     value["annotations"] = value["annotations"][1:2]
-    annotations = load_annotations(write(tmp_path, value), training)
-    assert annotations.categories == training
+    annotations = load_annotations(write(tmp_path, value), known)
+    assert annotations.categories == known
     assert annotations.objects(0)[1].tolist() == [2]
-
-
-# -- ground truth and predictions ------------------------------------------------------------------
