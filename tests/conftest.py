@@ -2,8 +2,8 @@
 
 import os
 
-# torch and transformers read these variables on import. Without the limit, oneDNN bf16 kernels crash in containers on some
-# CPUs. Threads only slow down models of this size.
+# torch and transformers read these variables on import. Without the limit, the oneDNN bf16 kernels of some CPUs crash
+# in containers. Threads only slow down models of this size.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -1,4 +1,4 @@
-"""Killed at any moment, a run loses no more than the steps since its last checkpoint, and ends where it would have."""
+"""kill -9 at random moments."""
 
 import contextlib
 import random
@@ -9,66 +9,60 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
-from pix2seq import train
 from pix2seq.training import checkpoint
-from tests.runs import TINY, arguments, rows
+from tests.runs import TINY, assert_same_run, run
 
 KILLS = 20
 
 
 @pytest.mark.slow
-def test_kill_9_at_random_moments_leaves_no_unusable_state(shapes_root, tmp_path, record_property):
-    """Every other kill waits for a save to begin."""
+def test_kill_9_loses_no_checkpoint_and_changes_no_result(shapes_root, tmp_path, record_property):
+    """Every other kill waits until a checkpoint is being written."""
     words = ["--max_steps", "400", "--ckpt_every", "1", "--eval_every", "100", "--sample_every", "100"]
-    assert train.run_training(arguments(shapes_root, tmp_path / "whole", *words)) == 0
+    assert run(shapes_root, tmp_path / "whole", *words) == 0
     output = tmp_path / "killed"
     command = [sys.executable, "train.py", *TINY, *words, "--root", str(shapes_root), "--output_dir", str(output)]
     command += ["--resume", "auto"]
-    log, moments = output / "train.log", random.Random(0)
-    inside_a_save, highest, unusable = 0, 0, []
+    log, rng = output / "train.log", random.Random(0)
+    kills_inside_a_save, latest_step, warnings = 0, 0, []
     for kill in range(KILLS):
-        lines, left_behind = begun(log), half_saves(output)
-        run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        wait_until(lambda lines=lines: begun(log) > lines)
-        time.sleep(moments.uniform(0, 0.4))
+        starts, leftovers = count_starts(log), incomplete_saves(output)
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        wait_until(lambda starts=starts: count_starts(log) > starts)
+        time.sleep(rng.uniform(0, 0.4))
         if kill % 2:
-            wait_until(lambda left_behind=left_behind: half_saves(output) - left_behind)
-            time.sleep(moments.uniform(0, 0.005))
-        run.kill()
-        assert run.wait() == -signal.SIGKILL, "it had ended by itself"
-        inside_a_save += bool(half_saves(output) - left_behind)
-        newest = checkpoint.latest(output / "checkpoints", unusable.append)
+            wait_until(lambda leftovers=leftovers: incomplete_saves(output) - leftovers)
+            time.sleep(rng.uniform(0, 0.005))
+        process.kill()
+        assert process.wait() == -signal.SIGKILL, "the run ended before the kill"
+        kills_inside_a_save += bool(incomplete_saves(output) - leftovers)
+        newest = checkpoint.latest_checkpoint(output / "checkpoints", warnings.append)
         step = int(newest.name.removeprefix("step_")) if newest else 0
-        assert step >= highest, "a checkpoint that was there is gone"
-        highest = step
+        assert step >= latest_step, "a checkpoint was lost"
+        latest_step = step
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert highest > 0
-    assert inside_a_save > 0
+    assert latest_step > 0
+    assert kills_inside_a_save > 0
     record_property("kills", KILLS)
-    record_property("inside_a_save", inside_a_save)
-    record_property("unusable_states", len(unusable))
-    assert not unusable
-    assert rows(output) == rows(tmp_path / "whole")
-    ours, theirs = (load_file(folder / "final" / "model.safetensors") for folder in (output, tmp_path / "whole"))
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    record_property("inside_a_save", kills_inside_a_save)
+    record_property("unusable_states", len(warnings))
+    assert not warnings
+    assert_same_run(output, tmp_path / "whole")
 
 
-def begun(log: Path) -> int:
-    """How often the run has said that it begins."""
+def count_starts(log: Path) -> int:
     return log.read_text().count("parameters on") if log.exists() else 0
 
 
-def half_saves(output: Path) -> set[int]:
-    """Folders of saves that are not complete, or were never finished."""
-    found = set()
+def incomplete_saves(output: Path) -> set[int]:
+    """Temporary folders of saves, identified by their time of creation."""
+    times = set()
     for folder in (output / "checkpoints").glob(".tmp-*"):
-        with contextlib.suppress(FileNotFoundError):  # renamed meanwhile
-            found.add(folder.stat().st_ctime_ns)
-    return found
+        with contextlib.suppress(FileNotFoundError):  # just renamed
+            times.add(folder.stat().st_ctime_ns)
+    return times
 
 
 def wait_until(condition) -> None:
