@@ -70,21 +70,24 @@ class PairedModels:
     """Decodes with a model and gives the same tokens to its exported version.
 
     Attributes:
-        max_difference: the largest difference between their logits, relative to the largest logit.
+        max_difference: The largest difference between their logits, relative to the largest logit.
     """
 
     def __init__(self, model: Pix2SeqForObjectDetection, exported: OnnxDetector):
-        self.models, self.config, self.max_difference = (model, exported), model.config, 0.0
+        self.model, self.exported, self.config, self.max_difference = model, exported, model.config, 0.0
 
-    def prefill(self, pixel_values: torch.Tensor, length: int) -> "PairedModels":
-        self.states = [model.prefill(pixel_values, length) for model in self.models]
+    def prefill(self, pixel_values: torch.Tensor, max_length: int) -> "PairedModels":
+        self.states = (
+            self.model.prefill(pixel_values, max_length),
+            self.exported.prefill(pixel_values, max_length),
+        )
         return self
 
-    def decode_step(self, ids: torch.Tensor, position: int, state: "PairedModels", rows: slice) -> torch.Tensor:
-        logits, exported_logits = (
-            model.decode_step(ids, position, state, rows)
-            for model, state in zip(self.models, self.states, strict=True)
-        )
+    def decode_step(
+        self, token_ids: torch.Tensor, position: int, decoder_state: "PairedModels", vocab_slice: slice
+    ) -> torch.Tensor:
+        logits = self.model.decode_step(token_ids, position, self.states[0], vocab_slice)
+        exported_logits = self.exported.decode_step(token_ids, position, self.states[1], vocab_slice)
         difference = ((logits - exported_logits).abs().max() / logits.abs().max().clamp(min=1)).item()
         self.max_difference = max(self.max_difference, difference if math.isfinite(difference) else math.inf)
         return logits
@@ -101,14 +104,14 @@ def check_parity(model: Pix2SeqForObjectDetection, folder: Path) -> str:
     the sequences differ from there on.
 
     Args:
-        model: the model.
-        folder: the exported model.
+        model: The model.
+        folder: The exported model.
 
     Returns:
         A sentence that states the differences.
 
     Raises:
-        UserError: the differences are too large.
+        UserError: The differences are too large.
     """
     exported = OnnxDetector(folder)
     options = model.decoding_options
@@ -143,7 +146,7 @@ def run_export(args: ExportArguments) -> int:
         0.
 
     Raises:
-        UserError: a package is missing, an argument is not valid, or the exported model differs from the model.
+        UserError: A package is missing, an argument is not valid, or the exported model differs from the model.
     """
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
     if missing:

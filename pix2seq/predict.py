@@ -167,7 +167,7 @@ def predict(args: PredictArguments) -> int:
         0, or 2 if an input cannot be read.
 
     Raises:
-        UserError: an argument is not valid, or the results cannot be written.
+        UserError: An argument is not valid, or the results cannot be written.
     """
     inputs, skipped = find_inputs(args.inputs, Path(args.output_dir))
     names = unique_names(inputs)

@@ -30,9 +30,9 @@ async def stream_frames(
     """Yields the HTML of image and sequence while the tokens are generated, or of an error.
 
     Args:
-        worker: the worker of the request.
-        request: the request.
-        tokens_per_second: speed limit of the display (0: no limit). It does not slow down the worker.
+        worker: The worker of the request.
+        request: The request.
+        tokens_per_second: Speed limit of the display (0: no limit). It does not slow down the worker.
     """
     image, started, frame, last_sent = "", 0.0, None, time.monotonic()
     while not request.cancelled.is_set():
@@ -63,10 +63,10 @@ def build_page(worker: InferenceWorker, examples: list[str], threshold: float, t
     """Builds the page.
 
     Args:
-        worker: runs the model.
-        examples: image files.
-        threshold: initial position of the score slider.
-        tokens_per_second: see `stream_frames`.
+        worker: Runs the model.
+        examples: Image files.
+        threshold: Initial position of the score slider.
+        tokens_per_second: See `stream_frames`.
 
     Returns:
         A `gradio.Blocks`.

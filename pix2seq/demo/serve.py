@@ -58,9 +58,9 @@ def save_examples(checkpoint: str, folder: Path, host: str) -> list[str]:
     machines, because the images may be private. Otherwise they are drawn shapes.
 
     Args:
-        checkpoint: folder of the model.
-        folder: existing folder.
-        host: address of the server.
+        checkpoint: Folder of the model.
+        folder: Existing folder.
+        host: Address of the server.
 
     Returns:
         The paths of the files.
@@ -88,7 +88,7 @@ def run_demo(args: DemoArguments) -> int:
         0.
 
     Raises:
-        UserError: an argument is not valid, or gradio is not installed.
+        UserError: An argument is not valid, or gradio is not installed.
     """
     address = f"--host {args.host} --port {args.port}"
     try:

@@ -9,10 +9,9 @@ import numpy as np
 from PIL import Image
 from torchvision.transforms.v2.functional import to_pil_image
 
-from pix2seq.data.image_files import BadImageError
+from pix2seq.data.image_files import BadImageError, open_file
 from pix2seq.generation import DecodingState, Interrupted, generate_tokens
 from pix2seq.inference import Pix2Seq
-from pix2seq.inference.images import open_image
 from pix2seq.models.detections import to_detections
 from pix2seq.tokenizer import TOKENS_PER_OBJECT
 from pix2seq.transforms import EvalTransform, resized_size, to_original_pixels
@@ -30,10 +29,10 @@ class ObjectTokens:
     """The tokens of one object, and the object if all five have been generated.
 
     Attributes:
-        tokens: up to five tokens as text.
-        color: color of the box, grey for noise; "" for an incomplete object.
-        name: class name with the highest probability, also for noise.
-        score: probability of this class.
+        tokens: Up to five tokens as text.
+        color: Color of the box, grey for noise; "" for an incomplete object.
+        name: Class name with the highest probability, also for noise.
+        score: Probability of this class.
         box: (4,) xyxy in pixels of the image, or None for an incomplete object.
     """
 
@@ -53,12 +52,12 @@ class Request:
     """An image that waits for inference or is being processed. The worker's thread updates it.
 
     Attributes:
-        preview: reduced image, None as long as the request waits.
+        preview: Reduced image, None as long as the request waits.
         size: (height, width) of the image.
-        objects: the tokens so far. The worker replaces this list and does not modify it.
-        error: message for visitors, which contains no path of the server.
-        future: done when the request has ended.
-        cancelled: set by `cancel`.
+        objects: The tokens so far. The worker replaces this list and does not modify it.
+        error: Message for visitors, which contains no path of the server.
+        future: Done when the request has ended.
+        cancelled: Set by `cancel`.
     """
 
     preview: Image.Image | None = None
@@ -78,8 +77,8 @@ class InferenceWorker:
     """Runs a model in a thread of its own. Its methods are called by one thread.
 
     Args:
-        detector: the model.
-        max_queue: largest number of waiting images.
+        detector: The model.
+        max_queue: Largest number of waiting images.
     """
 
     def __init__(self, detector: Pix2Seq, max_queue: int):
@@ -123,7 +122,7 @@ class InferenceWorker:
 
     def _detect(self, path: str, request: Request) -> None:
         model = self.detector.model
-        image = open_image(path)
+        image = open_file(path)
         pixels = image.pixels()
         preview = to_pil_image(pixels)
         preview.thumbnail((PREVIEW_SIDE, PREVIEW_SIDE))
@@ -145,12 +144,12 @@ def to_objects(detector: Pix2Seq, state: DecodingState, size: tuple[int, int]) -
     """Converts the tokens of one image so far.
 
     Args:
-        detector: the model.
-        state: decoding state with a batch size of 1.
+        detector: The model.
+        state: Decoding state with a batch size of 1.
         size: (height, width) of the image.
 
     Raises:
-        NonFiniteLogits: a logit is NaN or infinite.
+        NonFiniteLogits: A logit is NaN or infinite.
     """
     tokenizer, side = detector.model.tokenizer, detector.model.config.image_size
     detections = to_detections(state, tokenizer, detector.options.box_score_power)[0]

@@ -33,13 +33,13 @@ class Pix2Seq:
         print(result.names, result.scores, result.boxes)
 
     Args:
-        model: a trained model; it is moved to `device` and put in eval mode.
+        model: A trained model; it is moved to `device` and put in eval mode.
         device: "cpu", "cuda", "cuda:1", ... Default: a GPU if there is one.
-        dtype: precision of the computation (autocast); the weights keep their type.
-        **decoding: fields of `DecodingOptions` that differ from the values the model was evaluated with.
+        dtype: Precision of the computation (autocast); the weights keep their type.
+        **decoding: Fields of `DecodingOptions` that differ from the values the model was evaluated with.
 
     Raises:
-        UserError: an argument is not valid.
+        UserError: An argument is not valid.
     """
 
     def __init__(
@@ -72,13 +72,13 @@ class Pix2Seq:
         """Loads a model from a folder or from the Hugging Face hub.
 
         Args:
-            name: folder, such as `runs/NAME/best`, or hub name.
-            device: see the class.
-            dtype: see the class.
-            **decoding: see the class.
+            name: Folder, such as `runs/NAME/best`, or hub name.
+            device: See the class.
+            dtype: See the class.
+            **decoding: See the class.
 
         Raises:
-            UserError: the model cannot be loaded, or an argument is not valid.
+            UserError: The model cannot be loaded, or an argument is not valid.
         """
         return cls(load_model(name, "model"), device=device, dtype=dtype, **decoding)
 
@@ -106,17 +106,17 @@ class Pix2Seq:
         """Detects the objects in an image or in a list of images.
 
         Args:
-            images: path, PIL image, uint8 RGB array (H, W, 3), or a list of these.
-            threshold: only objects with a higher score are returned; in [0, 1].
-            classes: only objects of these classes are returned. Default: all classes.
-            batch_size: images per forward pass.
+            images: Path, PIL image, uint8 RGB array (H, W, 3), or a list of these.
+            threshold: Only objects with a higher score are returned; in [0, 1].
+            classes: Only objects of these classes are returned. Default: all classes.
+            batch_size: Images per forward pass.
 
         Returns:
             A result, or a list of results if `images` is a list.
 
         Raises:
-            BadImageError: an image cannot be read.
-            UserError: an argument is not valid.
+            BadImageError: An image cannot be read.
+            UserError: An argument is not valid.
         """
         sources = images if isinstance(images, list | tuple) else [images]
         results = list(self.stream(sources, threshold, classes, batch_size))
@@ -136,17 +136,17 @@ class Pix2Seq:
         """Yields the result of one image after the other.
 
         Args:
-            images: see `__call__`.
-            threshold: see `__call__`.
-            classes: see `__call__`.
-            batch_size: see `__call__`.
-            num_workers: processes that read images.
+            images: See `__call__`.
+            threshold: See `__call__`.
+            classes: See `__call__`.
+            batch_size: See `__call__`.
+            num_workers: Processes that read images.
 
         Yields:
             One result per image. The result of an image that cannot be read has an `error` and no objects.
 
         Raises:
-            UserError: an argument is not valid.
+            UserError: An argument is not valid.
         """
         if batch_size < 1 or num_workers < 0:
             raise UserError(f"batch_size {batch_size}, num_workers {num_workers}: must be at least 1 and 0")

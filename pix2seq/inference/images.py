@@ -17,14 +17,14 @@ def open_image(source: ImageSource) -> ImageFile | torch.Tensor:
     """Opens an image and applies its EXIF orientation.
 
     Args:
-        source: path, PIL image, or uint8 RGB array of shape (H, W, 3).
+        source: Path, PIL image, or uint8 RGB array of shape (H, W, 3).
 
     Returns:
         For a path an `ImageFile`, of which only the header has been read; otherwise uint8 RGB pixels (3, H, W).
 
     Raises:
-        BadImageError: the image cannot be read.
-        ValueError: the source is not an image.
+        BadImageError: The image cannot be read.
+        ValueError: The source is not an image.
     """
     if isinstance(source, str | Path):
         return open_file(source)

@@ -26,14 +26,14 @@ def find_inputs(inputs: Sequence[str], output_dir: Path) -> tuple[list[str], lis
     """Finds the images and videos that inputs stand for.
 
     Args:
-        inputs: files, folders, glob patterns and numbers of webcams. Folders are searched recursively for images.
-        output_dir: folder that is not searched.
+        inputs: Files, folders, glob patterns and numbers of webcams. Folders are searched recursively for images.
+        output_dir: Folder that is not searched.
 
     Returns:
         The images and videos in order, each once, and the files of the folders that are not images by their suffix.
 
     Raises:
-        UserError: an input stands for no file.
+        UserError: An input stands for no file.
     """
     found: dict[str, str] = {}
     skipped: dict[str, str] = {}
@@ -57,7 +57,9 @@ def find_inputs(inputs: Sequence[str], output_dir: Path) -> tuple[list[str], lis
 
 def _search_folder(folder: Path, output_dir: Path) -> tuple[list[str], list[str]]:
     """The images of a folder, by their suffix, and its other files; without those of `output_dir`."""
-    images, others, output_dir = [], [], output_dir.resolve()
+    images: list[str] = []
+    others: list[str] = []
+    output_dir = output_dir.resolve()
     contains_output = folder.resolve() in output_dir.parents
     for path in sorted(folder.rglob("*")):
         if path.is_dir() or (contains_output and output_dir in path.resolve().parents):

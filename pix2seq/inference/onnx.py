@@ -14,8 +14,8 @@ from pix2seq.tokenizer import Tokenizer
 
 
 @dataclass
-class OnnxDecodingState:
-    """The visual and the cached keys and values of a batch, see `onnx_graphs.step_llama`."""
+class OnnxDecoderState:
+    """The keys and values of a batch: of the visual tokens, and of the tokens so far. See `onnx_graphs`."""
 
     visual_key_values: np.ndarray
     past_key_values: np.ndarray
@@ -30,8 +30,8 @@ class OnnxDetector:
     """An exported model that is decoded by the same code as a `Pix2SeqForObjectDetection`.
 
     Args:
-        folder: output folder of export.py.
-        providers: execution providers of onnxruntime, such as "CUDAExecutionProvider".
+        folder: Output folder of export.py.
+        providers: Execution providers of onnxruntime, such as "CUDAExecutionProvider".
     """
 
     def __init__(self, folder: str | Path, providers: tuple[str, ...] = ("CPUExecutionProvider",)):
@@ -51,7 +51,7 @@ class OnnxDetector:
 
         Args:
             pixel_values: uint8 (B, 3, S, S), the output of the image processor.
-            options: decoding options. Default: those the model was evaluated with.
+            options: Decoding options. Default: those the model was evaluated with.
 
         Returns:
             The objects of each image, with boxes in [0, 1] of the padded square.
@@ -60,16 +60,20 @@ class OnnxDetector:
         state = generate_tokens(self, pixel_values, self.tokenizer, options)
         return to_detections(state, self.tokenizer, options.box_score_power)
 
-    def prefill(self, pixel_values: torch.Tensor, length: int) -> OnnxDecodingState:
-        """Encodes images (B, 3, S, S) and allocates the cache of `length` tokens."""
+    def prefill(self, pixel_values: torch.Tensor, max_length: int) -> OnnxDecoderState:
+        """Encodes images (B, 3, S, S) and allocates the cache of `max_length` tokens."""
         (visual_key_values,) = self.encoder.run(None, {"pixel_values": pixel_values.numpy()})
-        shape = (*visual_key_values.shape[:3], length, visual_key_values.shape[4])
-        return OnnxDecodingState(visual_key_values, np.zeros(shape, visual_key_values.dtype))
+        shape = (*visual_key_values.shape[:3], max_length, visual_key_values.shape[4])
+        return OnnxDecoderState(visual_key_values, np.zeros(shape, visual_key_values.dtype))
 
     def decode_step(
-        self, ids: torch.Tensor, position: int, state: OnnxDecodingState, rows: slice = slice(None)
+        self,
+        token_ids: torch.Tensor,
+        position: int,
+        decoder_state: OnnxDecoderState,
+        vocab_slice: slice = slice(None),
     ) -> torch.Tensor:
-        """Returns the logits of the next token, (B, V), or those of a slice of the vocabulary."""
-        inputs = {"input_ids": ids.numpy(), "position": np.full(len(ids), position), **vars(state)}
-        logits, state.past_key_values = self.step.run(None, inputs)
-        return torch.from_numpy(logits)[:, rows]
+        """Processes one token (B,) per row; returns the logits (B, R) of R tokens of the vocabulary."""
+        inputs = {"input_ids": token_ids.numpy(), "position": np.full(len(token_ids), position)}
+        logits, decoder_state.past_key_values = self.step.run(None, inputs | vars(decoder_state))
+        return torch.from_numpy(logits)[:, vocab_slice]

@@ -30,7 +30,7 @@ def encode_llama(model: Pix2SeqForObjectDetection, pixel_values: torch.Tensor) -
     """Encodes images for the Llama decoder.
 
     Args:
-        model: model with a Llama decoder.
+        model: Model with a Llama decoder.
         pixel_values: uint8 (B, 3, S, S).
 
     Returns:
@@ -67,7 +67,7 @@ def step_llama(
     """Decodes one token in each row with the Llama decoder.
 
     Args:
-        model: model with a Llama decoder.
+        model: Model with a Llama decoder.
         input_ids: int64 (B,), the last token.
         position: int64 (B,), its position in the sequence; BOS is at 0. Rows may be at different positions.
         visual_key_values: (B, L, 2 H, N, d), the output of `encode_llama`.
@@ -137,7 +137,7 @@ def attend(query: torch.Tensor, *parts: tuple[torch.Tensor, torch.Tensor | None]
 
     Args:
         query: (B, Q, d), Q heads, a multiple of the H key-value heads.
-        parts: pairs of keys and values (B, 2 H, n, d) and a mask (B, n) of those that are used, or None for all.
+        parts: Pairs of keys and values (B, 2 H, n, d) and a mask (B, n) of those that are used, or None for all.
 
     Returns:
         (B, Q d).
@@ -182,12 +182,12 @@ def export_graphs(model: Pix2SeqForObjectDetection, folder: Path, opset: int) ->
     """Writes encoder.onnx and decoder_step.onnx with dynamic B and T.
 
     Args:
-        model: model in float32 and eval mode.
-        folder: existing folder.
-        opset: version of the ONNX operators.
+        model: Model in float32 and eval mode.
+        folder: Existing folder.
+        opset: Version of the ONNX operators.
 
     Raises:
-        UserError: the exporter does not support a part of the model.
+        UserError: The exporter does not support a part of the model.
     """
     encode, step = GRAPH_FUNCTIONS[model.config.decoder_config.model_type]
     side = model.config.image_size

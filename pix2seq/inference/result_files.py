@@ -20,13 +20,13 @@ def prepare_output_dir(path: Path, files: Sequence[str], inputs: Iterable[str], 
     """Creates the output folder and checks that the files can be written.
 
     Args:
-        path: the folder.
-        files: names of all files that may be written to it.
-        inputs: files that must not be overwritten.
-        overwrite: whether files of these names are deleted if they exist.
+        path: The folder.
+        files: Names of all files that may be written to it.
+        inputs: Files that must not be overwritten.
+        overwrite: Whether files of these names are deleted if they exist.
 
     Raises:
-        UserError: a file exists, or the folder cannot be written to. Nothing has been deleted.
+        UserError: A file exists, or the folder cannot be written to. Nothing has been deleted.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -78,12 +78,12 @@ def write_results(
     """Writes the files of each format for all images together.
 
     Args:
-        folder: the output folder.
-        formats: keys of `FORMATS`.
-        results: one result per image.
-        names: image -> name of its output files, see `unique_names`.
-        category_ids: original category id of each label.
-        class_names: name of each label.
+        folder: The output folder.
+        formats: Keys of `FORMATS`.
+        results: One result per image.
+        names: Image -> name of its output files, see `unique_names`.
+        category_ids: Original category id of each label.
+        class_names: Name of each label.
     """
     predictions: list[dict] = []
     images, table = [], []

@@ -16,13 +16,13 @@ class DetectionResult:
     """The N objects detected in an image, in descending order of their scores.
 
     Attributes:
-        source: the image as it was passed.
+        source: The image as it was passed.
         size: (height, width) of the image after its EXIF orientation has been applied.
         boxes: float64 (N, 4), xyxy in pixels of an image of this size.
         labels: int64 (N,), contiguous class indices.
         scores: float64 (N,), in [0, 1].
         names: N class names.
-        error: name of the image and reason if it cannot be read, otherwise "".
+        error: Name of the image and reason if it cannot be read, otherwise "".
     """
 
     source: ImageSource = field(repr=False)

@@ -28,15 +28,15 @@ class VideoReader:
     """Iterates over the frames of a video: uint8 RGB arrays (H, W, 3).
 
     Args:
-        source: video file, or number of a webcam.
+        source: Video file, or number of a webcam.
 
     Attributes:
-        frame_rate: frames per second; 30 if it is unknown.
-        num_frames: frames according to the header, which may be an estimate; infinity if the number is unknown.
+        frame_rate: Frames per second; 30 if it is unknown.
+        num_frames: Frames according to the header, which may be an estimate; infinity if the number is unknown.
 
     Raises:
         UserError: OpenCV is not installed.
-        BadImageError: the source is not a regular file.
+        BadImageError: The source is not a regular file.
     """
 
     def __init__(self, source: str | int):
@@ -62,7 +62,7 @@ def open_video_writer(path: Path, frame_rate: float) -> Iterator[Callable[[Image
 
     Args:
         path: MP4 file.
-        frame_rate: frames per second.
+        frame_rate: Frames per second.
 
     Yields:
         A function that appends a frame. All frames must have the same size.
