@@ -26,6 +26,7 @@ CSS = f"""
 .image {{ position: relative; width: 100%; border-radius: 8px; overflow: hidden; background: #EEE; }}
 .image img {{ display: block; width: 100%; }}
 .image .box {{ position: absolute; border: 3px solid var(--color); box-sizing: border-box;
+  box-shadow: 0 0 0 1px #0005, inset 0 0 0 1px #0005;
   transition: opacity .15s; opacity: calc((var(--score) - var(--threshold)) * 1e6); }}
 .image .box.noise {{ border-style: dashed; border-width: 2px; }}
 .image .box b {{ position: absolute; left: -3px; bottom: 100%; background: var(--color); color: #000; z-index: 1;
