@@ -342,7 +342,7 @@ def test_tokens_turns_a_picture_as_its_exif_tag_says(checkpoint, tmp_path, monke
         ({"image": None}, "the following arguments are required: --image"),
         ({"image": "nowhere.png"}, "nowhere.png: cannot be read (No such file"),
         ({"image": "."}, "cannot be read (not a regular file"),
-        ({"image": "empty.jpg"}, "empty.jpg: cannot be read (it is empty"),
+        ({"image": "empty.jpg"}, "empty.jpg: cannot be read (the file is empty"),
         ({"image": "text.jpg"}, "text.jpg: cannot be read (not an image"),
         ({"object": "4"}, "--object 4: must be 1 to 3, so many objects were written"),
         ({"object": "0"}, "--object 0: must be 1 to 3"),
