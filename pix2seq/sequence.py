@@ -173,17 +173,17 @@ def _mixed_order(num_real: int, is_duplicate: np.ndarray, rng: np.random.Generat
 
 
 def _shifted_boxes(boxes: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
-    """Real boxes with their width and height, at a uniformly random centre."""
+    """Real boxes with their width and height, at a uniformly random center."""
     sampled = _sample_evenly(boxes, count, rng)
     half_size = (sampled[:, 2:] - sampled[:, :2]) / 2
-    centre = rng.random((count, 2))
-    return np.concatenate([centre - half_size, centre + half_size], axis=1)
+    center = rng.random((count, 2))
+    return np.concatenate([center - half_size, center + half_size], axis=1)
 
 
 def _random_boxes(count: int, rng: np.random.Generator) -> np.ndarray:
     half_size = np.abs(_truncated_normal((count, 2), 0.5, rng)) / 2
-    centre = rng.random((count, 2))
-    return np.concatenate([centre - half_size, centre + half_size], axis=1)
+    center = rng.random((count, 2))
+    return np.concatenate([center - half_size, center + half_size], axis=1)
 
 
 def _jitter_edges(boxes: np.ndarray, max_shift: float, rng: np.random.Generator) -> np.ndarray:

@@ -27,7 +27,7 @@ class Tokenizer:
     NOISE precedes the classes, so that `first_class_id + label` is also right for label -1. Bins come last, so that
     comparing two coordinates is comparing their ids.
 
-    Boxes are xyxy and normalised by the side of the padded square image: 0 is its left or top edge, 1 its right or
+    Boxes are xyxy and normalized by the side of the padded square image: 0 is its left or top edge, 1 its right or
     bottom edge.
 
     Args:
@@ -61,7 +61,7 @@ class Tokenizer:
     def quantize(self, coordinates: np.ndarray) -> np.ndarray:
         """Quantizes coordinates to bin ids.
 
-        The bin centres are k / (B - 1), and a coordinate takes the nearest one: the error is at most half a bin and
+        The bin centers are k / (B - 1), and a coordinate takes the nearest one: the error is at most half a bin and
         has no bias. Coordinates outside [0, 1] are clipped.
 
         Args:

@@ -1,7 +1,7 @@
 """Image transforms: geometry of images and boxes on torchvision.transforms.v2, and color augmentation.
 
 Images are uint8 RGB tensors (3, H, W). Boxes are xyxy: in pixels of the original image before a transform, and
-normalised to [0, 1] by the side of the padded square image after it. Coordinates in tokens refer to the padded image.
+normalized to [0, 1] by the side of the padded square image after it. Coordinates in tokens refer to the padded image.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 from torchvision.tv_tensors import BoundingBoxes
 
-# The authors pad with 0.3 and do not normalise images. Padding before the normalisation gives the same gray.
+# The authors pad with 0.3 and do not normalize images. Padding before the normalization gives the same gray.
 PAD_VALUE = int(0.3 * 255)
 
 
@@ -66,7 +66,7 @@ class TrainTransform:
         flip: Probability of a horizontal flip.
         independent_crop: Draw the vertical and the horizontal crop offset independently instead of sharing one random
             number. With scales of 0.1 to 2, this is the large-scale jitter of Ghiasi et al. (2021).
-        iou_crop: Apply the crop of SSD first (torchvision's RandomIoUCrop). It removes objects whose centre lies
+        iou_crop: Apply the crop of SSD first (torchvision's RandomIoUCrop). It removes objects whose center lies
             outside the crop.
     """
 
@@ -167,9 +167,9 @@ def _iou_crop(image, boxes: BoundingBoxes, rng: np.random.Generator) -> tuple[to
         crop = v2.RandomIoUCrop().make_params([torch.empty(image.shape, device="meta"), boxes])
     if not crop:  # RandomIoUCrop sometimes keeps the whole image
         return image, boxes
-    centre_inside = crop.pop("is_within_crop_area")
+    center_inside = crop.pop("is_within_crop_area")
     boxes = F.crop(boxes, **crop)
-    boxes[~centre_inside] = 0  # no area, so `_pad` removes it
+    boxes[~center_inside] = 0  # no area, so `_pad` removes it
     return F.crop(read_pixels(image), **crop), boxes
 
 

@@ -144,7 +144,7 @@ def test_fractions_of_the_types_of_noise_boxes():
         num_shifted += (same_size & inside).sum()
     total = 300 * 40
     assert 0.42 < sum(duplicates_per_image) / total < 0.58
-    # The centre is uniform over the image, so (1 - 0.1) * (1 - 0.3) of the shifted boxes lie inside.
+    # The center is uniform over the image, so (1 - 0.1) * (1 - 0.3) of the shifted boxes lie inside.
     assert 0.25 * 0.63 - 0.04 < num_shifted / total < 0.25 * 0.63 + 0.04
     # The number of near-duplicates is uniform in 0 ... 40.
     assert min(duplicates_per_image) <= 3
@@ -166,14 +166,14 @@ def test_near_duplicates_are_spread_evenly_over_the_objects():
     assert np.abs(np.corrcoef(offset.T)[np.triu_indices(4, 1)]).max() < 0.1
 
 
-def test_shifted_boxes_have_a_uniform_centre():
+def test_shifted_boxes_have_a_uniform_center():
     box = np.array([[0.49, 0.495, 0.51, 0.505]])
     boxes = np.concatenate([noise_boxes(box, 50, rng(seed))[0] for seed in range(100)])
     shifted = boxes[np.isclose(boxes[:, 2:] - boxes[:, :2], [0.02, 0.01]).all(axis=1)]
-    centre = (shifted[:, :2] + shifted[:, 2:]) / 2
-    assert len(centre) > 500
-    assert (np.abs(centre.mean(axis=0) - 0.5) < 0.05).all()
-    assert (np.abs(centre.std(axis=0) - 1 / 12**0.5) < 0.03).all()
+    center = (shifted[:, :2] + shifted[:, 2:]) / 2
+    assert len(center) > 500
+    assert (np.abs(center.mean(axis=0) - 0.5) < 0.05).all()
+    assert (np.abs(center.std(axis=0) - 1 / 12**0.5) < 0.03).all()
 
 
 def test_an_image_without_objects_gets_random_noise_boxes():
@@ -210,8 +210,8 @@ def test_noise_boxes_cover_the_valid_part_evenly():
     for seed in range(50):
         example = BUILDER(np.zeros((0, 4)), np.zeros(0, int), rng(seed), valid_fraction=(0.5, 0.25))
         boxes.append(TOKENIZER.decode(example["labels"])[0])
-    centre = np.concatenate(boxes).reshape(-1, 2, 2).mean(axis=1)
-    assert np.abs(centre.mean(axis=0) - [0.25, 0.125]).max() < 0.02
+    center = np.concatenate(boxes).reshape(-1, 2, 2).mean(axis=1)
+    assert np.abs(center.mean(axis=0) - [0.25, 0.125]).max() < 0.02
 
 
 # -- class corruption ------------------------------------------------------------------------------

@@ -259,7 +259,7 @@ def test_iou_crop_keeps_boxes_on_their_objects():
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
-def test_iou_crop_removes_objects_whose_centre_is_outside():
+def test_iou_crop_removes_objects_whose_center_is_outside():
     boxes = [(20, 30, 70, 80), (0, 0, 4, 4)]
     transform = TrainTransform(100, 1, 1, flip=0, iou_crop=True)
     kept = [run(transform, image_with(boxes[0], (100, 100)), boxes, seed).kept for seed in range(40)]

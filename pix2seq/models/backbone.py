@@ -161,7 +161,7 @@ class VisionBackbone(nn.Module):
                 model, loading = AutoModel.from_pretrained(name, add_pooling_layer=False, **options)
         except Exception as error:  # missing, damaged or foreign files raise many types of exceptions
             raise UserError(f"--backbone {name}: its weights cannot be loaded ({error})") from None
-        # Backbones normalise their feature maps, the classifiers that they are loaded from do not.
+        # Backbones normalize their feature maps, the classifiers that they are loaded from do not.
         if missing := [key for key in loading["missing_keys"] if "hidden_states_norms" not in key]:
             raise UserError(f"--backbone {name}: lacks the weights {', '.join(sorted(missing)[:3])}")
         self._set_model(model)
@@ -179,7 +179,7 @@ class VisionBackbone(nn.Module):
         )
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Computes the features (B, C, h, w) of normalised pixels (B, 3, S, S)."""
+        """Computes the features (B, C, h, w) of normalized pixels (B, 3, S, S)."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             if self.has_feature_maps:
                 # Convolutions are faster in channels-last layout, which they pass on.
@@ -196,16 +196,16 @@ class VisionBackbone(nn.Module):
         Parameters before the first stage have stage -1 and layer 0.
         """
         positions: dict[str, tuple[int, int]] = {}
-        stages: list[Any] = [-1]
-        layers: list[tuple] = [()]
-        layer: tuple = ()
+        stages: dict[str, int] = {}
+        layers: dict[tuple[str, ...], int] = {}
+        stage, layer = -1, 0
         for name, _ in self.named_parameters():  # in network order
             numbers = STAGE_OR_LAYER_NUMBER.findall(name)
             if numbers and "hidden_states_norms" not in name:  # these norms belong to the last layer
-                layer = tuple(numbers[:2])  # a third number counts the parts of a ResNet layer
-                stages += [layer[0]] if layer[0] not in stages else []
-                layers += [layer] if layer not in layers else []
-            positions[name] = stages.index(layer[0]) - 1 if layer else -1, layers.index(layer)
+                stage = stages.setdefault(numbers[0], len(stages))
+                # A third number counts the parts of a ResNet layer.
+                layer = layers.setdefault(tuple(numbers[:2]), len(layers) + 1)
+            positions[name] = stage, layer
         return positions
 
     def prepare_for_training(

@@ -15,7 +15,7 @@ from pix2seq.transforms import EvalTransform, from_pil, resized_size, to_origina
 class Pix2SeqImageProcessor(BaseImageProcessor):
     """Resizes images to fit into a square and pads them at the right and the bottom.
 
-    Pixels remain uint8: the model normalises them on its device. The EXIF orientation is not applied; load photos with
+    Pixels remain uint8: the model normalizes them on its device. The EXIF orientation is not applied; load photos with
     `PIL.ImageOps.exif_transpose`, as pipelines do.
 
     Args:

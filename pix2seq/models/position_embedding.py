@@ -18,7 +18,7 @@ def coordinate_embedding(
         coordinates: Coordinates (N,) in [0, 1] of the padded image.
         channels: Number of channels D, an even number.
         embedding_type: "original" has the authors' wavelengths, from 1 to 10000 image sides. "fine" has wavelengths
-            from 4 image sides to an eighth of one, which separates neighbouring positions.
+            from 4 image sides to an eighth of one, which separates neighboring positions.
 
     Returns:
         Embeddings (N, D), all sines before all cosines.
@@ -35,7 +35,7 @@ def position_embedding_2d(
     """Computes the embeddings of the cells of a feature map: y in the first half of the channels, x in the second.
 
     Coordinates are relative to the padded image, so weights can be transferred to another image size. With "original",
-    the cells are spaced from 0 to 1, as in the authors' code; with "fine", cell centres are used, as for bins.
+    the cells are spaced from 0 to 1, as in the authors' code; with "fine", cell centers are used, as for bins.
 
     Args:
         height: Number of rows h of the feature map.
