@@ -12,7 +12,7 @@ detr-style        random sizes and crops of DETR on PIL images, scaled by S / 13
 
 "as_batches" is the time of a batch; "as_examples" excludes stacking, which torchvision's reference does on the device.
 pix2seq resizes without antialiasing, the others with it. The record also has the results for images enlarged to
---large_side, the times of the steps of `TrainDataset`, and the memory of loader processes.
+--large_side, and the times of the steps of `TrainDataset`.
 """
 
 import argparse
@@ -28,10 +28,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import psutil
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader
 from torchvision.ops import box_convert, clip_boxes_to_image
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
@@ -40,7 +38,7 @@ from torchvision.tv_tensors import BoundingBoxes
 from benchmarks.record import environment
 from pix2seq.argument_parser import parse
 from pix2seq.arguments import TrainArguments
-from pix2seq.data import Annotations, StepSampler, TrainDataset, train_loader
+from pix2seq.data import Annotations, TrainDataset
 from pix2seq.data.image_files import BadImageError, ImageFile
 from pix2seq.data.image_stores import FolderStore
 from pix2seq.data.loaders import collate
@@ -244,49 +242,10 @@ def time_steps(dataset: TrainDataset) -> dict[str, float]:
     return dict(zip(names, ms.tolist(), strict=True))
 
 
-def unique_mb(processes: list[psutil.Process]) -> list[float]:
-    """Memory in MB that each process does not share, after waiting until the workers have prefetched."""
-    previous, current = [math.inf], []
-    for _ in range(40):
-        current = [process.memory_full_info().uss / 1e6 for process in processes]
-        if abs(sum(current) - sum(previous)) < 0.5:
-            break
-        previous = current
-        time.sleep(0.3)
-    return current
-
-
-def measure_memory(dataset: TrainDataset, num_workers: int) -> dict:
-    """Memory of workers beyond that of an idle worker, and the growth of the main process, in MB."""
-    main, count = psutil.Process(), len(dataset.annotations)
-    other_children = set(main.children())
-
-    def worker_mb() -> list[float]:
-        return unique_mb([*set(main.children()) - other_children])
-
-    batches = iter(DataLoader([torch.zeros(1)] * 1000, num_workers=num_workers))
-    next(batches)
-    idle = statistics.mean(worker_mb())
-    del batches  # ends its workers
-    result = {"workers": num_workers, "batch_size": BATCH_SIZE, "bare_worker": idle}
-    main_before, num_taken = unique_mb([main])[0], 0
-    batches = iter(train_loader(dataset, StepSampler(count, BATCH_SIZE), num_workers, pin_memory=False))
-    for epochs in (1, 3):
-        while num_taken < epochs * count:
-            next(batches)
-            num_taken += BATCH_SIZE
-        added = [mb - idle for mb in worker_mb()]
-        result[f"worker_after_{epochs}"] = {"mean": statistics.mean(added), "largest": max(added)}
-    del batches
-    return result | {"main_after_3": unique_mb([main])[0] - main_before}
-
-
 def measure(args: argparse.Namespace) -> dict:
     torch.set_num_threads(1)
     dataset = load_train_set(args.root, args.image_size, args.num_images)
     annotations, count = dataset.annotations, len(dataset.annotations)
-    print(f"{count} images; measuring the memory of {args.num_workers} workers ...")
-    memory = measure_memory(dataset, args.num_workers)
     comparison = compare(make_pipelines(dataset), count, args.rounds, f"{count} images")
     with tempfile.TemporaryDirectory() as folder:
         large = enlarge_images(dataset, args.large_images, args.large_side, Path(folder))
@@ -305,12 +264,11 @@ def measure(args: argparse.Namespace) -> dict:
         **comparison,
         "large_images": {"count": num_large, "long_side": args.large_side, **large_comparison},
         "ms_per_image": time_steps(dataset),
-        "memory_mb": memory,
     }
 
 
 def format_report(record: dict) -> str:
-    large, memory = record["large_images"], record["memory_mb"]
+    large = record["large_images"]
     sections = {
         "as batches": record["as_batches"],
         "as examples": record["as_examples"],
@@ -326,9 +284,6 @@ def format_report(record: dict) -> str:
                 )
             lines.append(line)
     lines.append("ms per image: " + ", ".join(f"{step} {ms:.2f}" for step, ms in record["ms_per_image"].items()))
-    workers = [memory[f"worker_after_{epochs}"]["mean"] for epochs in (1, 3)]
-    lines.append(f"MB of a worker: {workers[0]:.1f} after 1 epoch, {workers[1]:.1f} after 3")
-    lines.append(f"MB of the main process: {memory['main_after_3']:.1f} after 3 epochs")
     return "\n".join(lines)
 
 
@@ -339,7 +294,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--image_size", type=int, default=640, help="side of the padded image, at least 64")
     parser.add_argument("--num_images", type=int, default=128, help="number of training images")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--num_workers", type=int, default=4, help="workers whose memory is measured")
     parser.add_argument("--large_images", type=int, default=12, help="number of enlarged images")
     parser.add_argument("--large_rounds", type=int, default=2)
     parser.add_argument("--large_side", type=int, default=4000, help="longer side of enlarged images in pixels")

@@ -12,19 +12,8 @@ PEERS = {"torchvision", "torchvision_raw", "torchvision_pil", "detr-style"}
 
 
 def test_benchmark_writes_a_record(shapes_root, tmp_path):
-    argv = ["--root", str(shapes_root), "--image_size", "64", "--output", str(tmp_path / "data.json")]
-    argv += [
-        "--rounds",
-        "1",
-        "--num_workers",
-        "2",
-        "--large_images",
-        "2",
-        "--large_rounds",
-        "1",
-        "--large_side",
-        "300",
-    ]
+    flags = "--image_size 64 --rounds 1 --large_images 2 --large_rounds 1 --large_side 300"
+    argv = f"--root {shapes_root} --output {tmp_path / 'data.json'} {flags}".split()
     data.main(argv)
     record = json.loads((tmp_path / "data.json").read_text())
     assert record["images"]["count"] == 12
@@ -38,7 +27,6 @@ def test_benchmark_writes_a_record(shapes_root, tmp_path):
     times = record["ms_per_image"]
     assert times.pop("all") == pytest.approx(sum(times.values()))
     assert min(times.values()) > 0
-    assert {"bare_worker", "worker_after_1", "worker_after_3", "main_after_3"} <= record["memory_mb"].keys()
 
 
 def test_all_pipelines_process_the_same_images_in_the_same_order(shapes_root, monkeypatch):
