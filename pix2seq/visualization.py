@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# The palette of Okabe and Ito, which is distinguishable with any kind of colour vision.
+# The palette of Okabe and Ito, which is distinguishable with any kind of color vision.
 PALETTE = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
 ORANGE, SKY_BLUE, GREEN, YELLOW, BLUE, VERMILLION, PURPLE = PALETTE
 CORRECT, WRONG = SKY_BLUE, ORANGE  # black text is legible on both
@@ -31,7 +31,7 @@ class TableRow(NamedTuple):
     Args:
         tokens: Text of its tokens, y1 x1 y2 x2 class.
         has_weight: For each token, whether it has a weight in the loss.
-        color: Colour of the cells.
+        color: Color of the cells.
         description: Text beside the cells.
     """
 
@@ -57,7 +57,7 @@ def draw_boxes(
         image: The image, which is not changed.
         boxes: (N, 4) xyxy in pixels of the image; they may lie outside it.
         names: Text at each box, "" for none.
-        colors: Colour of each box.
+        colors: Color of each box.
         dashed: Whether to draw each box with dashed lines. Default: none.
         font_size: Height of the names in pixels.
         width: Width of the lines in pixels, 0 for names only. Default: in proportion to the image.
@@ -89,7 +89,7 @@ def draw_boxes(
 
 
 def color_of(label: int) -> str:
-    """Returns the colour of a class label, grey for noise objects (-1)."""
+    """Returns the color of a class label, grey for noise objects (-1)."""
     return PALETTE[label % len(PALETTE)] if label >= 0 else GREY
 
 
@@ -130,7 +130,7 @@ def grid(
 
 
 def stack(images: Sequence[Image.Image]) -> Image.Image:
-    """Stacks images vertically, centred on a white background."""
+    """Stacks images vertically, centered on a white background."""
     width = max(image.width for image in images)
     sheet = Image.new("RGB", (width, sum(image.height for image in images)), "white")
     top = 0

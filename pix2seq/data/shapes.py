@@ -1,4 +1,4 @@
-"""The shapes dataset: coloured shapes on noisy backgrounds, in COCO's layout, for demonstrations and tests.
+"""The shapes dataset: colored shapes on noisy backgrounds, in COCO's layout, for demonstrations and tests.
 
 The same arguments always draw the same images. The training and validation images have different random streams, so
 no image is in both. Some shapes overlap, and some images are empty.
