@@ -35,7 +35,7 @@ def find_inputs(inputs: Sequence[str], output_dir: Path) -> tuple[list[str], lis
     Raises:
         UserError: An input stands for no file.
     """
-    found: dict[str, str] = {}
+    unique: dict[str, str] = {}
     skipped: dict[str, str] = {}
     if not inputs or "" in inputs:
         raise UserError("no inputs: name images, folders, glob patterns, videos or a webcam, before any flag")
@@ -51,8 +51,8 @@ def find_inputs(inputs: Sequence[str], output_dir: Path) -> tuple[list[str], lis
         if not files:
             raise UserError(f"{item}: contains no images ({' '.join(FORMATS_OF_SUFFIX)})")
         for file in files:
-            found.setdefault(os.path.realpath(file), file)
-    return list(found.values()), [file for real_path, file in skipped.items() if real_path not in found]
+            unique.setdefault(os.path.realpath(file), file)
+    return list(unique.values()), [file for real_path, file in skipped.items() if real_path not in unique]
 
 
 def _search_folder(folder: Path, output_dir: Path) -> tuple[list[str], list[str]]:
