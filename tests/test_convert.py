@@ -1,7 +1,5 @@
 """Conversion of YOLO and Pascal VOC: equal boxes, clear errors, and no files outside the source."""
 
-import contextlib
-import io
 import json
 import os
 import shutil
@@ -13,8 +11,6 @@ import hotcoco
 import numpy as np
 import pytest
 from PIL import Image
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 
 from pix2seq.data.convert import MARKER, convert
 from pix2seq.errors import UserError
@@ -73,16 +69,7 @@ def convert_to_dict(root: Path) -> dict[str, dict]:
         content = contents[split.name] = json.loads(split.json.read_text())
         assert all((split.images / image["file_name"]).is_file() for image in content["images"])
         assert (len(content["images"]), len(content["annotations"])) == (split.num_images, split.num_objects)
-        to_pycocotools(content)
     return contents
-
-
-def to_pycocotools(content: dict) -> COCO:
-    with contextlib.redirect_stdout(io.StringIO()):
-        coco = COCO()
-        coco.dataset = content
-        coco.createIndex()
-    return coco
 
 
 def boxes(content: dict) -> list:
@@ -439,66 +426,26 @@ def test_an_unwritable_output_is_an_error(tmp_path):
         convert(tmp_path, tmp_path / "file")
 
 
-def random_coco(integers: bool) -> dict:
-    rng = np.random.default_rng(0)
-    images = [{"id": i, "file_name": f"{i:03}.png", "width": 640, "height": 480} for i in range(1, 31)]
-    annotations = []
-    for image in images:
-        for _ in range(rng.integers(0, 31)):
-            x1, x2 = np.sort(rng.choice(641, 2, replace=False)) * 1.0
-            y1, y2 = np.sort(rng.choice(481, 2, replace=False)) * 1.0
-            if not integers:
-                x2, y2 = x2 - rng.random(), y2 - rng.random()
-            box = [float(v) for v in (x1, y1, x2 - x1, y2 - y1)]
-            entry = {"image_id": image["id"], "category_id": int(rng.integers(1, 4)), "bbox": box}
-            annotations.append(entry | {"id": len(annotations) + 1, "area": box[2] * box[3], "iscrowd": 0})
-    categories = [{"id": i, "name": f"class {i}"} for i in (1, 2, 3)]
-    return {"info": {}, "images": images, "annotations": annotations, "categories": categories}
-
-
-def coco_metrics(content: dict, annotations: list[dict]) -> np.ndarray:
-    """The twelve COCO metrics against `content` of predictions near `annotations`."""
-    rng = np.random.default_rng(1)
-    results = [
-        {k: entry[k] for k in ("image_id", "category_id")}
-        | {"bbox": (np.array(entry["bbox"]) + rng.normal(0, 8, 4)).tolist(), "score": rng.random()}
-        for entry in annotations
-    ]
-    with contextlib.redirect_stdout(io.StringIO()):
-        coco = to_pycocotools(content)
-        evaluation = COCOeval(coco, coco.loadRes(results), "bbox")
-        evaluation.evaluate()
-        evaluation.accumulate()
-        evaluation.summarize()
-    return evaluation.stats
-
-
-@pytest.mark.parametrize("integers", [True, False])
 @pytest.mark.parametrize("kind", ["yolo", "voc"])
-def test_converted_boxes_and_metrics_equal_the_original(tmp_path, kind, integers):
-    original = random_coco(integers)
+def test_converted_boxes_equal_the_original(tmp_path, kind):
+    rng = np.random.default_rng(0)
+    corners = np.sort(rng.uniform(0, [[640, 480]], (200, 2, 2)), axis=1).reshape(-1, 4)
+    expected = np.column_stack([rng.integers(1, 4, 200), corners[:, :2], corners[:, 2:] - corners[:, :2]])
     if kind == "yolo":
         write_text(tmp_path / "data.yaml", "train: images\nnames: [class 1, class 2, class 3]\n")
-    for image in original["images"]:
-        path = write_image(tmp_path / ("images" if kind == "yolo" else "") / image["file_name"], (640, 480))
-        entries = [(e["category_id"], *e["bbox"]) for e in original["annotations"] if e["image_id"] == image["id"]]
-        if kind == "yolo":
-            lines = [
-                f"{k - 1} {(x + w / 2) / 640:.6f} {(y + h / 2) / 480:.6f} {w / 640:.6f} {h / 480:.6f}\n"
-                for k, x, y, w, h in entries
-            ]
-            write_text(tmp_path / "labels" / path.with_suffix(".txt").name, "".join(lines))
-        else:
-            corners = [(k, [f"{v:.10g}" for v in (x + 1, y + 1, x + w, y + h)]) for k, x, y, w, h in entries]
-            objects = [obj(f"class {k}", box) for k, box in corners]
-            write_text(path.with_suffix(".xml"), xml(*objects, name=path.name, size=""))
+        write_image(tmp_path / "images/a.png", (640, 480))
+        lines = [
+            f"{k - 1:.0f} {(x + w / 2) / 640:.6f} {(y + h / 2) / 480:.6f} {w / 640:.6f} {h / 480:.6f}\n"
+            for k, x, y, w, h in expected
+        ]
+        write_text(tmp_path / "labels/a.txt", "".join(lines))
+    else:
+        write_image(tmp_path / "a.png", (640, 480))
+        objects = [obj(f"class {k:.0f}", (x + 1, y + 1, x + w, y + h)) for k, x, y, w, h in expected]
+        write_text(tmp_path / "a.xml", xml(*objects, size=""))
     content = convert_to_dict(tmp_path)["train"]
     assert names(content, "categories") == ["class 1", "class 2", "class 3"]
-    tolerance = 0 if kind == "voc" and integers else 1e-3
-    np.testing.assert_allclose(boxes(content), boxes(original), rtol=0, atol=tolerance)
-    expected, actual = (coco_metrics(truth, original["annotations"]) for truth in (original, content))
-    assert 0.2 < expected[0] < 0.9
-    np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance)
+    np.testing.assert_allclose(boxes(content), expected, rtol=0, atol=1e-3 if kind == "yolo" else 1e-10)
 
 
 def read_with_hotcoco(root: Path) -> dict:
@@ -624,14 +571,6 @@ def test_voc_files_outside_the_source_need_follow_links(tmp_path, name):
         assert conversion_error(root).startswith(f"{root}/{name}: lies outside {root}")
     assert root / name not in opened
     assert [split.name for split in convert(root, tmp_path / "out", follow_links=True)] == ["train", "val"]
-
-
-def test_linked_folders_outside_the_source_are_not_listed(tmp_path, monkeypatch):
-    (make_yolo(tmp_path / "data") / "images/train/all").symlink_to("/usr")
-    walk, listed = os.walk, []
-    monkeypatch.setattr(os, "walk", lambda *a, **k: (listed.append(step[0]) or step for step in walk(*a, **k)))
-    assert conversion_error(tmp_path / "data").startswith(f"{tmp_path}/data/images/train/all: lies outside")
-    assert listed == [str(tmp_path / "data/images/train")]
 
 
 def test_files_outside_the_source_are_not_quoted(tmp_path):
