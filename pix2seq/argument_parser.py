@@ -32,6 +32,21 @@ class LineErrorParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
+class ShortHelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Lists each flag once, without its spelling with hyphens, and no default of None."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if len(action.option_strings) < 2 or action.dest == "help":
+            return super()._format_action_invocation(action)
+        if action.nargs == 0:
+            return action.option_strings[0]
+        arguments = self._format_args(action, self._get_default_metavar_for_optional(action))
+        return f"{action.option_strings[0]} {arguments}"
+
+
 class GroupedArgumentParser(HfArgumentParser):
     """An HfArgumentParser that lists the fields of each base dataclass in a group of its own."""
 
@@ -67,7 +82,13 @@ def parse(kind: type, argv: list[str] | None = None, program: str | None = None)
         An instance of `kind`.
     """
     argv = sys.argv[1:] if argv is None else argv
-    parser = GroupedArgumentParser([kind], prog=program, usage="%(prog)s [arguments]", allow_abbrev=False)
+    parser = GroupedArgumentParser(
+        [kind],
+        prog=program,
+        usage="%(prog)s [arguments]",
+        allow_abbrev=False,
+        formatter_class=ShortHelpFormatter,
+    )
     try:
         recipe, presets = _recipe_words(argv, parser), getattr(kind, "PRESETS", {})
         words = _expand_presets(recipe, presets) + _expand_presets(argv, presets)

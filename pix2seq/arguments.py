@@ -371,7 +371,7 @@ class SamplingArguments:
     temperature: float = argument(1.0, "sampling temperature")
 
     def __post_init__(self):
-        _check_sampling(self)
+        _check_decoding({"top_p": self.top_p, "temperature": self.temperature})
 
 
 @dataclass
@@ -410,45 +410,31 @@ def architecture_arguments(checkpoint: str) -> dict:
     }
 
 
-@dataclass
+def with_decoding_options(cls: type) -> type:
+    """Makes a dataclass whose arguments are the fields of DecodingOptions, None by default."""
+    for option in fields(DecodingOptions):
+        cls.__annotations__[option.name] = option.type | None
+        setattr(cls, option.name, argument(None, f"{option.metadata['help']} (default: that of training)"))
+    return dataclass(cls)
+
+
+@with_decoding_options
 class DecodingArguments:
     """Decoding options of commands that run a trained model. None keeps the value the model was evaluated with."""
 
     _argument_group_name: ClassVar = "decoding"
 
-    seed: int | None = argument(None, "seed of sampling (default: that of training)")
-    top_p: float | None = argument(None, "nucleus sampling; 0 is greedy decoding (default: that of training)")
-    temperature: float | None = argument(None, "sampling temperature (default: that of training)")
-    max_objects: int | None = argument(None, "objects to decode for an image (default: that of training)")
-    noise_patience: int | None = argument(
-        None, "stop after this many consecutive objects that score below --noise_threshold (0: never)"
-    )
-    noise_threshold: float | None = argument(None, "score limit of --noise_patience (default: 0.5)")
-    expectation_radius: int | None = argument(
-        None, "a coordinate is the probability-weighted mean of the bins up to this far from the decoded bin"
-    )
-    box_score_power: float | None = argument(
-        None, "multiply scores by the probability of these bins of all four coordinates, to this power"
-    )
-
     def __post_init__(self):
-        check_at_least(self, 1, "max_objects")
-        check_value(self, "seed", self.seed is None or 0 <= self.seed < 2**32, "0 to 2^32 - 1")
-        for name in ("noise_patience", "expectation_radius", "box_score_power"):
-            value = getattr(self, name)
-            check_value(self, name, value is None or 0 <= value < math.inf, "at least 0")
-        value = self.noise_threshold
-        check_value(self, "noise_threshold", value is None or 0 <= value <= 1, "0 to 1")
-        _check_sampling(self)
+        _check_decoding(self.decoding())
 
     def decoding(self) -> dict:
         """The decoding options that were given."""
-        given = {option.name: getattr(self, option.name) for option in fields(DecodingOptions)}
-        return {name: value for name, value in given.items() if value is not None}
+        values = {option.name: getattr(self, option.name) for option in fields(DecodingOptions)}
+        return {name: value for name, value in values.items() if value is not None}
 
 
-def _check_sampling(arguments) -> None:
-    value = arguments.top_p
-    check_value(arguments, "top_p", value is None or 0 <= value <= 1, "0 (greedy) to 1")
-    value = arguments.temperature
-    check_value(arguments, "temperature", value is None or value > 0, "above 0")
+def _check_decoding(options: dict) -> None:
+    try:
+        DecodingOptions(**options)
+    except ValueError as error:
+        raise ValueError(f"--{error}") from None

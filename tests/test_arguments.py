@@ -82,7 +82,7 @@ def test_default_output_dir_follows_the_project_name():
         (["--keep_last", "1"], ["--keep_last 1", "at least 2"]),
         (["--hidden_size", "100"], ["--hidden_size 100", "multiple of 16"]),
         (["--scale_min", "3"], ["--scale_min 3.0", "--scale_max"]),
-        (["--top_p", "1.5"], ["--top_p 1.5", "0 (greedy) to 1"]),
+        (["--top_p", "1.5"], ["--top_p 1.5", "0 to 1"]),
         (["--val_json", "x.json"], ["--root", "--val_json"]),
         (["stray"], ["stray"]),
         (["--config", "nowhere.yaml"], ["--config nowhere.yaml"]),

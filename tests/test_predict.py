@@ -304,7 +304,7 @@ def test_mistakes_get_one_line_before_any_work(folder, images, tmp_path, capsys)
         (["--threshold", "nan"], "--threshold nan: "),
         (["--format", "voc"], "--format voc: must be coco, yolo, csv"),
         (["--batch_size", "0"], "--batch_size 0: must be at least 1"),
-        (["--top_p", "2"], "--top_p 2.0: must be 0 (greedy) to 1"),
+        (["--top_p", "2"], "--top_p 2.0: must be 0 to 1"),
         (["--treshold", "0.5"], "--treshold: no such flag (did you mean --threshold?)"),
         (["--checkpoint"], "--checkpoint: "),
     ],

@@ -200,7 +200,7 @@ def decode_one(
     first_corner = _read_column(state.tokens, position - 2) if slot in (2, 3) else None
     allowed = grammar(logits, slot, first_corner)
     uniform = None if state.uniforms is None else _read_column(state.uniforms, position)
-    index = sample_top_p(allowed, options.top_p, options.temperature, uniform)
+    index = sample_top_p(options.process_logits(allowed), options.top_p, uniform)
     if options.needs_neighborhood and slot != CLASS_SLOT:
         offsets, masses = neighborhood_mean(allowed, index, options.expectation_radius)
         _write_column(state.offsets, position, offsets, ended)

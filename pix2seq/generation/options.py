@@ -1,11 +1,34 @@
 """Options and exceptions of decoding."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field, fields
+
+import torch
+
+
+def option(default, help: str, minimum: float = 0, maximum: float = math.inf, above_minimum: bool = False):
+    """A field of DecodingOptions.
+
+    Args:
+        default: Default value. It must not change the results of other options.
+        help: Help text of the flag that `evaluate.py`, `predict.py` and the demo have for every option.
+        minimum: Smallest allowed value.
+        maximum: Largest allowed value; infinity itself is not allowed.
+        above_minimum: The value must be above the minimum.
+    """
+    allowed = f"above {minimum}" if above_minimum else f"at least {minimum}"
+    if math.isfinite(maximum):
+        allowed = f"{minimum} to {maximum}"
+
+    def is_valid(value) -> bool:
+        return math.isfinite(value) and minimum <= value <= maximum and not (above_minimum and value == minimum)
+
+    return field(default=default, metadata={"help": help, "is_valid": is_valid, "allowed": allowed})
 
 
 @dataclass(frozen=True)
 class DecodingOptions:
-    """Options of decoding, see docs/decoding.md.
+    """Options of decoding, see docs/decoding.md. Every option is a flag of the commands that run a trained model.
 
     Args:
         max_objects: Maximum number of objects per image. Each object has five tokens.
@@ -25,35 +48,42 @@ class DecodingOptions:
         ValueError: A value is out of range.
     """
 
-    max_objects: int = 100
-    top_p: float = 0.4
-    temperature: float = 1.0
-    seed: int = 0
-    noise_patience: int = 0
-    noise_threshold: float = 0.5
-    expectation_radius: int = 0
-    box_score_power: float = 0.0
+    max_objects: int = option(100, "objects to decode for an image", minimum=1)
+    top_p: float = option(0.4, "nucleus sampling; 0 is greedy decoding", maximum=1)
+    temperature: float = option(1.0, "sampling temperature", above_minimum=True)
+    seed: int = option(0, "seed of sampling", maximum=2**32 - 1)
+    noise_patience: int = option(
+        0, "stop after this many consecutive objects that score below --noise_threshold; 0 disables it"
+    )
+    noise_threshold: float = option(0.5, "score limit of --noise_patience", maximum=1)
+    expectation_radius: int = option(
+        0, "a coordinate is the probability-weighted mean of the bins up to this far from the decoded bin"
+    )
+    box_score_power: float = option(
+        0.0, "multiply scores by the probability of these bins of all four coordinates, to this power"
+    )
 
     def __post_init__(self):
-        if self.max_objects < 1:
-            raise ValueError(f"max_objects is {self.max_objects}: must be at least 1")
-        if not 0 <= self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p}: must be 0 (greedy) to 1")
-        if not self.temperature > 0:
-            raise ValueError(f"temperature is {self.temperature}: must be above 0 (for greedy decoding use top_p 0)")
-        if self.noise_patience < 0:
-            raise ValueError(f"noise_patience is {self.noise_patience}: must be at least 0")
-        if not 0 <= self.noise_threshold <= 1:
-            raise ValueError(f"noise_threshold is {self.noise_threshold}: must be 0 to 1")
-        if self.expectation_radius < 0:
-            raise ValueError(f"expectation_radius is {self.expectation_radius}: must be at least 0")
-        if not self.box_score_power >= 0:
-            raise ValueError(f"box_score_power is {self.box_score_power}: must be at least 0")
+        for option in fields(self):
+            value = getattr(self, option.name)
+            if not option.metadata["is_valid"](value):
+                raise ValueError(f"{option.name} {value}: must be {option.metadata['allowed']}")
 
     @property
     def needs_neighborhood(self) -> bool:
         """Whether decoding computes `neighborhood_mean` for every coordinate."""
         return self.expectation_radius > 0 or self.box_score_power > 0
+
+    def process_logits(self, logits: torch.Tensor) -> torch.Tensor:
+        """Changes the logits from which the next token is sampled. Scores and coordinates use the original logits.
+
+        Args:
+            logits: Logits (B, R) of the next token, -inf where the grammar does not allow it.
+
+        Returns:
+            The new logits (B, R). GPUs capture the operations as a CUDA graph, so `.item()` is not allowed.
+        """
+        return logits / self.temperature if self.top_p > 0 else logits
 
 
 class Interrupted(Exception):

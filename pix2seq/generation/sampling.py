@@ -3,7 +3,7 @@
 import torch
 
 
-def sample_top_p(logits: torch.Tensor, top_p: float, temperature: float, uniform: torch.Tensor | None) -> torch.Tensor:
+def sample_top_p(logits: torch.Tensor, top_p: float, uniform: torch.Tensor | None) -> torch.Tensor:
     """Samples one token per row by nucleus sampling, with the rule of the authors' code (Pix2Seq section 2.2).
 
     Tokens are sorted by probability. Those whose cumulative probability, their own included, is at most `top_p` are
@@ -12,7 +12,6 @@ def sample_top_p(logits: torch.Tensor, top_p: float, temperature: float, uniform
     Args:
         logits: Logits (B, V). Tokens with -inf are never sampled.
         top_p: Probability mass of the kept tokens. 0 selects the most probable token.
-        temperature: Divisor of the logits, above 0.
         uniform: Random numbers (B,) in [0, 1), which select a token by its cumulative probability among the kept
             tokens. Not used if `top_p` is 0.
 
@@ -21,7 +20,7 @@ def sample_top_p(logits: torch.Tensor, top_p: float, temperature: float, uniform
     """
     if top_p == 0:
         return logits.argmax(-1)
-    probabilities, order = (logits / temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
+    probabilities, order = logits.softmax(-1).sort(dim=-1, descending=True, stable=True)
     kept = (probabilities.cumsum(-1) <= top_p) & (probabilities > 0)
     kept[:, 0] = True
     cumulative = (probabilities * kept).cumsum(-1)
