@@ -83,11 +83,11 @@ def test_the_command_writes_and_replaces_shards(shapes_root, tmp_path, capsys):
     for _ in range(2):
         assert main(words) == 0
         assert f"--train_shards {tmp_path}/out" in capsys.readouterr().out
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine/notes.txt").write_text("text")
-    assert main([*words[:-1], str(tmp_path / "mine")]) == 2
-    assert f"{tmp_path}/mine: " in capsys.readouterr().err
-    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes.txt"]
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/notes.txt").write_text("text")
+    assert main([*words[:-1], str(tmp_path / "other")]) == 2
+    assert f"{tmp_path}/other: " in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "other").iterdir()] == ["notes.txt"]
 
 
 def test_a_broken_image_stops_the_packing(shapes_root, files, tmp_path):
@@ -176,12 +176,12 @@ def test_packing_removes_neither_its_input_nor_other_files(shapes_root, files, t
             write_shards(packed, folder)
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
     for name in ("000000.tar", "annotations.json", "shards.json"):
-        mine = tmp_path / f"mine {name}"
-        mine.mkdir()
-        (mine / name).write_text("{}")
+        folder = tmp_path / f"other {name}"
+        folder.mkdir()
+        (folder / name).write_text("{}")
         with pytest.raises(UserError, match="has files that are not shards"):
-            write_shards(files, mine)
-        assert (mine / name).read_text() == "{}"
+            write_shards(files, folder)
+        assert (folder / name).read_text() == "{}"
 
 
 def test_damaged_bytes_in_a_shard_are_found(files, tmp_path):

@@ -123,7 +123,7 @@ def convert_data(args: argparse.Namespace) -> int:
     missing = {"train", "val"} - {split.name for split in splits}
     if len(missing) == 1:
         (name,) = missing
-        print(f"there is no {name} split: also name --{name}_images and --{name}_json")
+        print(f"the {name} split is missing: training also needs --{name}_images and --{name}_json")
     return 0
 
 

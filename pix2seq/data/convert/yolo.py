@@ -1,6 +1,7 @@
 """Reads YOLO datasets: a data.yaml, and a text file of boxes for each image."""
 
 import math
+import re
 from pathlib import Path
 
 import yaml
@@ -66,7 +67,7 @@ def _find_labels(config: Path, source: SourceFolder, content: dict, split: str) 
     images: dict[Path, None] = {}
     for entry in map(str, entries):
         candidates = [absolute(root / entry) for root in roots]
-        candidates.append(absolute(config.parent / entry.replace("../", "")))
+        candidates.append(absolute(config.parent / re.sub(r"^(\.\./)+", "", entry)))
         existing = [path for path in candidates if path.exists()]
         if not existing:
             raise UserError(f"{config}: {split}: {entry} is not in {' or '.join(map(str, roots))}")
