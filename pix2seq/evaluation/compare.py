@@ -36,13 +36,14 @@ class BootstrapAP:
         for indices in np.split(order, ends[:-1]):
             correct, ignored = matches.correct[:, indices], matches.ignored[:, indices]
             # Precision is highest and recall increases at true positives: the other predictions are only counted.
-            hits = np.flatnonzero(correct.any(axis=0))
+            hits, skipped = (np.flatnonzero(mask.any(axis=0)) for mask in (correct, ignored))
             self.classes.append(
                 {
                     "image": matches.image[indices],
                     "hits": hits,
                     "correct": correct[:, hits],
-                    "ignored": ignored if ignored.any() else None,
+                    "skipped": skipped,
+                    "ignored": ignored[:, skipped],
                 }
             )
         self.object_image = matches.object_image[~matches.is_crowd]
@@ -68,7 +69,8 @@ def _average_precision(
     image: np.ndarray,
     hits: np.ndarray,
     correct: np.ndarray,
-    ignored: np.ndarray | None,
+    skipped: np.ndarray,
+    ignored: np.ndarray,
     counts: np.ndarray,
     num_objects: float,
 ) -> np.ndarray:
@@ -78,14 +80,14 @@ def _average_precision(
         image: int (P,), image index of each prediction, highest score first.
         hits: int (H,), predictions that are correct at any IoU threshold.
         correct: bool (10, H).
-        ignored: bool (10, P), None if no prediction is ignored.
+        skipped: int (I,), predictions that are ignored at any IoU threshold.
+        ignored: bool (10, I).
         counts: int (images,), how often each image was drawn.
         num_objects: Number of objects in the resample.
     """
     weights = counts[image]
-    predicted = np.cumsum(weights)[hits]
-    if ignored is not None:
-        predicted = predicted - np.cumsum(ignored * weights, axis=1)[:, hits]
+    num_ignored = np.cumsum(np.pad(ignored * weights[skipped], ((0, 0), (1, 0))), axis=1)
+    predicted = np.cumsum(weights)[hits] - num_ignored[:, np.searchsorted(skipped, hits)]
     true_positives = np.cumsum(correct * weights[hits], axis=1)
     precision = true_positives / np.maximum(predicted, 1)
     precision = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]

@@ -52,8 +52,8 @@ ERROR_DESCRIPTIONS = {
     "localization": "The class is right, but the IoU is only 0.1 to 0.5.",
     "both": "The class is wrong and the box is inaccurate.",
     "duplicate": "The object is already found by a prediction with a higher score.",
-    "background": "No labeled object is there (IoU at most 0.1). The label may be missing.",
-    "missed": "No prediction finds the object, and no classification or localization error is about it.",
+    "background": "No object is there (IoU at most 0.1), or its label is missing.",
+    "missed": "No prediction finds the object, not even with a wrong class or box.",
 }
 NO_OBJECTS = "The images have no objects, so AP is not defined."
 NO_IMAGES = "Examples need the images: use --checkpoint instead of --predictions."
