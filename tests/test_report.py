@@ -23,7 +23,7 @@ from pix2seq.evaluation.report.figures import FIGURES, threshold_text
 from pix2seq.evaluation.report.matching import ERROR_TYPES
 from pix2seq.evaluation.report.write import write_report
 from pix2seq.visualization import CELL, CORRECT, WRONG
-from tests.test_coco_metrics import CATEGORIES, pycocotools_from_files, random_dataset
+from tests.test_coco_metrics import CATEGORIES, evaluate_with_pycocotools, random_dataset
 
 
 def make_dataset(objects: list[tuple], predictions: list[tuple], num_images: int = 1) -> tuple[dict, list[dict]]:
@@ -60,15 +60,14 @@ def many_objects(seed: int) -> tuple[dict, list[dict]]:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_numbers_equal_pycocotools(tmp_path, seed):
+def test_numbers_equal_pycocotools(seed):
     ground_truth, predictions = many_objects(seed)
     assert any(annotation["iscrowd"] for annotation in ground_truth["annotations"])
-    (tmp_path / "truth.json").write_text(json.dumps(ground_truth))
-    (tmp_path / "predictions.json").write_text(json.dumps(predictions))
-    stats, evaluation = pycocotools_from_files(tmp_path / "truth.json", tmp_path / "predictions.json")
+    expected, evaluation = evaluate_with_pycocotools(ground_truth, predictions)
     numbers = analyze(ground_truth, predictions).numbers
-    assert [numbers["metrics"][name] for name in METRICS] == pytest.approx(stats.tolist(), abs=1e-9)
-    assert [row["AP"] for row in numbers["sizes"]] == pytest.approx(stats[3:6].tolist(), abs=1e-9)
+    assert numbers["metrics"] == pytest.approx({name: expected[name] for name in METRICS}, abs=1e-9)
+    sizes = [expected[f"AP_{row['size']}"] for row in numbers["sizes"]]
+    assert [row["AP"] for row in numbers["sizes"]] == pytest.approx(sizes, abs=1e-9)
     precision = evaluation.eval["precision"][:, :, :, 0, -1]
     for label, (row, category) in enumerate(zip(numbers["classes"], CATEGORIES, strict=True)):
         values = precision[:, :, label]
@@ -423,21 +422,14 @@ def test_output_folder_that_cannot_be_written_is_named(shapes_root, tmp_path, ca
         assert f"--output_dir {folder}: cannot be written to" in line
         return line
 
-    for name in ("a/metrics.json", "b/report/sizes.png"):
-        (tmp_path / name).mkdir(parents=True)
-    (tmp_path / "c").mkdir()
-    (tmp_path / "c" / "report").write_text("a file")
-    for folder, file in (("a", "metrics.json"), ("b", "sizes.png"), ("c", "report")):
-        assert file in error(tmp_path / folder)
-    error(tmp_path / "c" / "report")
+    (tmp_path / "file").write_text("a file")
+    error(tmp_path / "file")
     error("/proc/self")
-
-    def block_report(*_, **__):
-        (tmp_path / "d" / "report.html").mkdir()
-        return []
-
-    monkeypatch.setattr(evaluate, "oracle_predictions", block_report)
-    error(tmp_path / "d")
+    monkeypatch.setattr(evaluate, "oracle_predictions", lambda *_, **__: [])
+    for name in ("metrics.json", "report.html"):
+        (tmp_path / name).mkdir()
+        assert name in error(tmp_path)
+        (tmp_path / name).rmdir()
 
 
 @pytest.mark.slow

@@ -1,16 +1,13 @@
-"""COCO metrics, equal to those of pycocotools, of predictions that have been checked."""
+"""COCO metrics, equal to those of pycocotools. hotcoco computes them many times faster."""
 
 import contextlib
 import io
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
 
 import hotcoco
 import numpy as np
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 
 from pix2seq.data.coco import Categories, read_coco, read_json
 from pix2seq.data.issues import DatasetIssue, is_finite, is_id, sanitize, usable_images, usable_objects
@@ -25,7 +22,7 @@ GROUND_TRUTH_KEYS = {
     "annotations": ("id", "image_id", "category_id", "bbox", "area", "iscrowd"),
     "categories": ("id", "name"),
 }
-PREDICTION_KEYS = ("image_id", "category_id", "bbox", "score")  # pycocotools infers the task from other keys
+PREDICTION_KEYS = ("image_id", "category_id", "bbox", "score")
 
 
 def load_ground_truth(
@@ -121,19 +118,13 @@ def _invalid_reason(prediction, image_ids: set, category_ids: set) -> str | None
     return None
 
 
-def coco_metrics(
-    ground_truth: dict,
-    predictions: list[dict],
-    name: str = "predictions",
-    backend: Literal["hotcoco", "pycocotools"] = "hotcoco",
-) -> dict[str, float]:
-    """Computes the 12 COCO metrics and the AP of each class.
+def coco_metrics(ground_truth: dict, predictions: list[dict], name: str = "predictions") -> dict[str, float]:
+    """Computes the 12 COCO metrics and the AP of each class, which equal those of pycocotools.
 
     Args:
         ground_truth: COCO annotations from `load_ground_truth`.
         predictions: Entries of a COCO results file.
         name: Name of the predictions in error messages.
-        backend: hotcoco computes the same numbers as pycocotools many times faster.
 
     Returns:
         The metrics by the names in `METRICS`, and `per_class/<name>`. As in pycocotools, a metric without any object
@@ -143,33 +134,14 @@ def coco_metrics(
         UserError: Some predictions are invalid.
     """
     check_predictions(predictions, ground_truth, name)
-    predictions = [{key: prediction[key] for key in PREDICTION_KEYS} for prediction in predictions]
-    ids = [entry["id"] for key in ("images", "categories") for entry in ground_truth[key]]
-    if backend == "hotcoco" and min(ids) >= 0:  # hotcoco does not accept negative ids
-        evaluation = evaluate_with_hotcoco(ground_truth, predictions)
-    else:
-        evaluation = _evaluate_with_pycocotools(ground_truth, predictions)
+    evaluation = evaluate_with_hotcoco(*remap_ids(ground_truth, predictions))
     metrics = {name: float(value) for name, value in zip(METRICS, evaluation.stats, strict=True)}
-    names = class_names(ground_truth)
     precision = evaluation.eval["precision"]  # (IoU thresholds, recalls, classes, areas, max detections)
-    for index, category_id in enumerate(evaluation.params.catIds):
-        values = precision[:, :, index, 0, -1]
+    for label, (_, class_name) in enumerate(sorted(class_names(ground_truth).items())):
+        values = precision[:, :, label, 0, -1]
         values = values[values > -1]
-        metrics[f"per_class/{names[category_id]}"] = float(values.mean()) if values.size else -1.0
+        metrics[f"per_class/{class_name}"] = float(values.mean()) if values.size else -1.0
     return metrics
-
-
-def _evaluate_with_pycocotools(ground_truth: dict, predictions: list[dict]) -> COCOeval:
-    with contextlib.redirect_stdout(io.StringIO()):
-        coco = COCO()
-        coco.dataset = ground_truth
-        coco.createIndex()
-        # loadRes fails on an empty list, but COCOeval does not.
-        evaluation = COCOeval(coco, coco.loadRes(predictions) if predictions else COCO(), "bbox")
-        evaluation.evaluate()
-        evaluation.accumulate()
-        evaluation.summarize()
-    return evaluation
 
 
 def evaluate_with_hotcoco(
@@ -178,8 +150,8 @@ def evaluate_with_hotcoco(
     """Runs hotcoco's COCOeval.
 
     Args:
-        ground_truth: COCO annotations without negative ids.
-        predictions: Checked predictions.
+        ground_truth: COCO annotations from `remap_ids`: hotcoco does not accept negative ids.
+        predictions: Predictions from `remap_ids`: hotcoco infers the task from other keys.
         names: Class names for hotcoco's figures. Default: the ids, because hotcoco warns about empty names.
     """
     ground_truth = {

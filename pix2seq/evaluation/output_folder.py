@@ -76,16 +76,12 @@ def prepare_output_folder(folder: Path) -> None:
     """Creates the folder and checks that it is writable, before the model runs.
 
     Raises:
-        UserError: The folder or one of its files cannot be written.
+        UserError: The folder cannot be written.
     """
     with report_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
-    for path in (folder / "report", *output_files(folder)):
-        expected = "a folder" if path.name == "report" else "a file"
-        if path.exists() and path.is_dir() != (expected == "a folder"):
-            raise UserError(f"--output_dir {folder}: cannot be written to ({path.name} exists and is not {expected})")
 
 
 @contextmanager
@@ -94,7 +90,8 @@ def report_write_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"--output_dir {folder}: cannot be written to ({error.strerror})") from None
+        file = f"{Path(error.filename).name}: " if error.filename else ""
+        raise UserError(f"--output_dir {folder}: cannot be written to ({file}{error.strerror})") from None
 
 
 def write_results(
