@@ -66,9 +66,9 @@ def unique_mb(process: psutil.Process | None = None) -> float:
 
 
 def measure_training_data(split: Split) -> dict:
-    mb_before, started = unique_mb(), time.perf_counter()
+    mb_before, started = unique_mb(), time.process_time()  # CPU time, because other processes may use the cores
     annotations = load_annotations(split)
-    seconds, mb = time.perf_counter() - started, unique_mb() - mb_before
+    seconds, mb = time.process_time() - started, unique_mb() - mb_before
     assert len(annotations) == NUM_IMAGES
     assert len(annotations.boxes) == NUM_OBJECTS
     assert annotations.issues == []
@@ -86,7 +86,7 @@ def measure_training_data(split: Split) -> dict:
 def test_annotations_are_small_and_workers_do_not_grow(split, record_property):
     result = run_in_new_process(measure_training_data, split)
     first, *_, last = (max(mb) for mb in result["worker_mb"])
-    record_property("seconds_to_load", result["seconds"])
+    record_property("cpu_seconds_to_load", result["seconds"])
     record_property("mb_of_annotations", result["mb"])
     record_property("mb_a_worker_grows_in_2_epochs", last - first)
     assert len(result["worker_mb"][0]) == 4
