@@ -14,7 +14,7 @@ from pix2seq.generation import DecodingOptions
 
 # Arguments that may differ from those of the checkpoint when a run is resumed. A dataset may have been moved. A run
 # may be extended, which moves the end of its schedule. --batch_size and --gradient_accumulation_steps may be exchanged
-# for each other and for processes, see TrainerState.load. The others do not change what a step computes.
+# for each other and for processes, see TrainerState.load_state_dict. The others do not change what a step computes.
 MAY_CHANGE_ON_RESUME = {
     *("config", "output_dir", "project_name", "report_to", "resume", "num_workers", "keep_last", "check_data"),
     *("root", "train_images", "train_json", "train_shards", "val_images", "val_json", "follow_links"),
