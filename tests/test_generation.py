@@ -284,7 +284,8 @@ def test_expectation_radius_and_box_score_power():
 def frequencies(probabilities, top_p: float, temperature: float = 1.0, draws: int = 4000) -> np.ndarray:
     logits = torch.tensor(probabilities).log().expand(draws, -1)
     uniform = torch.rand(draws, generator=torch.Generator().manual_seed(0))
-    sampled = sample_top_p(logits / temperature, top_p, uniform)
+    logits = DecodingOptions(top_p=top_p, temperature=temperature).process_logits(logits)
+    sampled = sample_top_p(logits, top_p, uniform)
     return np.bincount(sampled.numpy(), minlength=len(probabilities)) / draws
 
 
