@@ -123,11 +123,11 @@ def run_evaluation(args: EvaluateArguments) -> dict[str, float]:
     if output is not None:
         prepare_output_folder(output)
     if args.checkpoint is not None:
-        data = evaluate_checkpoint(args)
+        data = evaluate_checkpoint(args, args.checkpoint)
     elif args.oracle:
         data = evaluate_oracle(args)
     else:
-        data = read_results_file(args)
+        data = read_results_file(args.predictions, args.gt)
     metrics = coco_metrics(data.ground_truth, data.predictions, data.name)
     if is_main_process():
         print(metrics_table(metrics))
@@ -140,15 +140,15 @@ def run_evaluation(args: EvaluateArguments) -> dict[str, float]:
     return metrics
 
 
-def read_results_file(args: EvaluateArguments) -> EvaluationData:
+def read_results_file(predictions: str, annotation_file: str) -> EvaluationData:
     """Reads the predictions of a COCO results file."""
     skipped = Skipped()
     return EvaluationData(
-        name=f"--predictions {args.predictions}",
-        title="/".join(Path(args.predictions).resolve().parts[-2:]),
-        annotation_file=args.gt,
-        ground_truth=load_ground_truth(args.gt, warn=skipped.issues.extend),
-        predictions=load_predictions(args.predictions),
+        name=f"--predictions {predictions}",
+        title="/".join(Path(predictions).resolve().parts[-2:]),
+        annotation_file=annotation_file,
+        ground_truth=load_ground_truth(annotation_file, warn=skipped.issues.extend),
+        predictions=load_predictions(predictions),
         skipped=skipped,
     )
 
@@ -169,11 +169,11 @@ def evaluate_oracle(args: EvaluateArguments) -> EvaluationData:
     )
 
 
-def evaluate_checkpoint(args: EvaluateArguments) -> EvaluationData:
+def evaluate_checkpoint(args: EvaluateArguments, checkpoint: str) -> EvaluationData:
     """Runs a model over a dataset."""
     transformers_logging.disable_progress_bar()
-    model = load_model(args.checkpoint, "--checkpoint")
-    training = read_training_arguments(args.checkpoint, "--checkpoint")
+    model = load_model(checkpoint, "--checkpoint")
+    training = read_training_arguments(checkpoint, "--checkpoint")
     accelerator = Accelerator(
         # Without `cpu`, several processes on a CPU do not form a group. Apple's GPUs lack float64.
         cpu=not torch.cuda.is_available(),
@@ -191,7 +191,7 @@ def evaluate_checkpoint(args: EvaluateArguments) -> EvaluationData:
         raise UserError(f"--{error}") from None
     return EvaluationData(
         name="predictions",
-        title="/".join(Path(args.checkpoint).resolve().parts[-2:]),
+        title="/".join(Path(checkpoint).resolve().parts[-2:]),
         annotation_file=str(annotations.split.json),
         ground_truth=load_ground_truth(annotations.split.json, annotations.image_ids, categories),
         predictions=predict(
@@ -220,13 +220,14 @@ def load_dataset(
         image_size: Side of the padded square images in pixels.
     """
     overfit = training.get("overfit", 0) if args.val_json is None else 0
-    kind = "train" if overfit else "val"
+    name = "train" if overfit else "val"
     source = vars(args) if args.root or args.val_json else training
-    locations = [source.get(name) for name in ("root", f"{kind}_images", f"{kind}_json", f"{kind}_shards")]
-    if not any(locations):
+    locations = {"root": source.get("root")}
+    locations |= {key: source.get(f"{name}_{key}") for key in ("images", "json", "shards")}
+    if not any(locations.values()):
         raise UserError("--root: missing (the folder of a COCO-layout dataset)")
     follow_links = args.follow_links or training.get("follow_links", False)
-    annotations = load_annotations(find_split(kind, *locations), categories, follow_links)
+    annotations = load_annotations(find_split(name, **locations), categories, follow_links)
     if overfit:
         annotations = annotations.subset(range(min(overfit, len(annotations))))
         if is_main_process():

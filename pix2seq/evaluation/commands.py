@@ -50,12 +50,12 @@ def run_compare(args: argparse.Namespace) -> int:
     ground_truth = find_ground_truth(args)
     if all(annotation["iscrowd"] for annotation in ground_truth["annotations"]):
         raise UserError(f"{args.a} and {args.b}: the images have no objects, so AP is not defined")
-    predictions = []
-    for letter, path in (("A", args.a), ("B", args.b)):
+    predictions = {}
+    for name, path in (("a", args.a), ("b", args.b)):
         file = path / "predictions.json" if path.is_dir() else path
-        predictions.append(read_json(file, name=f"{letter} {file}"))
-        check_predictions(predictions[-1], ground_truth, f"{letter} {file}")
-    comparisons = compare(ground_truth, *predictions, resamples=args.resamples, seed=args.seed)
+        predictions[name] = read_json(file, name=f"{name.upper()} {file}")
+        check_predictions(predictions[name], ground_truth, f"{name.upper()} {file}")
+    comparisons = compare(ground_truth, **predictions, resamples=args.resamples, seed=args.seed)
     num_images = len(ground_truth["images"])
     summary = summary_line(comparisons[0], num_images)
     print(f"A: {args.a}\nB: {args.b}\n{num_images} images, {args.resamples} resamples\n")

@@ -126,8 +126,8 @@ def _find_errors(annotations: Annotations, index: int, predictions: list[dict]) 
     return ImageErrors(
         index=index,
         predictions=[prediction for prediction, count in zip(predictions, counted, strict=True) if count],
-        is_found=on_object.any(axis=0),
-        is_correct=on_object.any(axis=1),
+        is_found=np.any(on_object, axis=0),
+        is_correct=np.any(on_object, axis=1),
         has_predictions=bool(predictions),
     )
 

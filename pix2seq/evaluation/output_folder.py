@@ -49,7 +49,7 @@ class Skipped:
         }
 
     def lines(self) -> list[str]:
-        """Returns a sentence for each kind of skipped data."""
+        """Returns a line about the unreadable images and one about the issues, if there are any."""
         images, issues = self.to_json().values()
         lines = []
         if images["count"]:

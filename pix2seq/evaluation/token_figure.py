@@ -158,10 +158,10 @@ def token_figure(
     figure = Figure(figsize=(10.5, 14), dpi=85, layout="constrained")
     axes = figure.subplots(1 + len(SLOTS), 2, width_ratios=(2.1, 1))
     coordinates = tokenizer.dequantize(traced.tokens[:CLASS_SLOT])
-    image, (box,) = enlarge(image, coordinates[[1, 0, 3, 2]] * image.width, SIDE)
+    image, boxes = enlarge(image, coordinates[[1, 0, 3, 2]] * image.width, SIDE)
     name = f"{_shorten(class_names[traced.label], 12)} {traced.score:.2f}"
     _draw_summary(axes[0, 0], traced, tokenizer, class_names)
-    _draw_image(axes[0, 1], draw_boxes(image, [box], [name], [ORANGE], font_size=40, width=6))
+    _draw_image(axes[0, 1], draw_boxes(image, boxes, [name], [ORANGE], font_size=40, width=6))
     for slot, (left, right) in enumerate(axes[1:]):
         _draw_image(right, _overlay_attention(image, traced.attention[slot]))
         if slot == CLASS_SLOT:
@@ -250,7 +250,9 @@ def _overlay_attention(image: Image.Image, attention: np.ndarray) -> Image.Image
     """Colors a pale gray image green in proportion to attention (h, w), relative to its maximum."""
     pale = Image.blend(image.convert("L").convert("RGB"), Image.new("RGB", image.size, "white"), 0.35)
     mask = Image.fromarray(np.uint8(255 * 0.85 * attention / max(attention.max(), 1e-9)))
-    return Image.composite(Image.new("RGB", image.size, GREEN), pale, mask.resize(image.size, Image.NEAREST))
+    return Image.composite(
+        Image.new("RGB", image.size, GREEN), pale, mask.resize(image.size, Image.Resampling.NEAREST)
+    )
 
 
 def _draw_image(axis: Axes, image: Image.Image) -> None:

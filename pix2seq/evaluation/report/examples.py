@@ -13,10 +13,10 @@ from pix2seq.evaluation.report.analysis import Analysis
 from pix2seq.evaluation.report.matching import ERROR_TYPES, Error
 from pix2seq.visualization import CELL, CORRECT, WRONG, draw_boxes, enlarge, grid
 
-MIN_SCORE = 0.05  # of the wrong predictions that are shown
+MIN_SCORE = 0.05  # of wrong predictions
 MAX_EXAMPLES = 4  # of a type of error, each in another image
-CONTEXT = 2.5  # side of the shown part of the image, in sides of the boxes
-MIN_SIDE = 64  # pixels of the shown part
+CONTEXT = 2.5  # side of the drawn part of the image, in sides of the boxes
+MIN_SIDE = 64  # pixels of the drawn part
 
 
 def example_images(analysis: Analysis, annotations: Annotations) -> dict[str, Image.Image]:

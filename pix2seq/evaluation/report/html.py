@@ -75,7 +75,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence]) -> str:
 
 def _cell(value: str | float | None) -> str:
     if value is None:
-        return "–"
+        return "-"
     if isinstance(value, float):
         return f"{value:.3f}"
     return f"{value:,}" if isinstance(value, int) else value
