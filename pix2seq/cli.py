@@ -17,7 +17,6 @@ COMMANDS = {
     "shard": ("pix2seq.data.commands:shard_main", "pack training images into WebDataset shards"),
     "shapes": ("pix2seq.data.shapes:main", "draw the dataset of shapes that `make demo` trains on"),
     "compare": ("pix2seq.evaluation.commands:compare_main", "compare two models on the same images"),
-    "tokens": ("pix2seq.evaluation.commands:tokens_main", "draw how an object was decoded, token by token"),
 }
 
 

@@ -13,7 +13,7 @@ from pix2seq.cli import COMMANDS
 from pix2seq.data.commands import ShardArguments, ShowArguments, convert_parser
 from pix2seq.demo.serve import DemoArguments
 from pix2seq.evaluate import EvaluateArguments
-from pix2seq.evaluation.commands import compare_parser, tokens_parser
+from pix2seq.evaluation.commands import compare_parser
 from pix2seq.export import ExportArguments
 from pix2seq.plan import PlanArguments
 from pix2seq.predict import PredictArguments
@@ -42,7 +42,7 @@ ARGUMENTS = {
     "show": ShowArguments,
     "shard": ShardArguments,
 }
-PARSERS = {"convert": convert_parser, "compare": compare_parser, "tokens": tokens_parser}
+PARSERS = {"convert": convert_parser, "compare": compare_parser}
 
 
 def parse_command(command: str, words: list[str]) -> None:

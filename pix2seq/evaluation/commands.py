@@ -1,16 +1,12 @@
-"""The evaluation commands of `pix2seq`: compare and tokens."""
+"""The evaluation command of `pix2seq`: compare."""
 
 import argparse
 import json
 from dataclasses import asdict
 from pathlib import Path
 
-from torchvision.transforms.v2.functional import to_pil_image
-from transformers.utils import logging as transformers_logging
-
 from pix2seq.argument_parser import LineErrorParser, run_command
 from pix2seq.data.coco import read_json
-from pix2seq.data.image_files import BadImageError, open_file
 from pix2seq.data.issues import count_by_kind
 from pix2seq.errors import UserError
 from pix2seq.evaluation.coco_metrics import check_predictions, load_ground_truth
@@ -23,9 +19,6 @@ from pix2seq.evaluation.compare import (
     summary_line,
 )
 from pix2seq.evaluation.output_folder import read_ground_truth
-from pix2seq.evaluation.token_figure import token_figure, trace_object
-from pix2seq.models import load_model
-from pix2seq.transforms import EvalTransform
 
 
 def compare_parser(program: str = "pix2seq compare") -> argparse.ArgumentParser:
@@ -114,47 +107,6 @@ def write_comparisons(args: argparse.Namespace, comparisons: list[Comparison], s
     print(f"written to {args.output}")
 
 
-def tokens_parser(program: str = "pix2seq tokens") -> argparse.ArgumentParser:
-    """Returns the parser of `pix2seq tokens`."""
-    parser = LineErrorParser(
-        prog=program, description="Draws the token probabilities and the attention of a detected object."
-    )
-    parser.add_argument("--checkpoint", required=True, help="OUT/best, OUT/final, a checkpoint folder, or a hub name")
-    parser.add_argument("--image", type=Path, required=True, help="image file")
-    parser.add_argument(
-        "--object", type=int, help="number of the object in the sequence, from 1 (default: best score)"
-    )
-    parser.add_argument("--output", type=Path, required=True, help="PNG file to write")
-    return parser
-
-
-def run_tokens(args: argparse.Namespace) -> int:
-    """Draws how an object was decoded; returns the exit code."""
-    try:
-        pixels = open_file(args.image).pixels()
-    except BadImageError as error:
-        raise UserError(f"--image {args.image}: cannot be read ({error})") from None
-    if args.output.suffix.lower() not in ("", ".png"):
-        raise UserError(f"--output {args.output}: must end in .png")
-    check_output_file(args.output, args.image)
-    transformers_logging.disable_progress_bar()
-    model = load_model(args.checkpoint, "--checkpoint").eval()
-    padded = EvalTransform(model.config.image_size)(pixels)
-    traced = trace_object(model, padded.image[None], args.object)
-    figure = token_figure(traced, to_pil_image(padded.image), model.tokenizer, model.config.class_names)
-    try:
-        figure.save(args.output, "PNG")
-    except OSError as error:
-        raise UserError(f"--output {args.output}: cannot be written ({error.strerror})") from None
-    print(f"object {traced.number} of {traced.count}, score {traced.score:.3f}: written to {args.output}")
-    return 0
-
-
 def compare_main(argv: list[str] | None = None, program: str = "pix2seq compare") -> int:
     """Parses the command line and compares two models; returns the exit code."""
     return run_command(run_compare, compare_parser(program).parse_args(argv), program=program)
-
-
-def tokens_main(argv: list[str] | None = None, program: str = "pix2seq tokens") -> int:
-    """Parses the command line and draws how an object was decoded; returns the exit code."""
-    return run_command(run_tokens, tokens_parser(program).parse_args(argv), program=program)
