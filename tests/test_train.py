@@ -31,7 +31,9 @@ def test_run_folder(finished):
     for name in ("first_batch_00000000", "predictions_00000004", "strip"):
         assert (finished / "samples" / f"{name}.png").is_file()
     assert {path.name for path in (finished / "eval" / "step_6").iterdir()} == {
-        *("metrics.json", "predictions.json", "predictions.png", "worst.png")
+        "metrics.json",
+        "predictions.json",
+        "predictions.png",
     }
     for folder in ("best", "final", "checkpoints/step_00000006"):
         assert verify(finished / folder) is None

@@ -1,6 +1,6 @@
 """Evaluation: predictions of a model over a dataset, COCO metrics, images, a report, and the comparison of models."""
 
-from pix2seq.evaluation.images import prediction_image, worst_image
+from pix2seq.evaluation.images import prediction_image
 from pix2seq.evaluation.predictions import coco_results, oracle_predictions, predict, warn_unreadable
 
 __all__ = [
@@ -9,5 +9,4 @@ __all__ = [
     "predict",
     "prediction_image",
     "warn_unreadable",
-    "worst_image",
 ]

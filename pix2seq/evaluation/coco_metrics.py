@@ -195,11 +195,11 @@ def remap_ids(ground_truth: dict, predictions: list[dict]) -> tuple[dict, list[d
     }, [{"bbox": entry["bbox"], "score": entry["score"]} | new_ids(entry) for entry in predictions]
 
 
-def box_ious(predicted: Sequence | np.ndarray, target: Sequence | np.ndarray, crowd: bool = False) -> np.ndarray:
-    """Computes the IoU (M, N) of xywh boxes as COCO does. For crowds: the intersection over the predicted area."""
+def box_ious(predicted: Sequence | np.ndarray, target: Sequence | np.ndarray) -> np.ndarray:
+    """Computes the IoU (M, N) of xywh boxes as COCO does."""
     if not len(predicted) or not len(target):
         return np.zeros((len(predicted), len(target)))
-    return hotcoco.primitives.bbox_iou(np.array(predicted, float), np.array(target, float), [crowd] * len(target))
+    return hotcoco.primitives.bbox_iou(np.array(predicted, float), np.array(target, float), [False] * len(target))
 
 
 def class_names(ground_truth: dict) -> dict[int, str]:

@@ -7,7 +7,7 @@ from accelerate import Accelerator
 from torchvision.transforms.v2.functional import to_pil_image
 
 from pix2seq.data import EvalDataset
-from pix2seq.evaluation import predict, prediction_image, warn_unreadable, worst_image
+from pix2seq.evaluation import predict, prediction_image, warn_unreadable
 from pix2seq.evaluation.coco_metrics import coco_metrics
 from pix2seq.generation import DecodingOptions
 from pix2seq.tokenizer import Tokenizer
@@ -61,10 +61,7 @@ class TrainingEvaluator:
         if not self.accelerator.is_main_process:
             return None
         metrics = coco_metrics(self.ground_truth, predictions)
-        images = {
-            "predictions": prediction_image(self.val_set.annotations, predictions, NUM_SAMPLES),
-            "worst": worst_image(self.val_set.annotations, predictions, NUM_SAMPLES),
-        }
+        images = {"predictions": prediction_image(self.val_set.annotations, predictions, NUM_SAMPLES)}
         self.folder.evaluation(step, metrics, predictions, images, name)
         return metrics
 
