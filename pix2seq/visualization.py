@@ -20,8 +20,7 @@ LIGHT_GREY, TEXT_GREY = "#EEEEEE", "#777777"
 
 MARGIN = 8  # pixels between the images of a grid
 CELL = 320  # side of an image in a grid
-TITLE_HEIGHT, CAPTION_HEIGHT = 28, 24  # pixels above a column, and above an image
-STRIP_COLUMNS = 7  # images in a row of `strip`
+TITLE_HEIGHT = 28  # pixels above a column
 EXAMPLE_COLUMNS = 4  # images in a row of `draw_examples`
 
 
@@ -93,39 +92,27 @@ def color_of(label: int) -> str:
     return PALETTE[label % len(PALETTE)] if label >= 0 else GREY
 
 
-def grid(
-    rows: Sequence[Sequence[Image.Image]],
-    titles: Sequence[str] = (),
-    cell: int | None = None,
-    captions: Sequence[Sequence[str]] = (),
-) -> Image.Image:
+def grid(rows: Sequence[Sequence[Image.Image]], titles: Sequence[str] = (), cell: int | None = None) -> Image.Image:
     """Arranges images in rows on a white background.
 
     Args:
         rows: Images of each row; rows may differ in length.
         titles: Text above each column.
         cell: Side of the square that each image is scaled down to. Default: the longest side of all images.
-        captions: Text above each image.
     """
     cell = cell or max(max(image.size) for row in rows for image in row)
-    title_font, caption_font = ImageFont.load_default(16), ImageFont.load_default(14)
     top = TITLE_HEIGHT if titles else 0
     pitch = cell + MARGIN
-    row_height = pitch + (CAPTION_HEIGHT if captions else 0)
     columns = max(len(row) for row in rows)
-    sheet = Image.new("RGB", (columns * pitch + MARGIN, len(rows) * row_height + MARGIN + top), "white")
+    sheet = Image.new("RGB", (columns * pitch + MARGIN, len(rows) * pitch + MARGIN + top), "white")
     draw = ImageDraw.Draw(sheet)
     for column, title in enumerate(titles):
-        draw.text((MARGIN + column * pitch, 6), title, fill="black", font=title_font)
+        draw.text((MARGIN + column * pitch, 6), title, fill="black", font=ImageFont.load_default(16))
     for row, images in enumerate(rows):
         for column, image in enumerate(images):
             image = image.copy()
             image.thumbnail((cell, cell))
-            sheet.paste(image, (MARGIN + column * pitch, top + (row + 1) * row_height - cell))
-    for row, texts in enumerate(captions):
-        for column, caption in enumerate(texts):
-            position = (MARGIN + column * pitch, top + row * row_height + MARGIN)
-            draw.text(position, _truncate(caption, caption_font, cell), fill="black", font=caption_font)
+            sheet.paste(image, (MARGIN + column * pitch, top + (row + 1) * pitch - cell))
     return sheet
 
 
@@ -154,27 +141,6 @@ def side_by_side(
     rows = [[image for pair in pairs[i : i + columns] for image in pair] for i in range(0, len(pairs), columns)]
     titles = ["ground truth", title] * min(columns, len(pairs))
     return grid(rows, titles, cell)
-
-
-def crop_pair(sheet: Image.Image, number: int, columns: int = 2, cell: int = CELL) -> list[Image.Image]:
-    """Cuts pair `number` out of an image that `side_by_side` made."""
-    row, column = divmod(number, columns)
-    top = TITLE_HEIGHT + MARGIN + row * (cell + MARGIN)
-    lefts = [MARGIN + (2 * column + side) * (cell + MARGIN) for side in (0, 1)]
-    return [sheet.crop((left, top, left + cell, top + cell)) for left in lefts]
-
-
-def strip(sheets: dict[int, Image.Image], number: int) -> Image.Image:
-    """Shows the predictions for one image at each training step.
-
-    Args:
-        sheets: Images that `side_by_side` made, by step.
-        number: Number of the pair in each of them.
-    """
-    pairs = {step: crop_pair(sheet, number) for step, sheet in sorted(sheets.items())}
-    cells = [next(iter(pairs.values()))[0], *(predicted for _, predicted in pairs.values())]
-    captions = ["ground truth", *(f"step {step:,}" for step in pairs)]
-    return grid(_in_rows(cells, STRIP_COLUMNS), cell=CELL, captions=_in_rows(captions, STRIP_COLUMNS))
 
 
 def enlarge(image: Image.Image, boxes: np.ndarray, side: int) -> tuple[Image.Image, np.ndarray]:

@@ -28,7 +28,7 @@ def test_run_folder(finished):
     assert read_json(finished, "status.json")["state"] == "finished"
     assert {"torch", "commit", "device", "command"} <= read_json(finished, "env.json").keys()
     assert parse(TrainArguments, ["--config", str(finished / "config.yaml")]).max_steps == 6
-    for name in ("first_batch_00000000", "predictions_00000004", "strip"):
+    for name in ("first_batch_00000000", "predictions_00000004"):
         assert (finished / "samples" / f"{name}.png").is_file()
     assert {path.name for path in (finished / "eval" / "step_6").iterdir()} == {
         "metrics.json",

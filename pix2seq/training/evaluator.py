@@ -1,8 +1,7 @@
-"""Evaluation during training: COCO metrics, and images of the same few predictions over time."""
+"""Evaluation during training: COCO metrics, and predictions for the same few images over time."""
 
 from dataclasses import dataclass
 
-import numpy as np
 from accelerate import Accelerator
 from torchvision.transforms.v2.functional import to_pil_image
 
@@ -17,7 +16,6 @@ from pix2seq.transforms import apply_color_ops
 from pix2seq.visualization import draw_examples
 
 NUM_SAMPLES = 8  # images in a grid
-HISTORY_MIN_OBJECTS = 3  # the history shows the first image with this many objects, or the one with the most
 
 
 @dataclass
@@ -66,14 +64,12 @@ class TrainingEvaluator:
         return metrics
 
     def sample(self, model, step: int) -> None:
-        """Draws ground truth and predictions of the first images, and the history of one of them."""
+        """Draws ground truth and predictions of the first images."""
         annotations = self.val_set.annotations
         first = annotations.subset(range(min(NUM_SAMPLES, len(annotations))))
         predictions = self._predict(model, EvalDataset(first, self.val_set.transform))
         if self.accelerator.is_main_process:
             self.folder.sample("predictions", step, prediction_image(first, predictions, NUM_SAMPLES))
-            counts = [len(first.objects(index)[1]) for index in range(len(first))]
-            self.folder.sample_history(step, int(np.argmax(np.minimum(counts, HISTORY_MIN_OBJECTS))))
 
     def log_first_batch(self, batch: dict, tokenizer: Tokenizer) -> None:
         """Draws the first training batch with the boxes decoded from its labels, which shows most data errors."""

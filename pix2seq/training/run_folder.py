@@ -11,7 +11,6 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 import transformers
 from PIL import Image
@@ -20,9 +19,6 @@ from tqdm import tqdm
 import pix2seq
 from pix2seq.training.distributed import launcher_id
 from pix2seq.training.trackers import Trackers
-from pix2seq.visualization import strip
-
-MAX_HISTORY_STEPS = 12  # steps shown in samples/strip.png
 
 
 def _continue_on_disk_error(method):
@@ -182,30 +178,6 @@ class RunFolder:
         folder.mkdir(exist_ok=True)
         image.save(folder / f"{name}_{step:08d}.png")
         self.trackers.log_image(f"samples/{name}", step, image)
-
-    @_continue_on_disk_error
-    def sample_history(self, step: int, number: int) -> None:
-        """Writes samples/strip.png: one image of the prediction samples over the steps.
-
-        It is drawn from the samples in the folder, so that a resumed run includes earlier ones.
-
-        Args:
-            step: last step to include.
-            number: index of the image in each sample.
-        """
-        if not self.is_main:
-            return
-        files = sorted((self.path / "samples").glob(f"predictions_{'[0-9]' * 8}.png"))
-        # Samples of later steps were left by an interrupted run, which this run repeats.
-        by_step = [(at, file) for file in files if (at := int(file.stem[-8:])) <= step]
-        count = min(len(by_step), MAX_HISTORY_STEPS)
-        chosen = np.unique(np.linspace(0, len(by_step) - 1, count).round().astype(int))
-        sheets = {}
-        for at, file in (by_step[index] for index in chosen):
-            with contextlib.suppress(OSError, SyntaxError):  # a file that a killed process was writing
-                sheets[at] = Image.open(file).convert("RGB")
-        if sheets:
-            strip(sheets, number).save(self.path / "samples" / "strip.png")
 
     def rewind_metrics(self, step: int, keep_evaluation: bool = True) -> None:
         """Removes the rows of metrics.jsonl that a run resumed at `step` writes again.
