@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Downloads COCO 2017 into a folder for `train.py --root DIR`:
 #
-#     ./get_coco.sh [--keep_zips] DIR
+#     ./get_coco.sh DIR
 #
-# creates DIR/annotations/instances_{train,val}2017.json and DIR/images/{train,val}2017. With --keep_zips the images stay
-# in DIR/images/{train,val}2017.zip, which train.py reads as well. The same command resumes an interrupted download.
+# creates DIR/annotations/instances_{train,val}2017.json and DIR/images/{train,val}2017. The same command resumes
+# an interrupted download.
 #
 # COCO_URL        the server (http://images.cocodataset.org)
 # COCO_CHECKSUMS  a file with other MD5 sums, in the format of the table below
@@ -36,9 +36,7 @@ download() { # PATH ZIP: a file named ZIP is complete and verified
     mv "$2.part" "$2"
 }
 
-keep_zips=""
-if [[ ${1:-} == --keep_zips ]]; then keep_zips=1; shift; fi
-[[ $# == 1 && $1 != -* ]] || fail "usage: ./get_coco.sh [--keep_zips] DIR"
+[[ $# == 1 && $1 != -* ]] || fail "usage: ./get_coco.sh DIR"
 for tool in curl unzip; do command -v $tool >/dev/null || fail "$tool is not installed"; done
 dir=$1
 mkdir -p "$dir/annotations" "$dir/images"
@@ -57,7 +55,6 @@ for split in val2017 train2017; do
     zip=$dir/images/$split.zip
     if [[ -d $dir/images/$split ]]; then continue; fi
     download "zips/$split.zip" "$zip"
-    if [[ -n $keep_zips ]]; then continue; fi
     rm -rf "$unpacked"
     unzip -q "$zip" -d "$unpacked"
     mv "$unpacked/$split" "$dir/images/"

@@ -168,7 +168,7 @@ class DataArguments:
 
     root: str | None = argument(
         None,
-        "COCO layout: images/{train,val}2017 or {train,val}2017, folders or zip archives, and "
+        "COCO layout: images/{train,val}2017 or {train,val}2017, and "
         "annotations/instances_{train,val}2017.json; or Roboflow's: {train,valid}/_annotations.coco.json",
     )
     train_images: str | None = argument(None, "folder of training images, for any other layout")

@@ -154,7 +154,10 @@ def test_incomplete_datasets_are_rejected(tmp_path):
     (tmp_path / "annotations/instances_val2017.json").write_text("{}")
     message = user_error(find_split, "val", tmp_path)
     assert str(tmp_path) in message
-    assert "images/val2017" in message
+    assert "neither images/val2017 nor val2017" in message
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/val2017.zip").touch()
+    assert "images/val2017.zip is a zip archive; unpack it" in user_error(find_split, "val", tmp_path)
 
 
 # -- issues of entries -----------------------------------------------------------------------------

@@ -1,6 +1,8 @@
 """Training on shards is bitwise identical to training on the files they were packed from."""
 
 import json
+import os
+import pickle
 import signal
 import tarfile
 import zlib
@@ -196,3 +198,35 @@ def test_damaged_bytes_in_a_shard_are_found(files, tmp_path):
     with pytest.raises(BadImageError, match="damaged: "):
         annotations.image_file(0)
     annotations.image_file(1)
+
+
+def test_names_that_are_not_in_the_shards_are_missing(files, shards):
+    store = open_store(shards)
+    locations, errors = store.locate(["none.jpg", files.file_names[2]])
+    assert {index: error.kind for index, error in errors.items()} == {0: "missing-file"}
+    expected = files.store.read(files.locations[2]).tobytes()
+    for copy in (store, pickle.loads(pickle.dumps(store))):  # a spawned worker receives a copy
+        assert copy.read(locations[1]).tobytes() == expected
+
+
+def test_forked_workers_read_shards_concurrently(files, shards):
+    store = open_store(shards)
+    locations, _ = store.locate(files.file_names.tolist())
+    expected = [files.store.read(location).tobytes() for location in files.locations]
+    store.read(locations[0])
+    children = []
+    for _ in range(3):
+        if (child := os.fork()) == 0:
+            pairs = list(zip(locations, expected, strict=True)) * 30
+            os._exit(0 if all(store.read(location).tobytes() == data for location, data in pairs) else 1)
+        children.append(child)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0]
+
+
+def test_a_shard_deleted_after_opening_is_reported(files, tmp_path):
+    write_shards(files.subset([0]), tmp_path / "out")
+    store = open_store(tmp_path / "out")
+    locations, _ = store.locate(files.file_names[:1].tolist())
+    (tmp_path / "out/000000.tar").unlink()
+    with pytest.raises(BadImageError, match=r"^000000\.tar: No such file or directory$"):
+        store.read(locations[0])

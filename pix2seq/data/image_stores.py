@@ -1,14 +1,12 @@
-"""Image stores: folders, zip archives and shards of images.
+"""Image stores: folders and shards of images.
 
 A store locates images by the file names of an annotation file and reads their bytes. It opens no file outside its
-folder or archive.
+folder.
 """
 
 import json
 import os
-import struct
 import unicodedata
-import zipfile
 import zlib
 from pathlib import Path
 
@@ -104,91 +102,15 @@ class FolderStore:
         return read_file(self.path / location)
 
 
-class _PackedStore:
-    """Images inside a few large files. A location is a row of numbers; the subclasses define its columns.
+class ShardStore:
+    """Images in WebDataset shards, found by the index of `write_shards`.
 
-    The files are read here and not by `zipfile` or `tarfile`, whose objects grow the memory of every worker and share
-    one file position after a fork.
+    A location is a row of numbers: shard, offset, size, CRC-32. The files are read here and not by `tarfile`, whose
+    objects grow the memory of every worker and share one file position after a fork.
+
+    Args:
+        path: The folder of the shards.
     """
-
-    def __init__(self, path: Path, files: list[Path], names: list[str], rows: np.ndarray):
-        self.path, self._files, self._names, self._rows = path, files, names, rows
-        self._descriptors: dict[int, int] = {}
-
-    def __getstate__(self):  # for workers that are spawned
-        return self.__dict__ | {"_descriptors": {}, "_names": [], "_rows": None}
-
-    def locate(self, names: list[str]) -> tuple[np.ndarray, dict[int, BadImageError]]:
-        """See `FolderStore.locate`. A folder that contains all files of an archive may be omitted from the names."""
-        top_folders = {name.partition("/")[0] for name in self._names}
-        prefix = ""
-        if len(top_folders) == 1 and all("/" in name for name in self._names):
-            prefix = f"{top_folders.pop()}/"
-        row_of_name = {name.removeprefix(prefix): row for row, name in enumerate(self._names)}
-        row_of_name |= {name: row for row, name in enumerate(self._names)}  # exact names have priority
-        rows = [row_of_name.get(name, -1) for name in names]
-        errors = {
-            index: BadImageError("missing-file", f"not in {self.path.name}")
-            for index, row in enumerate(rows)
-            if row == -1
-        }
-        missing = np.full((1, self._rows.shape[1]), -1)
-        return np.append(self._rows, missing, axis=0)[rows], errors
-
-    def _read_range(self, file_index: int, offset: int, num_bytes: int) -> np.ndarray:
-        file = self._files[file_index]
-        try:
-            if file_index not in self._descriptors:
-                self._descriptors[file_index] = os.open(file, os.O_RDONLY)
-            data = np.empty(num_bytes, dtype=np.uint8)
-            # `preadv` does not move the file position, which forked workers share.
-            count = os.preadv(self._descriptors[file_index], [data.data], offset)
-        except (OSError, MemoryError, OverflowError) as error:
-            reason = error.strerror if isinstance(error, OSError) else error  # str(OSError) includes the path
-            raise BadImageError("unreadable-file", f"{file.name}: {reason}") from None
-        if count != num_bytes:
-            raise BadImageError("unreadable-file", f"{file.name} is truncated")
-        return data
-
-    def _check_content(self, data: np.ndarray, num_bytes: int, checksum: int) -> np.ndarray:
-        if len(data) != num_bytes or zlib.crc32(data.data) != checksum:
-            raise BadImageError("unreadable-file", f"damaged: its size or checksum does not match {self.path.name}")
-        return data
-
-
-class ZipStore(_PackedStore):
-    """Images in a zip archive. Columns: offset of the local header, packed size, size, compression method, CRC-32."""
-
-    def __init__(self, path: Path):
-        try:
-            with zipfile.ZipFile(path) as archive:
-                members = [member for member in archive.infolist() if not member.is_dir()]
-            fields = [(m.header_offset, m.compress_size, m.file_size, m.compress_type, m.CRC) for m in members]
-            rows = np.array(fields, dtype=np.int64).reshape(-1, 5)
-        except Exception as error:  # zipfile raises many types of exceptions for damaged archives
-            raise UserError(f"{path}: cannot be read as a zip archive ({error})") from None
-        super().__init__(path, [path], [member.filename for member in members], rows)
-
-    def read(self, location: np.ndarray) -> np.ndarray:
-        """See `FolderStore.read`."""
-        offset, packed_size, size, method, checksum = location.tolist()
-        if method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            raise BadImageError("unreadable-file", f"compression method {method} is not supported")
-        check_num_bytes(max(packed_size, size))
-        name_length, extra_length = struct.unpack("<HH", self._read_range(0, offset + 26, 4).data)
-        data = self._read_range(0, offset + 30 + name_length + extra_length, packed_size)
-        if method == zipfile.ZIP_DEFLATED:
-            try:
-                # One byte more than announced reveals a larger content; 0 would mean no limit.
-                unpacked = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data.data, size + 1)
-            except zlib.error as error:
-                raise BadImageError("unreadable-file", error) from None
-            data = np.frombuffer(bytearray(unpacked), np.uint8)
-        return self._check_content(data, size, checksum)
-
-
-class ShardStore(_PackedStore):
-    """Images in WebDataset shards, found by the index of `write_shards`. Columns: shard, offset, size, CRC-32."""
 
     def __init__(self, path: Path):
         index_file = path / SHARDS_INDEX
@@ -211,26 +133,60 @@ class ShardStore(_PackedStore):
             if actual != expected:
                 state = "is missing" if actual is None else f"has {actual} bytes"
                 raise UserError(f"{path / file}: {state}, expected {expected} bytes; copy the file again")
-        super().__init__(path, [path / file for file in files], names, rows)
+        self.path, self._files, self._names, self._rows = path, [path / file for file in files], names, rows
+        self._descriptors: dict[int, int] = {}
+
+    def __getstate__(self):  # for workers that are spawned
+        return self.__dict__ | {"_descriptors": {}, "_names": [], "_rows": None}
+
+    def locate(self, names: list[str]) -> tuple[np.ndarray, dict[int, BadImageError]]:
+        """See `FolderStore.locate`."""
+        row_of_name = {name: row for row, name in enumerate(self._names)}
+        rows = [row_of_name.get(name, -1) for name in names]
+        errors = {
+            index: BadImageError("missing-file", f"not in {self.path.name}")
+            for index, row in enumerate(rows)
+            if row == -1
+        }
+        missing = np.full((1, self._rows.shape[1]), -1)
+        return np.append(self._rows, missing, axis=0)[rows], errors
 
     def read(self, location: np.ndarray) -> np.ndarray:
         """See `FolderStore.read`."""
         shard, offset, size, checksum = location.tolist()
         check_num_bytes(size)
-        return self._check_content(self._read_range(shard, offset, size), size, checksum)
+        data = self._read_range(shard, offset, size)
+        if zlib.crc32(data.data) != checksum:
+            raise BadImageError("unreadable-file", f"damaged: its checksum does not match {self.path.name}")
+        return data
+
+    def _read_range(self, file_index: int, offset: int, num_bytes: int) -> np.ndarray:
+        file = self._files[file_index]
+        try:
+            if file_index not in self._descriptors:
+                self._descriptors[file_index] = os.open(file, os.O_RDONLY)
+            data = np.empty(num_bytes, dtype=np.uint8)
+            # `preadv` does not move the file position, which forked workers share.
+            count = os.preadv(self._descriptors[file_index], [data.data], offset)
+        except (OSError, MemoryError, OverflowError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error  # str(OSError) includes the path
+            raise BadImageError("unreadable-file", f"{file.name}: {reason}") from None
+        if count != num_bytes:
+            raise BadImageError("unreadable-file", f"{file.name} is truncated")
+        return data
 
 
-ImageStore = FolderStore | ZipStore | ShardStore
+ImageStore = FolderStore | ShardStore
 
 
 def open_store(path: Path, follow_links: bool = False) -> ImageStore:
-    """Opens a folder of images, a zip archive, or a folder of shards.
+    """Opens a folder of images, or of shards.
 
     Raises:
-        UserError: There is no such folder, or the archive or index is damaged.
+        UserError: There is no such folder, or the index of the shards is damaged.
     """
     if path.is_dir():
         return ShardStore(path) if (path / SHARDS_INDEX).is_file() else FolderStore(path, follow_links)
-    if path.suffix == ".zip" and path.is_file():
-        return ZipStore(path)
-    raise UserError(f"{path}: no such folder of images or zip archive")
+    if path.suffix.lower() == ".zip" and path.is_file():
+        raise UserError(f"{path}: is a zip archive; unpack it and name the folder of its images")
+    raise UserError(f"{path}: no such folder of images")

@@ -67,7 +67,7 @@ class DatasetIssue:
 
     Args:
         kind: A key of `KINDS`.
-        file: The annotation file, or the folder or archive of the images.
+        file: The annotation file, or the folder of the images.
         entry: The affected entry: "annotation 7", "image 3", "category 2", a file name, or "" for the whole file.
         value: Description of the invalid value.
     """

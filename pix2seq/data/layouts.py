@@ -15,7 +15,7 @@ class Split:
     """The files of a split.
 
     Args:
-        images: A folder, a zip archive, or a folder of shards.
+        images: A folder of images, or of shards.
         json: The COCO annotation file.
     """
 
@@ -35,7 +35,7 @@ def find_split(
     Args:
         name: "train" or "val".
         root: Folder of the dataset, see `find_split_in_root`.
-        images: Folder or archive of the images, for other layouts.
+        images: Folder of the images, for other layouts.
         json: Annotation file, for other layouts.
         shards: Folder that `pix2seq shard` wrote; has priority.
 
@@ -58,8 +58,8 @@ def find_split(
 def find_split_in_root(root: str | Path, name: str) -> Split:
     """Locates a split in a folder with the layout of COCO or of a COCO export of Roboflow.
 
-    COCO has annotations/instances_{name}2017.json, and images/{name}2017/ or {name}2017/ or one of these as a zip
-    archive. Roboflow has {train,valid}/_annotations.coco.json in the folder of the images.
+    COCO has annotations/instances_{name}2017.json, and images/{name}2017/ or {name}2017/. Roboflow has
+    {train,valid}/_annotations.coco.json in the folder of the images.
 
     Raises:
         UserError: The split does not exist.
@@ -69,11 +69,14 @@ def find_split_in_root(root: str | Path, name: str) -> Split:
         raise UserError(f"--root {root}: no such folder")
     annotations = root / "annotations" / f"instances_{name}2017.json"
     if annotations.is_file():
-        for folder in (root / "images" / f"{name}2017", root / f"{name}2017"):
-            for images in (folder, folder.with_name(f"{folder.name}.zip")):
-                if images.exists():
-                    return Split(images, annotations)
-        raise UserError(f"--root {root}: neither images/{name}2017 nor {name}2017 is a folder or zip archive")
+        folders = root / "images" / f"{name}2017", root / f"{name}2017"
+        for images in folders:
+            if images.is_dir():
+                return Split(images, annotations)
+        for archive in (folder.with_suffix(".zip") for folder in folders):
+            if archive.is_file():
+                raise UserError(f"--root {root}: {archive.relative_to(root)} is a zip archive; unpack it where it is")
+        raise UserError(f"--root {root}: neither images/{name}2017 nor {name}2017 is a folder")
     for folder_name in ROBOFLOW_FOLDERS[name]:
         images = root / folder_name
         if (images / ROBOFLOW_JSON).is_file():
