@@ -340,7 +340,7 @@ class LoggingArguments:
         "fine-tune this model (folder or hub name with a training.yaml): its architecture and weights, with classes "
         "matched by name; --image_size, --num_bins and --max_objects may change",
     )
-    output_dir: str | None = argument(None, "run folder (default: runs/PROJECT_NAME)")
+    output_dir: str = argument(None, "run folder (default: runs/PROJECT_NAME)")
     project_name: str = argument("pix2seq", "project name for the trackers")
     report_to: list[str] = argument(["none"], "trackers: wandb, tensorboard or any other Accelerate supports; or none")
     resume: str | None = argument(
@@ -413,7 +413,7 @@ def architecture_arguments(checkpoint: str) -> dict:
 def with_decoding_options(cls: type) -> type:
     """Makes a dataclass whose arguments are the fields of DecodingOptions, None by default."""
     for option in fields(DecodingOptions):
-        cls.__annotations__[option.name] = option.type | None
+        cls.__annotations__[option.name] = option.type | None  # type: ignore[operator]
         setattr(cls, option.name, argument(None, f"{option.metadata['help']} (default: that of training)"))
     return dataclass(cls)
 

@@ -4,8 +4,8 @@
 class UserError(ValueError):
     """An argument or file of the user is wrong.
 
-    The message is one line that names the flag or file and what is allowed. Entry points print it and exit with code 2;
-    any other exception is a bug and keeps its traceback.
+    The message is one line that names the flag or file and what is allowed. Entry points print it and exit with code
+    2; any other exception is a bug and keeps its traceback.
     """
 
     def __str__(self) -> str:

@@ -127,6 +127,8 @@ def run_evaluation(args: EvaluateArguments) -> dict[str, float]:
     elif args.oracle:
         data = evaluate_oracle(args)
     else:
+        assert args.predictions is not None
+        assert args.gt is not None
         data = read_results_file(args.predictions, args.gt)
     metrics = coco_metrics(data.ground_truth, data.predictions, data.name)
     if is_main_process():

@@ -55,8 +55,8 @@ class ExportArguments:
 
     _argument_group_name: ClassVar = "export"
 
-    checkpoint: str | None = argument(None, "folder of a trained model: OUT/best or OUT/final")
-    output_dir: str | None = argument(None, "folder of the exported model; must not exist")
+    checkpoint: str = argument(None, "folder of a trained model: OUT/best or OUT/final")
+    output_dir: str = argument(None, "folder of the exported model; must not exist")
     opset: int = argument(20, f"version of the ONNX operators: {OPSETS[0]} to {OPSETS[-1]}")
 
     def __post_init__(self):

@@ -55,7 +55,7 @@ class PredictArguments(DecodingArguments):
     inputs: list[str] = argument(
         [], "images, folders, glob patterns, video files, or the number of a webcam; also without this flag"
     )
-    checkpoint: str | None = argument(None, "folder of a trained model: OUT/best, OUT/final or a checkpoint")
+    checkpoint: str = argument(None, "folder of a trained model: OUT/best, OUT/final or a checkpoint")
     output_dir: str = argument("predictions", "folder of the results")
     format: list[str] = argument(["coco"], "formats of the results: coco, yolo, csv, or several of them")
     save_images: bool = argument(True, "write the images and videos with their boxes")
@@ -102,7 +102,7 @@ def predict_images(args: PredictArguments, detector: Pix2Seq, images: list[str],
                 num_errors += 1
                 _print_unreadable(result.error)
                 continue
-            name = names[result.source]
+            name = names[str(result.source)]
             if "yolo" in args.format:
                 write_yolo_labels(output_dir / "labels" / f"{name}.txt", result)
             if args.save_images:

@@ -20,7 +20,8 @@ def progress(items: Iterable[T], description: str, total: float | None = None) -
         description: Name of the work.
         total: Number of items, infinity if unknown. Default: `len(items)`.
     """
-    total = len(items) if total is None else total
+    if total is None:
+        total = len(items)  # type: ignore[arg-type]  # callers give `total` for iterables without a length
     if sys.stderr.isatty():
         yield from tqdm(items, desc=description, total=total, leave=False)
         return

@@ -45,7 +45,7 @@ def draw_boxes(
     boxes: np.ndarray,
     names: Sequence[str],
     colors: Sequence[str],
-    dashed: Sequence[bool] | None = None,
+    dashed: Sequence[bool] | np.ndarray | None = None,
     font_size: int = 12,
     width: int | None = None,
     names_below: bool = False,
@@ -150,7 +150,7 @@ def enlarge(image: Image.Image, boxes: np.ndarray, side: int) -> tuple[Image.Ima
         The scaled image, and the boxes (N, 4) in its pixels.
     """
     scale = side / max(image.size)
-    size = tuple(max(1, round(length * scale)) for length in image.size)
+    size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
     return image.resize(size, Image.Resampling.BICUBIC), np.asarray(boxes, dtype=float).reshape(-1, 4) * scale
 
 
@@ -228,7 +228,7 @@ def _in_rows(items: Sequence, columns: int) -> list[Sequence]:
     return [items[start : start + columns] for start in range(0, len(items), columns)]
 
 
-def _truncate(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
+def _truncate(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float) -> str:
     """Shortens a text to `width` pixels."""
     while len(text) > 1 and font.getlength(text) > width:
         text = text.rstrip("…")[:-1] + "…"

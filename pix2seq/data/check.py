@@ -137,7 +137,7 @@ class _ImageInspector(Dataset):
             pixels = file.pixels().contiguous()
         except BadImageError as error:
             return index, [*issues, (error.kind, error.reason)], None
-        digest = hashlib.blake2b(pixels.numpy(), digest_size=16, key=str(tuple(pixels.shape)).encode())
+        digest = hashlib.blake2b(pixels.numpy().data, digest_size=16, key=str(tuple(pixels.shape)).encode())
         return index, issues, digest.hexdigest()
 
 
@@ -168,7 +168,7 @@ def _find_header_issues(file: ImageFile, name: str, annotated_size: tuple[int, i
         issues.append(("suffix-differs", f"a {image.format} file"))
     mode = image.mode
     # Pillow reports 16-bit RGB as 8-bit; only the arguments of its decoder have the real depth.
-    if ";16" in mode or any(";16" in str(tile[3]) for tile in image.tile):
+    if ";16" in mode or any(";16" in str(tile[3]) for tile in getattr(image, "tile", ())):
         issues.append(("16-bit", f"mode {mode}"))
     elif mode in ("1", "L", "LA"):
         issues.append(("grayscale", f"mode {mode}"))
@@ -179,7 +179,7 @@ def _find_header_issues(file: ImageFile, name: str, annotated_size: tuple[int, i
     elif mode not in ("RGB", "RGBA", "I", "F"):  # the last two cannot be decoded, which is another issue
         issues.append(("other-colors", f"mode {mode}"))
     if getattr(image, "is_animated", False):
-        issues.append(("animated", f"{image.n_frames} frames"))
+        issues.append(("animated", f"{getattr(image, 'n_frames', 1)} frames"))
     if mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         issues.append(("transparent", f"mode {mode}"))
     file_size = (image.height, image.width)

@@ -76,7 +76,7 @@ def show_data(args: ShowArguments) -> int:
 class ShardArguments(TrainArguments):
     """Arguments of `pix2seq shard`: those of training, and where to write."""
 
-    output: str | None = argument(None, "folder for the shards")
+    output: str = argument(None, "folder for the shards")
     shard_mb: float = argument(512, "approximate size of a shard in megabytes")
 
     def __post_init__(self):

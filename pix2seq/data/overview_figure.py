@@ -92,7 +92,7 @@ def _draw_histogram(axis: Axes, values: dict[str, np.ndarray], title: str, log: 
         if numbers.size:
             weights = np.full(numbers.size, 1 / numbers.size)
             color = PALETTE[row + 1]
-            axis.hist(numbers, bins, weights=weights, histtype="step", linewidth=2, color=color, label=split)
+            axis.hist(numbers, bins.tolist(), weights=weights, histtype="step", linewidth=2, color=color, label=split)
     if log:
         axis.set_xscale("log")
         ticks = [size for size in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048) if size <= max(highest, 64)]

@@ -52,7 +52,8 @@ def draw_dataset(
     for stream, (split, count) in enumerate((("train", num_train), ("val", num_val))):
         images_folder = folder / "images" / f"{split}2017"
         images_folder.mkdir(parents=True, exist_ok=True)
-        images, annotations = [], []
+        images: list[dict] = []
+        annotations: list[dict] = []
         for index in progress(range(count), f"drawing {split}"):
             image, objects = draw_image(np.random.default_rng((seed, stream, index)), size, max_shapes)
             file_name = f"{index:06d}.png"

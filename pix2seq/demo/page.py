@@ -77,7 +77,7 @@ def build_page(worker: InferenceWorker, examples: list[str], threshold: float, t
     gradio = import_gradio()
     current: dict[str, Request] = {}  # the last request of each session
 
-    async def show(path: str, session: gradio.Request) -> AsyncIterator[tuple[str, str]]:
+    async def show(path: str, session: gradio.Request) -> AsyncIterator[tuple[str, str]]:  # type: ignore[name-defined]
         request = worker.submit(path)
         if previous := current.get(session.session_hash):
             previous.cancel()
@@ -90,7 +90,7 @@ def build_page(worker: InferenceWorker, examples: list[str], threshold: float, t
             if current.get(session.session_hash) is request:
                 del current[session.session_hash]
 
-    async def show_example(index: int, session: gradio.Request) -> AsyncIterator[tuple[str, str]]:
+    async def show_example(index: int, session: gradio.Request) -> AsyncIterator[tuple[str, str]]:  # type: ignore[name-defined]
         async for frame in show(examples[index], session):
             yield frame
 
@@ -105,7 +105,11 @@ def build_page(worker: InferenceWorker, examples: list[str], threshold: float, t
         if request.error:
             raise gradio.Error(request.error, print_exception=False)
         objects = sorted((item for item in request.objects if item.score > threshold), key=lambda item: -item.score)
-        return [{"class": item.name, "score": item.score, "box": item.box.tolist()} for item in objects]
+        return [
+            {"class": item.name, "score": item.score, "box": item.box.tolist()}
+            for item in objects
+            if item.box is not None
+        ]
 
     with gradio.Blocks(title="pix2seq", analytics_enabled=False, delete_cache=(FILE_LIFETIME, FILE_LIFETIME)) as page:
         last_bin = worker.detector.model.config.num_bins - 1

@@ -32,7 +32,7 @@ class DemoArguments(DecodingArguments):
 
     _argument_group_name: ClassVar = "demo"
 
-    checkpoint: str | None = argument(None, "folder of a trained model: OUT/best, OUT/final or a checkpoint")
+    checkpoint: str = argument(None, "folder of a trained model: OUT/best, OUT/final or a checkpoint")
     host: str = argument("127.0.0.1", "address of the server; 0.0.0.0 makes it reachable from other machines")
     port: int = argument(7860, "port of the server")
     threshold: float = argument(0.5, "initial score threshold of the boxes")

@@ -136,6 +136,7 @@ def coco_metrics(ground_truth: dict, predictions: list[dict], name: str = "predi
     check_predictions(predictions, ground_truth, name)
     evaluation = evaluate_with_hotcoco(*remap_ids(ground_truth, predictions))
     metrics = {name: float(value) for name, value in zip(METRICS, evaluation.stats, strict=True)}
+    assert evaluation.eval is not None
     precision = evaluation.eval["precision"]  # (IoU thresholds, recalls, classes, areas, max detections)
     for label, (_, class_name) in enumerate(sorted(class_names(ground_truth).items())):
         values = precision[:, :, label, 0, -1]

@@ -159,11 +159,12 @@ def oracle_predictions(
         try:
             image = annotations.image_file(index)
             padded = transform(image, boxes)
+            height, width = image.shape[-2:]
         except BadImageError as error:
             unreadable.append(f"{annotations.name(index)}: {error}")
             continue
         boxes, labels = tokenizer.decode(tokenizer.encode(padded.boxes, labels[padded.kept]))
-        boxes = to_original_pixels(boxes, transform.image_size, padded.valid_size, tuple(image.shape[-2:]))
+        boxes = to_original_pixels(boxes, transform.image_size, padded.valid_size, (height, width))
         detections = Detections(boxes, labels, np.ones(len(boxes)))
         results += coco_results(int(annotations.image_ids[index]), detections, annotations.categories.ids)
     (warn or warn_unreadable)(unreadable)

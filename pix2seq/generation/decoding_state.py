@@ -3,6 +3,7 @@
 import dataclasses
 import zlib
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,8 +46,8 @@ class DecodingState:
         uniforms = None
         if options.top_p > 0:
             generators = [np.random.default_rng((options.seed, key)) for key in _checksums(pixel_values)]
-            uniforms = np.stack([generator.random(length) for generator in generators])
-            uniforms = torch.from_numpy(uniforms).to(device, torch.float32)
+            numbers = np.stack([generator.random(length) for generator in generators])
+            uniforms = torch.from_numpy(numbers).to(device, torch.float32)
         return cls(
             image_indices=torch.arange(batch_size, device=device),
             tokens=torch.full((batch_size, length), tokenizer.eos_id, device=device),
@@ -61,16 +62,18 @@ class DecodingState:
 
     def select(self, rows: torch.Tensor) -> "DecodingState":
         """Returns a copy of these rows."""
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return DecodingState(**{name: None if value is None else value[rows] for name, value in fields.items()})
+        fields: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        selected: dict[str, Any] = {name: None if value is None else value[rows] for name, value in fields.items()}
+        return DecodingState(**selected)
 
     @classmethod
     def merge(cls, states: list["DecodingState"]) -> "DecodingState":
         """Merges the states of different images of a batch, in the order of the images."""
         order = torch.cat([state.image_indices for state in states]).argsort()
         names = [field.name for field in dataclasses.fields(cls) if getattr(states[0], field.name) is not None]
-        merged = {name: torch.cat([getattr(state, name) for state in states])[order] for name in names}
-        return cls(**{"uniforms": None} | merged)
+        merged: dict[str, Any] = {"uniforms": None}
+        merged |= {name: torch.cat([getattr(state, name) for state in states])[order] for name in names}
+        return cls(**merged)
 
 
 def _checksums(pixel_values: torch.Tensor) -> list[int]:

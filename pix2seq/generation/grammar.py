@@ -50,6 +50,7 @@ class Grammar:
         if slot in self._forbidden:
             return logits.masked_fill(self._forbidden[slot], -torch.inf)
         if slot in (2, 3):
+            assert first_corner is not None
             return logits.masked_fill(self._bins < first_corner[:, None] - self.tokenizer.first_bin_id, -torch.inf)
         return logits
 

@@ -20,6 +20,7 @@ def sample_top_p(logits: torch.Tensor, top_p: float, uniform: torch.Tensor | Non
     """
     if top_p == 0:
         return logits.argmax(-1)
+    assert uniform is not None
     probabilities, order = logits.softmax(-1).sort(dim=-1, descending=True, stable=True)
     kept = (probabilities.cumsum(-1) <= top_p) & (probabilities > 0)
     kept[:, 0] = True

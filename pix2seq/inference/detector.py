@@ -118,7 +118,7 @@ class Pix2Seq:
             BadImageError: An image cannot be read.
             UserError: An argument is not valid.
         """
-        sources = images if isinstance(images, list | tuple) else [images]
+        sources: Sequence = images if isinstance(images, list | tuple) else [images]
         results = list(self.stream(sources, threshold, classes, batch_size))
         for result in results:
             if result.error:
@@ -153,7 +153,8 @@ class Pix2Seq:
         if not 0 <= threshold <= 1:
             raise UserError(f"threshold {threshold}: must be 0 to 1")
         config, wanted_labels = self.model.config, self.labels_of(classes)
-        dataset = EvalDataset(ImageList(images), EvalTransform(config.image_size))
+        # ImageList has the methods that EvalDataset calls.
+        dataset = EvalDataset(ImageList(images), EvalTransform(config.image_size))  # type: ignore[arg-type]
         loader = eval_loader(dataset, batch_size, rank=0, world_size=1, num_workers=num_workers)
         for batch in loader:
             indices, sizes = batch["image_id"].tolist(), batch["original_size"].tolist()

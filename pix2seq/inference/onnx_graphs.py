@@ -231,7 +231,7 @@ def _export(
     examples, dynamic_axes = zip(*inputs.values(), strict=True)
     try:
         with warnings.catch_warnings(action="ignore"):  # of the exporter about its dependencies
-            torch.onnx.export(
+            program = torch.onnx.export(
                 graph.eval(),
                 examples,
                 input_names=list(inputs),
@@ -240,6 +240,8 @@ def _export(
                 opset_version=opset,
                 dynamo=True,
                 verbose=False,
-            ).save(path)
+            )
+        assert program is not None  # dynamo=True
+        program.save(path)
     except torch.onnx.OnnxExporterError as error:
         raise UserError(f"--checkpoint: torch.onnx cannot export {path.name} ({str(error)[:300]})") from None

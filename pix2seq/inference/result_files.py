@@ -10,6 +10,7 @@ from pathlib import Path
 from pix2seq.errors import UserError
 from pix2seq.evaluation import coco_results
 from pix2seq.inference.results import DetectionResult
+from pix2seq.models.detections import Detections
 
 # The files that each format writes for all images together.
 FORMATS = {"coco": ("predictions.json", "images.json"), "yolo": ("classes.txt",), "csv": ("predictions.csv",)}
@@ -52,7 +53,8 @@ def prepare_output_dir(path: Path, files: Sequence[str], inputs: Iterable[str], 
 
 def coco_entries(result: DetectionResult, image_id: int, category_ids: Sequence[int]) -> list[dict]:
     """The entries of a COCO results file for one image, each with a `category_name`."""
-    entries = coco_results(image_id, result, category_ids)
+    detections = Detections(boxes=result.boxes, labels=result.labels, scores=result.scores)
+    entries = coco_results(image_id, detections, category_ids)
     return [entry | {"category_name": name} for entry, name in zip(entries, result.names, strict=True)]
 
 
@@ -90,7 +92,7 @@ def write_results(
     for image_id, result in enumerate(results, start=1):
         height, width = result.size
         size_or_error = {"error": result.error} if result.error else {"height": height, "width": width}
-        images.append({"id": image_id, "file_name": result.source, "name": names[result.source]} | size_or_error)
+        images.append({"id": image_id, "file_name": result.source, "name": names[str(result.source)]} | size_or_error)
         entries = coco_entries(result, image_id, category_ids)
         predictions += [entry | {"file_name": result.source} for entry in entries]
         for class_name, score, box in zip(result.names, result.scores, result.boxes, strict=True):

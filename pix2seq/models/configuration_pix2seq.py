@@ -83,8 +83,8 @@ class Pix2SeqConfig(PretrainedConfig):
             backbone_config = AutoConfig.for_model(**backbone_config)
         if isinstance(decoder_config, dict):
             decoder_config = AutoConfig.for_model(**{"model_type": "llama"} | decoder_config)
-        self.backbone_config = backbone_config
-        self.decoder_config = decoder_config or LlamaConfig(hidden_size=hidden_size)
+        self.backbone_config: PretrainedConfig = backbone_config
+        self.decoder_config: PretrainedConfig = decoder_config or LlamaConfig(hidden_size=hidden_size)
         self.backbone_dilated = backbone_dilated
         self.projector_mlp = projector_mlp
         self.output_bias = output_bias

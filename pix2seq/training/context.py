@@ -64,7 +64,7 @@ class TrainContext:
         """
         models = {"": gather_full_model(self.unwrapped_model)}
         if self.state.ema_model is not None:
-            models["ema"] = self.state.ema_model.module
+            models["ema"] = self.state.ema_model.module  # type: ignore[assignment]  # of AveragedModel
         return models
 
     @property

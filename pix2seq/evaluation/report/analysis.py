@@ -94,6 +94,7 @@ def mean_precision(
     evaluation: hotcoco.COCOeval, iou: int | slice = slice(None), label: int | slice = slice(None), area: int = 0
 ) -> float | None:
     """Computes the AP of some IoU thresholds, classes and an area range, None if there are no objects."""
+    assert evaluation.eval is not None
     precision = evaluation.eval["precision"][iou, :, label, area, -1]
     precision = precision[precision > -1]
     return float(precision.mean()) if precision.size else None

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from typing import Literal
 
 import matplotlib
 import numpy as np
@@ -34,7 +35,9 @@ def _worst_and_best(items: list, count: int) -> list:
     return items if len(items) <= count else items[: count // 2] + items[-(count // 2) :]
 
 
-def _axes(width: float, height: float, layout: str | None = "constrained") -> tuple[Figure, Axes]:
+def _axes(
+    width: float, height: float, layout: Literal["constrained", "compressed"] | None = "constrained"
+) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(width, height), dpi=110, layout=layout)
     return figure, figure.subplots()
 
@@ -48,7 +51,7 @@ def draw_classes(analysis: Analysis) -> Image.Image:
     positions = np.arange(len(rows))
     axis.barh(positions, [row["AP50"] for row, _ in rows], 0.72, color=SKY_BLUE, label="AP50")
     axis.barh(positions, [row["AP"] for row, _ in rows], 0.4, color=BLUE, label="AP")
-    for position, (row, _) in zip(positions, rows, strict=True):
+    for position, (row, _) in enumerate(rows):
         text = f"{row['AP']:.3f}  ({row['objects']:,} objects)"
         axis.text(max(row["AP50"], row["AP"]) + 0.008, position, text, va="center", fontsize=8)
     axis.set_yticks(positions, [name for _, name in rows])
