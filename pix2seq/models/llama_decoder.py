@@ -260,8 +260,8 @@ class LlamaIncrementalDecoder:
 def prefix_positions(num_visual: int, length: int, device) -> torch.Tensor:
     """Returns the rotary positions (1, N + L) of N visual tokens and L tokens of a sequence.
 
-    All visual tokens have position 0, since their 2-D position embedding tells them apart, and the sequence starts at
-    1. A model therefore works with another image size, which has another number of visual tokens.
+    All visual tokens have position 0, because their 2-D position embedding distinguishes them, and the sequence starts
+    at 1. A model therefore works with another image size, which has another number of visual tokens.
     """
     visual = torch.zeros(num_visual, device=device)
     return torch.cat([visual, torch.arange(1, length + 1, device=device)]).long()[None]
