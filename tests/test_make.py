@@ -18,7 +18,9 @@ pytestmark = pytest.mark.skipif(os.name == "nt" or not shutil.which("make"), rea
 
 
 def make(*words: str, cwd: Path = ROOT) -> str:
-    done = subprocess.run(["make", *words], cwd=cwd, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        ["make", "--no-print-directory", *words], cwd=cwd, capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
