@@ -286,7 +286,7 @@ def skip_step(
 
 
 def log_unreadable(context: TrainContext, lines: set[str]) -> None:
-    """Logs the images that could not be read, and tells all processes about them."""
+    """Logs the images that could not be read on any process, and remembers them on all processes."""
     new_lines = set().union(*gather_object([lines])) - context.unreadable.lines
     for line in sorted(new_lines):
         context.folder.log(f"replaced by another image: {line}")
