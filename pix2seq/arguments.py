@@ -413,7 +413,7 @@ def architecture_arguments(checkpoint: str) -> dict:
 def with_decoding_options(cls: type) -> type:
     """Makes a dataclass whose arguments are the fields of DecodingOptions, None by default."""
     for option in fields(DecodingOptions):
-        cls.__annotations__[option.name] = option.type | None  # type: ignore[operator]
+        cls.__annotations__[option.name] = option.type | None  # type: ignore[operator]  # never a string
         setattr(cls, option.name, argument(None, f"{option.metadata['help']} (default: that of training)"))
     return dataclass(cls)
 

@@ -212,7 +212,7 @@ def evaluate_checkpoint(args: EvaluateArguments, checkpoint: str) -> EvaluationD
 
 def load_dataset(
     args: EvaluateArguments, training: dict, categories: Categories | None, image_size: int
-) -> EvalDataset:
+) -> EvalDataset[Annotations]:
     """Loads the images that the command line names, otherwise those that were evaluated in training.
 
     Args:

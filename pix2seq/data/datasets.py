@@ -4,14 +4,16 @@ Every training sample seeds its own generator from (seed, epoch, index, copy), s
 or process that makes it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
 from pix2seq.data.coco import Annotations
-from pix2seq.data.image_files import BadImageError
+from pix2seq.data.image_files import BadImageError, ImageFile
 from pix2seq.errors import UserError
 from pix2seq.sequence import SequenceBuilder
 from pix2seq.transforms import PAD_VALUE, ColorAugmentation, EvalTransform, TrainTransform
@@ -78,8 +80,27 @@ class TrainDataset(Dataset):
         return example | self.sequence_builder(padded.boxes, labels[padded.kept], rng, padded.valid_fraction)
 
 
+class ImageCollection(Protocol):
+    """Interface of the images of an `EvalDataset`, for example `Annotations`."""
+
+    @property
+    def image_ids(self) -> Sequence[int] | np.ndarray:
+        """Id of each image."""
+
+    def __len__(self) -> int: ...
+
+    def image_file(self, index: int) -> ImageFile | torch.Tensor:
+        """Opens an image. Raises BadImageError if it cannot be read."""
+
+    def name(self, index: int) -> str:
+        """Returns the name of an image in messages."""
+
+
+Images = TypeVar("Images", bound=ImageCollection)
+
+
 @dataclass
-class EvalDataset(Dataset):
+class EvalDataset(Dataset, Generic[Images]):
     """Whole images without annotations, and the sizes that map predicted boxes to their pixels.
 
     Args:
@@ -87,7 +108,7 @@ class EvalDataset(Dataset):
         transform: Resizes and pads them.
     """
 
-    annotations: Annotations
+    annotations: Images
     transform: EvalTransform
 
     def __len__(self) -> int:

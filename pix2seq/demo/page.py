@@ -77,6 +77,7 @@ def build_page(worker: InferenceWorker, examples: list[str], threshold: float, t
     gradio = import_gradio()
     current: dict[str, Request] = {}  # the last request of each session
 
+    # gradio passes the session because of this annotation. mypy rejects it because `gradio` is a local variable.
     async def show(path: str, session: gradio.Request) -> AsyncIterator[tuple[str, str]]:  # type: ignore[name-defined]
         request = worker.submit(path)
         if previous := current.get(session.session_hash):

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from pix2seq.data import EvalDataset, eval_loader
+from pix2seq.data import Annotations, EvalDataset, eval_loader
 from pix2seq.data.image_files import BadImageError
 from pix2seq.errors import Stopped
 from pix2seq.generation import DecodingOptions, Interrupted, NonFiniteLogits
@@ -21,7 +21,7 @@ NUM_LISTED = 3  # unreadable images that a warning names
 
 def predict(
     model,
-    dataset: EvalDataset,
+    dataset: EvalDataset[Annotations],
     options: DecodingOptions,
     batch_size: int,
     accelerator,
@@ -140,7 +140,7 @@ def coco_results(image_id: int, detections: Detections, category_ids: Sequence[i
 
 
 def oracle_predictions(
-    dataset: EvalDataset, tokenizer: Tokenizer, warn: Callable[[list[str]], None] | None = None
+    dataset: EvalDataset[Annotations], tokenizer: Tokenizer, warn: Callable[[list[str]], None] | None = None
 ) -> list[dict]:
     """Encodes and decodes the ground truth with the tokenizer: the predictions of a perfect model.
 

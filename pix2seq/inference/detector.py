@@ -153,8 +153,7 @@ class Pix2Seq:
         if not 0 <= threshold <= 1:
             raise UserError(f"threshold {threshold}: must be 0 to 1")
         config, wanted_labels = self.model.config, self.labels_of(classes)
-        # ImageList has the methods that EvalDataset calls.
-        dataset = EvalDataset(ImageList(images), EvalTransform(config.image_size))  # type: ignore[arg-type]
+        dataset = EvalDataset(ImageList(images), EvalTransform(config.image_size))
         loader = eval_loader(dataset, batch_size, rank=0, world_size=1, num_workers=num_workers)
         for batch in loader:
             indices, sizes = batch["image_id"].tolist(), batch["original_size"].tolist()

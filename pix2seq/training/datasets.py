@@ -1,7 +1,7 @@
 """Datasets of a training run, from its arguments."""
 
 from pix2seq.arguments import TrainArguments
-from pix2seq.data import EvalDataset, Split, StepSampler, TrainDataset, find_split, load_annotations
+from pix2seq.data import Annotations, EvalDataset, Split, StepSampler, TrainDataset, find_split, load_annotations
 from pix2seq.data.issues import count_by_kind
 from pix2seq.errors import UserError
 from pix2seq.sequence import SequenceBuilder
@@ -15,7 +15,7 @@ def find_splits(args: TrainArguments) -> tuple[Split, Split | None]:
     return train, None if args.overfit else find_split("val", args.root, args.val_images, args.val_json)
 
 
-def load_data(args: TrainArguments) -> tuple[TrainDataset, EvalDataset]:
+def load_data(args: TrainArguments) -> tuple[TrainDataset, EvalDataset[Annotations]]:
     """Reads the annotations and builds the training and the validation dataset."""
     train_split, val_split = find_splits(args)
     train = load_annotations(train_split, None, args.follow_links)

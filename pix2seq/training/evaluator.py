@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from accelerate import Accelerator
 from torchvision.transforms.v2.functional import to_pil_image
 
-from pix2seq.data import EvalDataset
+from pix2seq.data import Annotations, EvalDataset
 from pix2seq.evaluation import predict, prediction_image, warn_unreadable
 from pix2seq.evaluation.coco_metrics import coco_metrics
 from pix2seq.generation import DecodingOptions
@@ -37,7 +37,7 @@ class TrainingEvaluator:
 
     folder: RunFolder
     accelerator: Accelerator
-    val_set: EvalDataset
+    val_set: EvalDataset[Annotations]
     ground_truth: dict
     options: DecodingOptions
     batch_size: int
@@ -81,7 +81,7 @@ class TrainingEvaluator:
         class_names = self.val_set.annotations.categories.names
         self.folder.sample("first_batch", 0, draw_examples(images, decoded, class_names))
 
-    def _predict(self, model, dataset: EvalDataset) -> list[dict]:
+    def _predict(self, model, dataset: EvalDataset[Annotations]) -> list[dict]:
         return predict(
             model,
             dataset,
