@@ -25,6 +25,7 @@ from pix2seq.generation import DecodingOptions
 from pix2seq.models import Pix2SeqForObjectDetection, build_model
 from pix2seq.models.backbone import IMAGENET_MEAN, IMAGENET_STD, VisionBackbone, resolve_backbone
 from pix2seq.training.optimizer import parameter_groups
+from pix2seq.training.setup import enable_gradient_checkpointing
 
 VIT = "hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2, patch_size: 16, image_size: 32"
 
@@ -153,7 +154,7 @@ def test_every_combination_trains_decodes_and_can_be_saved(backbone, decoder, tm
 @both_decoders
 def test_gradient_checkpointing_does_not_change_gradients(decoder):
     plain, checkpointed = (build(decoder, dropout=0.0, drop_path=0.3) for _ in range(2))
-    checkpointed.gradient_checkpointing_enable({"use_reentrant": False})
+    enable_gradient_checkpointing(checkpointed)
     layers = [module for module in checkpointed.modules() if getattr(module, "gradient_checkpointing", False)]
     assert "Pix2SeqEncoderLayer" in {type(layer).__name__ for layer in layers}
     for model in (plain, checkpointed):
@@ -236,6 +237,21 @@ def test_backbones_accept_multiples_of_their_stride(name, side):
 def test_an_image_size_that_is_not_a_multiple_of_the_patch_size_is_an_error(name):
     with pytest.raises(UserError, match="--image_size 70: must be a multiple of 16"):
         build(backbone=BACKBONES[name], image_size=70)
+
+
+TEXT = "hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2, vocab_size: 20"
+
+
+@pytest.mark.parametrize(
+    ("backbone", "message"),
+    [
+        (f"{{model_type: bert, {TEXT}}}", "--backbone: a bert model takes input_ids instead of images"),
+        (f"{{model_type: llama, {TEXT}}}", "--backbone .*: cannot be built as a vision model"),
+    ],
+)
+def test_a_text_model_as_backbone_is_an_error(backbone, message):
+    with pytest.raises(UserError, match=message):
+        build(backbone=backbone)
 
 
 def test_a_timm_model_with_a_fixed_image_size():

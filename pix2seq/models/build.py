@@ -60,7 +60,7 @@ def build_model(
         The model in training mode.
 
     Raises:
-        UserError: There is no such backbone, or it does not accept images of this size.
+        UserError: There is no such backbone, or it cannot process an image of this size.
     """
     spec = resolve_backbone(backbone, backbone_stage)
     config = Pix2SeqConfig(
@@ -104,7 +104,7 @@ def build_model(
     try:
         model = Pix2SeqForObjectDetection(config)
     except Exception as error:  # models that are not vision models raise any type of exception
-        raise UserError(f"--backbone {backbone}: cannot be built ({error})") from None
+        raise UserError(f"--backbone {backbone}: cannot be built as a vision model ({error})") from None
     if spec.pretrained is not None and load_pretrained:
         model.backbone.load_pretrained(spec.pretrained)
     check_image_size(model)
@@ -112,7 +112,7 @@ def build_model(
 
 
 def check_image_size(model: Pix2SeqForObjectDetection) -> None:
-    """Raises UserError unless the backbone accepts images of the config's size. Leaves the model in eval mode."""
+    """Raises UserError unless the backbone can process images of the config's size. Leaves the model in eval mode."""
     side, patch_size = model.config.image_size, getattr(model.config.backbone_config, "patch_size", None)
     if isinstance(patch_size, int) and side % patch_size:
         raise UserError(f"--image_size {side}: must be a multiple of {patch_size}, the patch size of the backbone")
@@ -120,8 +120,14 @@ def check_image_size(model: Pix2SeqForObjectDetection) -> None:
         with torch.no_grad():
             model.eval().encode(torch.zeros(1, 3, side, side, dtype=torch.uint8, device=model.device))
     except Exception as error:  # backbones raise any type of exception
+        backbone = model.backbone
+        if not backbone.has_feature_maps and (name := backbone.model.main_input_name) != "pixel_values":
+            model_type = backbone.model.config.model_type
+            raise UserError(
+                f"--backbone: a {model_type} model takes {name} instead of images; use a vision model ({error})"
+            ) from None
         raise UserError(
-            f"--backbone, --image_size {side}: the backbone does not accept images of this size ({error})"
+            f"--backbone, --image_size {side}: the backbone cannot process an image of this size ({error})"
         ) from None
 
 

@@ -40,7 +40,7 @@ def adapt_to_classes(
         sizes changed.
 
     Raises:
-        UserError: The backbone does not accept images of this size.
+        UserError: The backbone cannot process an image of this size.
     """
     old = source.config
     config = copy.deepcopy(old)

@@ -184,7 +184,14 @@ def prepare_for_training(
         frozen_stages=args.frozen_stages,
     )
     if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        enable_gradient_checkpointing(model)
+
+
+def enable_gradient_checkpointing(model: Pix2SeqForObjectDetection) -> None:
+    """Recomputes the activations of the layers in the backward pass instead of storing them."""
+    # Newer versions of transformers deprecate the second name; 5.17 has only that one.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def build_optimizer(args: TrainArguments, model: Pix2SeqForObjectDetection) -> torch.optim.AdamW:
