@@ -111,7 +111,7 @@ def parse(kind: type, argv: list[str] | None = None, program: str | None = None)
             parser.error(f"{word}: no such flag{did_you_mean(word.split('=')[0], names)}")
         if not hasattr(kind, "POSITIONAL"):
             parser.error(f"{word!r}: does not belong to any flag")
-        getattr(arguments, str(kind.POSITIONAL)).append(word)  # type: ignore[attr-defined]
+        getattr(arguments, str(kind.POSITIONAL)).append(word)  # type: ignore[attr-defined]  # set by commands with positional words
     return arguments
 
 

@@ -37,7 +37,7 @@ class PlanArguments(TrainArguments):
 
     _argument_group_name: ClassVar = "hardware"
 
-    gpu: Literal[tuple(GPUS)] = argument("h100", "kind of GPU")  # type: ignore[valid-type]
+    gpu: Literal[tuple(GPUS)] = argument("h100", "kind of GPU")  # type: ignore[valid-type]  # choices made at run time
     num_gpus: int = argument(1, "GPUs of all nodes together, one process each")
     shard: bool = argument(False, "weights, gradients and optimizer state are sharded over the GPUs (FSDP)")
     mfu: float = argument(0.3, "assumed model FLOPs utilisation: share of the peak FLOP/s that a step reaches")

@@ -129,7 +129,7 @@ def step_cost(
         # A second pass without checkpointing gives the FLOPs of a step, and FLOPs and memory of each layer.
         layers = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
         for layer in layers:
-            layer.gradient_checkpointing = False  # type: ignore[assignment]
+            layer.gradient_checkpointing = False  # type: ignore[assignment]  # not a Tensor or Module
         before, recomputed_flops, largest_layer, hooks = {}, [0], [0], []
 
         def enter(layer, inputs):
@@ -150,7 +150,7 @@ def step_cost(
                 loss_of(output).backward()
         finally:
             for layer in layers:
-                layer.gradient_checkpointing = True  # type: ignore[assignment]
+                layer.gradient_checkpointing = True  # type: ignore[assignment]  # not a Tensor or Module
             for hook in hooks:
                 hook.remove()
         return StepCost(
