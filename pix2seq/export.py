@@ -150,7 +150,7 @@ def run_export(args: ExportArguments) -> int:
     """
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
     if missing:
-        raise UserError(f"export.py needs {', '.join(missing)}: pip install -e '.[export]'")
+        raise UserError(f"the export needs {', '.join(missing)}: pip install {' '.join(missing)}")
     output = Path(args.output_dir)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--output_dir {output}: exists; name a new folder")

@@ -172,5 +172,5 @@ def import_gradio():
     try:
         import gradio
     except ImportError:
-        raise UserError("the demo needs gradio: pip install -e '.[demo]'") from None
+        raise UserError("the demo needs gradio: pip install 'gradio>=6.31'") from None
     return gradio
