@@ -84,7 +84,7 @@ class PairedModels:
         return self
 
     def decode_step(
-        self, token_ids: torch.Tensor, position: int, decoder_state: "PairedModels", vocab_slice: slice
+        self, token_ids: torch.Tensor, position: int, incremental_decoder: "PairedModels", vocab_slice: slice
     ) -> torch.Tensor:
         logits = self.model.decode_step(token_ids, position, self.states[0], vocab_slice)
         exported_logits = self.exported.decode_step(token_ids, position, self.states[1], vocab_slice)

@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None, program: str = "train.py") -> int:
 
 
 def run_training(args: TrainArguments, program: str = "train.py") -> int:
-    """Trains, prints errors of the user as one line, and records in status.json how the run ended.
+    """Trains, prints a `UserError` as one line, and records in status.json how the run ended.
 
     Args:
         args: arguments of the run.
@@ -142,7 +142,7 @@ def train_loop(context: TrainContext) -> None:
     evaluate_if_due(context)  # repeats an evaluation that was interrupted
     context.model.train()
     meter.restart_clock()
-    while not context.is_last_step:
+    while not context.is_finished:
         # The loss of a micro-batch is divided by the weight of all micro-batches, so all are loaded first.
         with meter.waiting():
             micro_batches = [next(batches) for _ in range(args.gradient_accumulation_steps)]
@@ -150,14 +150,14 @@ def train_loop(context: TrainContext) -> None:
             context.evaluator.log_first_batch(micro_batches[0], context.tokenizer)
         grad_norm, stopping = train_step(context, micro_batches)
         bar.update()
-        if context.is_due(args.log_every) or context.is_last_step:
+        if context.is_due(args.log_every) or context.is_finished:
             log_metrics(context, grad_norm, bar)
         context.unreadable.check_limit()
         with meter.paused():
             evaluate_if_due(context)
-            if stopping and not context.is_last_step:
+            if stopping and not context.is_finished:
                 raise Stopped
-            if context.is_due(args.ckpt_every) and not context.is_last_step:
+            if context.is_due(args.ckpt_every) and not context.is_finished:
                 save(context)
     bar.close()
 
@@ -166,8 +166,8 @@ def train_step(context: TrainContext, micro_batches: list[dict]) -> tuple[torch.
     """Takes one optimizer step.
 
     The loss is the sum of all token losses of the step, over micro-batches and processes, divided by the sum of their
-    weights, so it does not depend on how the step is split. If the loss or gradient is not finite, the model stays
-    unchanged on all processes.
+    weights, so it does not depend on how the step is split. If the loss or gradient is not finite, no parameter
+    changes on any process; buffers are restored too, unless the fp16 loss scaler skips the step.
 
     Args:
         context: the run.
@@ -206,7 +206,7 @@ def train_step(context: TrainContext, micro_batches: list[dict]) -> tuple[torch.
                     f"the gradient of step {context.step + 1} is not finite at any scale of the loss"
                 )
         else:
-            state.num_skipped_in_a_row = 0
+            state.num_consecutive_skipped = 0
             if state.ema_model is not None:
                 state.ema_model.update_parameters(context.unwrapped_model)
     state.optimizer.zero_grad()
@@ -240,7 +240,7 @@ def forward_backward(context: TrainContext, micro_batches: list[dict]) -> tuple[
                 input_ids=input_ids,
                 labels=labels,
                 token_weights=token_weights,
-                num_items_in_batch=1.0,
+                num_items_in_batch=1.0,  # the sum is divided below, by the weight of all processes
                 loss_positions=loss_positions,
             )
             loss = output.loss / total_weight
@@ -271,7 +271,7 @@ def skip_step(
     if context.accelerator.scaler is not None:
         context.accelerator.scaler.update()  # clipping unscaled the gradients; without an update it raises next time
     state.num_skipped += 1
-    state.num_skipped_in_a_row += 1
+    state.num_consecutive_skipped += 1
     images = [
         (image_id, not loss.isfinite().item())
         for batch, loss in zip(micro_batches, losses, strict=True)
@@ -280,8 +280,8 @@ def skip_step(
     images = gather_object(images)
     suspects = [image_id for image_id, bad_loss in images if bad_loss] or [image_id for image_id, _ in images]
     message = f"loss or gradient of step {context.step + 1} is not finite; image ids: {suspects}"
-    if state.num_skipped_in_a_row > context.args.max_skipped_steps:
-        raise NonFiniteLossError(f"{message}; stopped after {state.num_skipped_in_a_row} such steps in a row")
+    if state.num_consecutive_skipped > context.args.max_skipped_steps:
+        raise NonFiniteLossError(f"{message}; stopped after {state.num_consecutive_skipped} such steps in a row")
     context.folder.log(f"{message}; the step is skipped")
 
 
@@ -318,20 +318,20 @@ def log_metrics(context: TrainContext, grad_norm: torch.Tensor, bar: tqdm) -> No
 def evaluate_if_due(context: TrainContext) -> None:
     """Draws samples and evaluates if that is due at this step and not done yet. Exports the best model to best/."""
     args, state, evaluator = context.args, context.state, context.evaluator
-    if state.reported_step == context.step:
+    if state.last_evaluated_step == context.step:
         return
     if context.is_due(args.sample_every):
         evaluator.sample(context.models()[""], context.step)
-    if context.is_due(args.eval_every) or context.is_last_step:
+    if context.is_due(args.eval_every) or context.is_finished:
         for name, model in context.models().items():
             metrics = evaluator.evaluate(model, context.step, name)
             if metrics is None:  # not the main process
                 continue
-            if context.is_last_step:
+            if context.is_finished:
                 context.folder.log(metrics_table(metrics))
             if metrics["AP"] > state.best_ap and export_model(context, "best", model):
                 state.best_ap = metrics["AP"]
-    state.reported_step = context.step
+    state.last_evaluated_step = context.step
 
 
 if __name__ == "__main__":

@@ -92,8 +92,8 @@ class OracleModel(torch.nn.Module):
         assert not self.training
         return np.stack([self.sequences[image.numpy().tobytes()] for image in pixel_values])
 
-    def decode_step(self, token_ids, position, decoder_state, vocab_slice):
-        next_ids = torch.from_numpy(decoder_state[:, position])
+    def decode_step(self, token_ids, position, incremental_decoder, vocab_slice):
+        next_ids = torch.from_numpy(incremental_decoder[:, position])
         return 30.0 * torch.nn.functional.one_hot(next_ids, self.tokenizer.vocab_size)[:, vocab_slice]
 
 

@@ -45,9 +45,11 @@ class ScriptedModel:
     def prefill(self, pixel_values: torch.Tensor, max_length: int) -> "ScriptedState":
         return ScriptedState(pixel_values[:, 0, 0, 0].long())
 
-    def decode_step(self, token_ids, position, decoder_state: "ScriptedState", vocab_slice: slice) -> torch.Tensor:
+    def decode_step(
+        self, token_ids, position, incremental_decoder: "ScriptedState", vocab_slice: slice
+    ) -> torch.Tensor:
         self.inputs.append(token_ids.tolist())
-        logits = self.logits[decoder_state.indices]
+        logits = self.logits[incremental_decoder.indices]
         if isinstance(position, torch.Tensor):  # indexing with a 0-d tensor would read its value in Python
             return logits.index_select(1, position.view(1))[:, 0, vocab_slice]
         return logits[:, position, vocab_slice]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from pix2seq.sequence import SequenceBuilder
 from pix2seq.tokenizer import SLOTS, Tokenizer
-from pix2seq.training.metrics import NAMES, PRINTED, Meter, compute_means, token_statistics
+from pix2seq.training.metrics import ALWAYS_REPORTED, NAMES, Meter, compute_means, token_statistics
 
 TOKENIZER = Tokenizer(num_classes=2, num_bins=6)  # NOISE is 3, the classes are 4 and 5, bins 6 to 11
 
@@ -181,7 +181,7 @@ def test_metrics_without_a_count_are_omitted():
     assert math.isnan(metrics["train/loss_coord"])
     assert not {"train/acc_y1", "train/iou", "train/acc_noise", "train/object_acc"} & metrics.keys()
     empty = compute_means(torch.zeros(2, len(NAMES), dtype=torch.float64))
-    assert empty.keys() == set(PRINTED)
+    assert empty.keys() == set(ALWAYS_REPORTED)
     assert all(map(math.isnan, empty.values()))
 
 

@@ -22,10 +22,10 @@ class DecodingState:
         labels: The most probable class (R, N) of each object.
         scores: The probability (R, N) of that class among all tokens. NaN if the logits are not finite.
         uniforms: Random numbers (R, L) for sampling, or None for greedy decoding.
-        noise_run: Number (R,) of consecutive objects up to the last one with a score below `noise_threshold`.
+        num_trailing_noise: Number (R,) of consecutive objects up to the last one with a score below `noise_threshold`.
         num_steps: Number (R,) of decoder steps.
-        offsets: Distance (R, L), in bins, of a coordinate from its token, see `neighborhood_mean`.
-        masses: Probability (R, L) of the bins around a coordinate, see `neighborhood_mean`.
+        offsets: Signed offset (R, L), in bins, of the expected coordinate from its token, see `neighborhood_mean`.
+        neighborhood_probs: Probability (R, L) of the bins around a coordinate, see `neighborhood_mean`.
     """
 
     image_indices: torch.Tensor
@@ -33,10 +33,10 @@ class DecodingState:
     labels: torch.Tensor
     scores: torch.Tensor
     uniforms: torch.Tensor | None
-    noise_run: torch.Tensor
+    num_trailing_noise: torch.Tensor
     num_steps: torch.Tensor
     offsets: torch.Tensor
-    masses: torch.Tensor
+    neighborhood_probs: torch.Tensor
 
     @classmethod
     def create(cls, pixel_values: torch.Tensor, tokenizer: Tokenizer, options: DecodingOptions) -> "DecodingState":
@@ -54,10 +54,10 @@ class DecodingState:
             labels=torch.zeros(batch_size, options.max_objects, dtype=torch.long, device=device),
             scores=torch.zeros(batch_size, options.max_objects, device=device),
             uniforms=uniforms,
-            noise_run=torch.zeros(batch_size, dtype=torch.long, device=device),
+            num_trailing_noise=torch.zeros(batch_size, dtype=torch.long, device=device),
             num_steps=torch.zeros(batch_size, dtype=torch.long, device=device),
             offsets=torch.zeros(batch_size, length, dtype=torch.float64, device=device),
-            masses=torch.ones(batch_size, length, dtype=torch.float64, device=device),
+            neighborhood_probs=torch.ones(batch_size, length, dtype=torch.float64, device=device),
         )
 
     def select(self, rows: torch.Tensor) -> "DecodingState":

@@ -34,9 +34,9 @@ def generate_tokens(
     Args:
         model: A `Pix2SeqForObjectDetection` in eval mode, or any object with these attributes:
 
-            - `prefill(pixel_values, max_length)` returns a decoder state for sequences of `max_length` tokens. It has
-              a method `select_batch(rows)` that keeps these rows of the batch.
-            - `decode_step(token_ids, position, decoder_state, vocab_slice)` processes one token (B,) per row and
+            - `prefill(pixel_values, max_length)` returns an incremental decoder for `max_length` tokens. It has a method
+              `select_batch(rows)` that keeps these rows of the batch.
+            - `decode_step(token_ids, position, incremental_decoder, vocab_slice)` processes one token (B,) per row and
               returns the logits (B, R) of the next token for the R tokens of the slice. On a GPU, `position` is a
               0-d tensor.
             - `config.noise_objects`: whether the model was trained with noise objects.
@@ -44,8 +44,8 @@ def generate_tokens(
         tokenizer: Defines the vocabulary.
         options: Decoding options.
         interrupted: Called at least once per object. If it returns True, decoding ends.
-        state: A new state to use. While `interrupted` is called, it holds the tokens generated so far, on a CPU up to
-            the previous token. Rows of the batch are removed as they end, so this is useful for a single image.
+        state: A new `DecodingState` that is filled in place, to watch the generation from `interrupted`. It is
+            complete for a single image only, because finished rows move to other states.
 
     Returns:
         The sequences of all images, in the order of the batch.
@@ -73,14 +73,14 @@ def decode_by_token(
         States that together hold all rows.
     """
     length = TOKENS_PER_OBJECT * options.max_objects
-    decoder_state = model.prefill(pixel_values, length)
+    incremental_decoder = model.prefill(pixel_values, length)
     token = torch.full_like(state.image_indices, grammar.tokenizer.bos_id)
     finished, may_end = [], grammar.allow_eos or options.noise_patience > 0
     for position in range(length):
         slot = position % TOKENS_PER_OBJECT
         if interrupted():
             raise Interrupted
-        token = decode_one(model, decoder_state, token, position, slot, state, grammar, options)
+        token = decode_one(model, incremental_decoder, token, position, slot, state, grammar, options)
         state.num_steps += 1
         if not may_end or not (ended := sequence_ended(state, token, slot, grammar, options)).any():
             continue
@@ -89,7 +89,7 @@ def decode_by_token(
         if len(remaining) == 0:
             return finished
         state, token = state.select(remaining), token[remaining]
-        decoder_state.select_batch(remaining)
+        incremental_decoder.select_batch(remaining)
     return [*finished, state]
 
 
@@ -109,7 +109,7 @@ def decode_by_object(
     Returns:
         States that together hold all rows.
     """
-    decoder_state = model.prefill(pixel_values, TOKENS_PER_OBJECT * options.max_objects)
+    incremental_decoder = model.prefill(pixel_values, TOKENS_PER_OBJECT * options.max_objects)
     token = torch.full_like(state.image_indices, grammar.tokenizer.bos_id)
     position = torch.zeros_like(state.image_indices[0])
     ended = torch.zeros_like(token, dtype=torch.bool)
@@ -119,7 +119,7 @@ def decode_by_object(
     def decode_object() -> None:
         frozen = ended if may_end else None
         for slot in range(TOKENS_PER_OBJECT):
-            next_token = decode_one(model, decoder_state, token, position, slot, state, grammar, options, frozen)
+            next_token = decode_one(model, incremental_decoder, token, position, slot, state, grammar, options, frozen)
             state.num_steps.add_(~ended if may_end else 1)
             token.copy_(next_token)
             if may_end:
@@ -143,7 +143,7 @@ def decode_by_object(
             finished.append(state.select(ended.nonzero()[:, 0]))
             remaining = (~ended).nonzero()[:, 0]
             state, token, ended, replay = state.select(remaining), token[remaining], ended[remaining], None
-            decoder_state.select_batch(remaining)
+            incremental_decoder.select_batch(remaining)
     return [*finished, state]
 
 
@@ -163,7 +163,7 @@ def capture_cuda_graph(function: Callable[[], None], device: torch.device) -> Ca
 
 def decode_one(
     model,
-    decoder_state,
+    incremental_decoder,
     token: torch.Tensor,
     position: int | torch.Tensor,
     slot: int,
@@ -176,19 +176,19 @@ def decode_one(
 
     Args:
         model: See `generate_tokens`.
-        decoder_state: The result of `model.prefill`.
+        incremental_decoder: The result of `model.prefill`.
         token: The previous token ids (B,).
         position: Index of the new token in the sequence, also as a 0-d tensor.
         slot: Index of the new token in its object.
         state: Sequences of the B rows; updated in place.
         grammar: Grammar of the sequences.
         options: Decoding options.
-        ended: Rows (B,) whose sequence has ended. Their state does not change, except for `noise_run`.
+        ended: Rows (B,) whose sequence has ended. Their state does not change, except for `num_trailing_noise`.
 
     Returns:
         The new token ids (B,).
     """
-    logits = model.decode_step(token, position, decoder_state, grammar.vocab_slices[slot])
+    logits = model.decode_step(token, position, incremental_decoder, grammar.vocab_slices[slot])
     if slot == 0 and grammar.allow_eos:
         # The sequence may end here, before a class score could show that logits are not finite.
         _write_column(state.scores, position // TOKENS_PER_OBJECT, finite_check(logits), ended)
@@ -196,15 +196,15 @@ def decode_one(
         object_index, (score, label) = position // TOKENS_PER_OBJECT, grammar.best_class(logits)
         _write_column(state.scores, object_index, score, ended)
         _write_column(state.labels, object_index, label, ended)
-        state.noise_run.copy_(torch.where(score < options.noise_threshold, state.noise_run + 1, 0))
-    first_corner = _read_column(state.tokens, position - 2) if slot in (2, 3) else None
-    allowed = grammar(logits, slot, first_corner)
+        state.num_trailing_noise.copy_(torch.where(score < options.noise_threshold, state.num_trailing_noise + 1, 0))
+    min_token_ids = _read_column(state.tokens, position - 2) if slot in (2, 3) else None
+    allowed = grammar(logits, slot, min_token_ids)
     uniform = None if state.uniforms is None else _read_column(state.uniforms, position)
     index = sample_top_p(options.process_logits(allowed), options.top_p, uniform)
     if options.needs_neighborhood and slot != CLASS_SLOT:
-        offsets, masses = neighborhood_mean(allowed, index, options.expectation_radius)
+        offsets, neighborhood_probs = neighborhood_mean(allowed, index, options.expectation_radius)
         _write_column(state.offsets, position, offsets, ended)
-        _write_column(state.masses, position, masses, ended)
+        _write_column(state.neighborhood_probs, position, neighborhood_probs, ended)
     next_token = index + grammar.vocab_slices[slot].start
     _write_column(state.tokens, position, next_token, ended)
     return next_token
@@ -215,7 +215,7 @@ def sequence_ended(
 ) -> torch.Tensor:
     """Returns whether the sequence of each row ends with its new token, (B,)."""
     if slot == CLASS_SLOT and options.noise_patience:
-        return state.noise_run >= options.noise_patience
+        return state.num_trailing_noise >= options.noise_patience
     return token == grammar.tokenizer.eos_id
 
 

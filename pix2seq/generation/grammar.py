@@ -36,13 +36,14 @@ class Grammar:
         if allow_eos:
             self._forbidden[0] = (ids < tokenizer.first_bin_id) & (ids != tokenizer.eos_id)
 
-    def __call__(self, logits: torch.Tensor, slot: int, first_corner: torch.Tensor | None) -> torch.Tensor:
+    def __call__(self, logits: torch.Tensor, slot: int, min_token_ids: torch.Tensor | None) -> torch.Tensor:
         """Masks logits.
 
         Args:
             logits: Logits (B, R) of `vocab_slices[slot]`.
             slot: Index of the token in its object.
-            first_corner: Ids (B,) of y1 in slot y2, and of x1 in slot x2. Not used in other slots.
+            min_token_ids: Token ids (B,) of y1 in slot y2 and of x1 in slot x2: the smallest allowed bins. Not used in
+                other slots.
 
         Returns:
             Logits (B, R), -inf for tokens that are not allowed.
@@ -50,8 +51,8 @@ class Grammar:
         if slot in self._forbidden:
             return logits.masked_fill(self._forbidden[slot], -torch.inf)
         if slot in (2, 3):
-            assert first_corner is not None
-            return logits.masked_fill(self._bins < first_corner[:, None] - self.tokenizer.first_bin_id, -torch.inf)
+            assert min_token_ids is not None
+            return logits.masked_fill(self._bins < min_token_ids[:, None] - self.tokenizer.first_bin_id, -torch.inf)
         return logits
 
     def best_class(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

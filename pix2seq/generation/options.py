@@ -60,7 +60,9 @@ class DecodingOptions:
         0, "a coordinate is the probability-weighted mean of the bins up to this far from the decoded bin"
     )
     box_score_power: float = option(
-        0.0, "multiply scores by the probability of these bins of all four coordinates, to this power"
+        0.0,
+        "multiply scores by the product of the probabilities of the four coordinates to this power; the probability of a "
+        "coordinate covers the bins within --expectation_radius",
     )
 
     def __post_init__(self):

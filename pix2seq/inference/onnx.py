@@ -70,10 +70,10 @@ class OnnxDetector:
         self,
         token_ids: torch.Tensor,
         position: int,
-        decoder_state: OnnxDecoderState,
+        incremental_decoder: OnnxDecoderState,
         vocab_slice: slice = slice(None),
     ) -> torch.Tensor:
         """Processes one token (B,) per row; returns the logits (B, R) of R tokens of the vocabulary."""
         inputs = {"input_ids": token_ids.numpy(), "position": np.full(len(token_ids), position)}
-        logits, decoder_state.past_key_values = self.step.run(None, inputs | vars(decoder_state))
+        logits, incremental_decoder.past_key_values = self.step.run(None, inputs | vars(incremental_decoder))
         return torch.from_numpy(logits)[:, vocab_slice]

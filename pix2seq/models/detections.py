@@ -41,11 +41,11 @@ def to_detections(state: DecodingState, tokenizer: Tokenizer, box_score_power: f
         NonFiniteLogits: The logits of an image were not finite.
     """
     labels, scores, num_steps = (values.cpu().numpy() for values in (state.labels, state.scores, state.num_steps))
-    tokens, offsets, masses = (
+    tokens, offsets, neighborhood_probs = (
         values.cpu().numpy().reshape(len(values), -1, TOKENS_PER_OBJECT)
-        for values in (state.tokens, state.offsets, state.masses)
+        for values in (state.tokens, state.offsets, state.neighborhood_probs)
     )
-    finite = np.isfinite(scores).all(axis=1) & np.isfinite(offsets + masses).all(axis=(1, 2))
+    finite = np.isfinite(scores).all(axis=1) & np.isfinite(offsets + neighborhood_probs).all(axis=(1, 2))
     if not finite.all():
         raise NonFiniteLogits((~finite).nonzero()[0].tolist())
     is_complete = (tokens != tokenizer.eos_id).all(axis=-1).cumprod(axis=1).astype(bool)
@@ -54,7 +54,7 @@ def to_detections(state: DecodingState, tokenizer: Tokenizer, box_score_power: f
     boxes[..., 2:] = np.maximum(boxes[..., :2], boxes[..., 2:])
     scores = scores.astype(np.float64)
     if box_score_power:
-        scores *= masses[..., :CLASS_SLOT].prod(axis=-1) ** box_score_power
+        scores *= neighborhood_probs[..., :CLASS_SLOT].prod(axis=-1) ** box_score_power
     return [
         Detections(boxes[row][mask], labels[row][mask], scores[row][mask], int(num_steps[row]))
         for row, mask in enumerate(is_complete)

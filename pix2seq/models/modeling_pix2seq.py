@@ -41,8 +41,8 @@ class Pix2SeqOutput(ModelOutput):
         logits: With `labels`, logits (T, V) at the T positions whose weight is not 0, in row-major order. With
             `input_ids` alone, logits (B, L, V).
         token_losses: Cross entropy (T,) at the T positions, not weighted. Returned with `labels`.
-        pred_boxes: Boxes (B, N, 4), xyxy in [0, 1] of the padded square, float64, sorted by descending score. Returned
-            without `input_ids`.
+        pred_boxes: Boxes (B, N, 4), xyxy in [0, 1] of the padded square (DETR: cxcywh of the image), float64,
+            sorted by descending score. Returned without `input_ids`.
         pred_labels: Labels (B, N), -1 where an image has fewer than N objects. Returned without `input_ids`.
         pred_scores: Scores (B, N), float64. Returned without `input_ids`.
     """
@@ -99,7 +99,7 @@ class Pix2SeqProjector(nn.Module):
             )
 
     def forward(self, visual_tokens: torch.Tensor, position_embedding: torch.Tensor) -> torch.Tensor:
-        """Projects visual tokens (B, N, C) to (B, N, D) and adds the position embedding (N, D) again."""
+        """Projects visual tokens (B, N, C) to (B, N, D) and adds the decoder's position embedding (N, D)."""
         visual_tokens = self.norm(self.projection(visual_tokens)) + position_embedding
         return visual_tokens if self.mlp is None else visual_tokens + self.mlp(visual_tokens)
 
@@ -112,7 +112,7 @@ class Pix2SeqPreTrainedModel(PreTrainedModel):
     main_input_name = "pixel_values"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
-    _supports_flash_attn = False  # the encoder-decoder's mask does not allow it; the backbone may use it
+    _supports_flash_attn = False  # TransformerDecoder passes a mask; the backbone may use it
 
 
 class Pix2SeqForObjectDetection(Pix2SeqPreTrainedModel):
@@ -131,7 +131,7 @@ class Pix2SeqForObjectDetection(Pix2SeqPreTrainedModel):
         super().__init__(config)
         width = config.hidden_size
         self.backbone = VisionBackbone(config.backbone_config, config.backbone_dilated)
-        self.projection = nn.Sequential(
+        self.projection = nn.Sequential(  # from the channels of the backbone to the width of the encoder
             nn.Dropout(config.dropout),
             nn.Linear(self.backbone.num_channels, width),
             nn.LayerNorm(width, eps=NORM_EPS),
@@ -139,7 +139,7 @@ class Pix2SeqForObjectDetection(Pix2SeqPreTrainedModel):
         self.encoder = nn.Sequential(*(Pix2SeqEncoderLayer(config) for _ in range(config.encoder_layers)))
         if config.encoder_layers:
             self.encoder.append(nn.LayerNorm(width, eps=NORM_EPS))
-        self.projector = Pix2SeqProjector(config)
+        self.projector = Pix2SeqProjector(config)  # from the width of the encoder to that of the decoder
         decoder_class, branch_ends = DECODERS[config.decoder_config.model_type]
         self.decoder = decoder_class(config.decoder_config)
         if config.output_bias:
@@ -260,7 +260,8 @@ class Pix2SeqForObjectDetection(Pix2SeqPreTrainedModel):
         Args:
             pixel_values: Padded square images (B, 3, S, S), see `encode`.
             input_ids: Input token ids (B, L), BOS first. Without them, the result is that of `detect`.
-            labels: Target token ids (B, L), the token after each input token. Without them, no loss is computed.
+            labels: Target token ids (B, L), already shifted: `labels[:, i]` follows `input_ids[:, i]`. `token_weights`
+                replaces the ignore index -100. Without labels, no loss is computed.
             token_weights: Loss weights (B, L). Logits are not computed where the weight is 0. Default: 1.
             num_items_in_batch: Divisor of the loss. Default: the sum of `token_weights`. Pass the sum over all
                 processes and accumulation steps for a loss that does not depend on how a batch is divided.
@@ -324,14 +325,14 @@ class Pix2SeqForObjectDetection(Pix2SeqPreTrainedModel):
     def prefill(
         self, pixel_values: torch.Tensor, max_length: int
     ) -> LlamaIncrementalDecoder | TransformerIncrementalDecoder:
-        """Encodes images (B, 3, S, S) and returns the decoder state for sequences of at most `max_length` tokens."""
+        """Encodes images (B, 3, S, S) and returns an incremental decoder for at most `max_length` tokens."""
         return self.decoder.prefill(self.encode(pixel_values), max_length)
 
     def decode_step(
         self,
         token_ids: torch.Tensor,
         position: int | torch.Tensor,
-        decoder_state: LlamaIncrementalDecoder | TransformerIncrementalDecoder,
+        incremental_decoder: LlamaIncrementalDecoder | TransformerIncrementalDecoder,
         vocab_slice: slice = slice(None),
     ) -> torch.Tensor:
         """Processes one token per row and computes the logits of the next one.
@@ -339,14 +340,14 @@ class Pix2SeqForObjectDetection(Pix2SeqPreTrainedModel):
         Args:
             token_ids: Token ids (B,).
             position: Position of the tokens in the sequence; BOS is at 0. A 0-d tensor keeps its value on the device.
-            decoder_state: The result of `prefill`, which is updated.
+            incremental_decoder: The result of `prefill`, which is updated.
             vocab_slice: The R tokens of the vocabulary whose logits are computed.
 
         Returns:
             Logits (B, R), float32.
         """
-        hidden_states = decoder_state(token_ids, position)
-        key, lm_heads = (vocab_slice.start, vocab_slice.stop), decoder_state.lm_heads
+        hidden_states = incremental_decoder(token_ids, position)
+        key, lm_heads = (vocab_slice.start, vocab_slice.stop), incremental_decoder.lm_heads
         if key not in lm_heads:
             lm_heads[key] = FusedLinear.from_linears(
                 self.decoder.lm_head, like=hidden_states, output_slice=vocab_slice

@@ -109,7 +109,7 @@ def find_checkpoint(
     Args:
         checkpoints: folder of all checkpoints of the run.
         resume: value of --resume: None (a new run), "auto" (the newest complete checkpoint, if any) or a folder.
-        required_files: names of files that the checkpoint must contain.
+        required_files: names of files that a folder given as --resume must contain.
         warn: called with a line for each damaged checkpoint that is skipped.
 
     Raises:

@@ -73,7 +73,7 @@ class TrainContext:
         return self.state.step
 
     @property
-    def is_last_step(self) -> bool:
+    def is_finished(self) -> bool:
         """Whether all steps are taken."""
         return self.step == self.max_steps
 

@@ -35,7 +35,7 @@ def make_accelerator(
     report_to: list[str],
     output_dir: str,
 ) -> Accelerator:
-    """Joins the processes of the launcher.
+    """Creates the Accelerator, which initializes the process group, and checks its settings.
 
     Args:
         mixed_precision: "no", "bf16" or "fp16"; None takes the launcher's setting.
@@ -57,7 +57,7 @@ def make_accelerator(
     rejoin_process_group()
     try:
         accelerator = Accelerator(
-            # Without a GPU, processes join only with cpu=True. It also excludes Apple's GPUs, which have no float64.
+            # Without a GPU, processes join only with cpu=True. It also excludes MPS, which has no float64.
             cpu=not torch.cuda.is_available(),
             mixed_precision=mixed_precision,
             dynamo_backend="inductor" if compile else None,
@@ -70,7 +70,9 @@ def make_accelerator(
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise UserError("--mixed_precision fp16: needs a GPU; use bf16 or no")
     if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", "1")):
-        raise RuntimeError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but Accelerate joined 1 process")
+        raise RuntimeError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but Accelerate joined {accelerator.num_processes}"
+        )
     if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise UserError("FSDP: only version 2 is supported (fsdp_version: 2 in Accelerate's config)")
     return accelerator
@@ -112,8 +114,8 @@ def rejoin_process_group() -> None:
 def gather_full_model(model: Pix2SeqForObjectDetection) -> Pix2SeqForObjectDetection:
     """Returns a copy with all weights of a model that FSDP2 shards, or else the model itself.
 
-    All processes call this together. Sharded layers wait for all processes, which decode different numbers of batches;
-    the copy does not.
+    All processes call this together. A forward pass of a sharded model is a collective operation, which would deadlock
+    if processes evaluate different numbers of batches; the copy needs no communication.
     """
     if not isinstance(model, FSDPModule):
         return model

@@ -27,7 +27,12 @@ NAMES = (
     # Checks of the labels alone: 0 in every healthy run.
     *("data/misplaced_tokens", "data/supervised_noise", "data/inverted_boxes", "data/boxes_in_padding"),
 )
-PRINTED = ("train/loss", "train/loss_coord", "train/loss_class", "train/acc_class")  # in every line of the log
+ALWAYS_REPORTED = (
+    "train/loss",
+    "train/loss_coord",
+    "train/loss_class",
+    "train/acc_class",
+)  # for the log and the progress bar
 
 
 @torch.no_grad()
@@ -119,8 +124,8 @@ class TokenBatch:
         self.predicted_boxes = self.predicted_bins[..., :CLASS_SLOT] - tokenizer.first_bin_id
 
 
-def _masked_means(values: list[torch.Tensor], mask: torch.Tensor) -> torch.Tensor:
-    """Sums of each of the values within the mask, and the size of the mask: (2, len(values))."""
+def _masked_sums(values: list[torch.Tensor], mask: torch.Tensor) -> torch.Tensor:
+    """Sum of each value over the mask, and the number of elements of the mask: (2, len(values))."""
     sums = (torch.stack([value.double() for value in values]) * mask).flatten(1).sum(1)
     return torch.stack([sums, mask.sum().expand(len(values)).double()])
 
@@ -147,8 +152,8 @@ def _bin_errors(tokens: TokenBatch) -> torch.Tensor:
 def _object_metrics(tokens: TokenBatch) -> torch.Tensor:
     """Share of real objects with all tokens correct, their mean IoU, and share of images with all objects correct."""
     correct = tokens.correct.all(-1)
-    sequences = _masked_means([(correct | ~tokens.real).all(1)], tokens.real.any(1))
-    objects = _masked_means([correct, _paired_iou(tokens.boxes, tokens.predicted_boxes)], tokens.real)
+    sequences = _masked_sums([(correct | ~tokens.real).all(1)], tokens.real.any(1))
+    objects = _masked_sums([correct, _paired_iou(tokens.boxes, tokens.predicted_boxes)], tokens.real)
     return torch.cat([objects, sequences], dim=1)
 
 
@@ -164,7 +169,7 @@ def _paired_iou(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 def _noise_rates(tokens: TokenBatch) -> torch.Tensor:
     """Share of class tokens predicted as NOISE, and share that is NOISE."""
     predicted = tokens.predicted[..., CLASS_SLOT] == tokens.tokenizer.noise_id
-    return _masked_means([predicted, tokens.noise], tokens.counted[..., CLASS_SLOT])
+    return _masked_sums([predicted, tokens.noise], tokens.counted[..., CLASS_SLOT])
 
 
 def _loss_by_position(tokens: TokenBatch) -> torch.Tensor:
@@ -189,21 +194,21 @@ def _label_errors(tokens: TokenBatch, valid_fraction: torch.Tensor) -> torch.Ten
     in_padding = (tokens.boxes[..., 2:] > limits[:, None]).any(-1)
     return torch.cat(
         [
-            _masked_means([misplaced], tokens.counted),
-            _masked_means([tokens.noise[..., None].expand_as(coordinates)], coordinates),
-            _masked_means([inverted, in_padding], tokens.real),
+            _masked_sums([misplaced], tokens.counted),
+            _masked_sums([tokens.noise[..., None].expand_as(coordinates)], coordinates),
+            _masked_sums([inverted, in_padding], tokens.real),
         ],
         dim=1,
     )
 
 
 def compute_means(statistics: torch.Tensor) -> dict[str, float]:
-    """The means of `token_statistics` by name. Metrics without a count are omitted, or NaN if they are in PRINTED."""
+    """The means of `token_statistics` by name. Metrics without a count are omitted, or NaN if they are in ALWAYS_REPORTED."""
     means = {
         name: total / count if count else math.nan
         for name, total, count in zip(NAMES, *statistics.tolist(), strict=True)
     }
-    return {name: mean for name, mean in means.items() if name in PRINTED or not math.isnan(mean)}
+    return {name: mean for name, mean in means.items() if name in ALWAYS_REPORTED or not math.isnan(mean)}
 
 
 class Meter:
@@ -248,7 +253,7 @@ class Meter:
         self.started += time.perf_counter() - started
 
     def rates(self, num_processes: int, tokens_per_image: int) -> dict[str, float]:
-        """Throughput of all processes together, waiting time, memory and model FLOPs utilisation."""
+        """Throughput of all processes together, waiting time, peak GPU memory in GiB and model FLOPs utilisation."""
         seconds = time.perf_counter() - self.started
         images = self.images * num_processes / seconds
         rates = {

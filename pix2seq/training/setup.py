@@ -189,7 +189,7 @@ def prepare_for_training(
 
 def enable_gradient_checkpointing(model: Pix2SeqForObjectDetection) -> None:
     """Recomputes the activations of the layers in the backward pass instead of storing them."""
-    # Newer versions of transformers deprecate the second name; 5.17 has only that one.
+    # Newer versions of transformers deprecate `gradient_checkpointing_enable`, the only name in 5.17.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
 
@@ -234,7 +234,7 @@ def create_run_folder(context: TrainContext) -> None:
         folder.write_config(to_yaml(args), accelerator.device, accelerator.num_processes)
     except OSError as error:
         raise UserError(f"--output_dir {args.output_dir}: cannot be written to ({error.strerror})") from None
-    folder.rewind_metrics(context.step, keep_evaluation=context.state.reported_step == context.step)
+    folder.rewind_metrics(context.step, keep_evaluation=context.state.last_evaluated_step == context.step)
     folder.status("running", context.step)
     # TensorBoard accepts plain values only.
     flags = {k: v if isinstance(v, int | float) else str(v) for k, v in yaml.safe_load(to_yaml(args)).items()}

@@ -12,7 +12,7 @@ from pix2seq.training.distributed import load_optimizer_state_dict, optimizer_st
 from pix2seq.training.metrics import Meter
 
 TRAINER_FILE = "trainer.pt"
-COUNTERS = ("step", "reported_step", "best_ap", "num_skipped", "num_skipped_in_a_row")
+COUNTERS = ("step", "last_evaluated_step", "best_ap", "num_skipped", "num_consecutive_skipped")
 
 
 @dataclass
@@ -29,10 +29,10 @@ class TrainerState:
         images_digest: hash of the ids and file names of the training images.
         ema_model: exponential moving average of the weights, or None.
         step: optimizer steps taken.
-        reported_step: last step whose evaluation and samples, if due, are complete.
+        last_evaluated_step: last step whose evaluation and samples, if due, are complete.
         best_ap: highest AP so far.
         num_skipped: steps not taken because their loss or gradient was not finite.
-        num_skipped_in_a_row: the most recent of them without a finite step in between.
+        num_consecutive_skipped: consecutive skipped steps up to now; the fp16 loss scaler's are not counted.
     """
 
     optimizer: torch.optim.Optimizer
@@ -44,10 +44,10 @@ class TrainerState:
     images_digest: str = ""
     ema_model: AveragedModel | None = None
     step: int = 0
-    reported_step: int = 0
+    last_evaluated_step: int = 0
     best_ap: float = -math.inf
     num_skipped: int = 0
-    num_skipped_in_a_row: int = 0
+    num_consecutive_skipped: int = 0
 
     @property
     def _torch_optimizer(self) -> torch.optim.Optimizer:
