@@ -34,8 +34,8 @@ def generate_tokens(
     Args:
         model: A `Pix2SeqForObjectDetection` in eval mode, or any object with these attributes:
 
-            - `prefill(pixel_values, max_length)` returns an incremental decoder for `max_length` tokens. It has a method
-              `select_batch(rows)` that keeps these rows of the batch.
+            - `prefill(pixel_values, max_length)` returns an incremental decoder for `max_length` tokens. Its method
+              `select_batch(rows)` keeps these rows of the batch.
             - `decode_step(token_ids, position, incremental_decoder, vocab_slice)` processes one token (B,) per row and
               returns the logits (B, R) of the next token for the R tokens of the slice. On a GPU, `position` is a
               0-d tensor.

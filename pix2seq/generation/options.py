@@ -61,8 +61,8 @@ class DecodingOptions:
     )
     box_score_power: float = option(
         0.0,
-        "multiply scores by the product of the probabilities of the four coordinates to this power; the probability of a "
-        "coordinate covers the bins within --expectation_radius",
+        "multiply scores by the product of the probabilities of the four coordinates to this power; a probability is "
+        "that of the bins within --expectation_radius",
     )
 
     def __post_init__(self):

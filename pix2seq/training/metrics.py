@@ -203,7 +203,7 @@ def _label_errors(tokens: TokenBatch, valid_fraction: torch.Tensor) -> torch.Ten
 
 
 def compute_means(statistics: torch.Tensor) -> dict[str, float]:
-    """The means of `token_statistics` by name. Metrics without a count are omitted, or NaN if they are in ALWAYS_REPORTED."""
+    """The means of `token_statistics` by name. Without a count, a metric is omitted, or NaN if in ALWAYS_REPORTED."""
     means = {
         name: total / count if count else math.nan
         for name, total, count in zip(NAMES, *statistics.tolist(), strict=True)
