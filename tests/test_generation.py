@@ -313,6 +313,14 @@ def test_top_p_0_is_argmax_and_1_is_the_whole_distribution():
     assert frequencies(probabilities, 1.0) == pytest.approx(probabilities, abs=0.03)
 
 
+def test_top_p_of_1_keeps_every_token():
+    """The float32 cumulative probability of these tokens is above 1."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2000, 3, generator=generator)
+    sampled = sample_top_p(logits, 1.0, torch.full((2000,), 1 - 2**-24))
+    assert torch.equal(sampled, logits.argmin(-1))
+
+
 def test_temperature():
     high = frequencies([0.1, 0.9], 1.0, temperature=2.0)
     assert high[0] == pytest.approx(0.1**0.5 / (0.1**0.5 + 0.9**0.5), abs=0.03)

@@ -22,7 +22,9 @@ def sample_top_p(logits: torch.Tensor, top_p: float, uniform: torch.Tensor | Non
         return logits.argmax(-1)
     assert uniform is not None
     probabilities, order = logits.softmax(-1).sort(dim=-1, descending=True, stable=True)
-    kept = (probabilities.cumsum(-1) <= top_p) & (probabilities > 0)
+    kept = probabilities > 0
+    if top_p < 1:  # the cumulative probability of all tokens may be rounded to above 1
+        kept &= probabilities.cumsum(-1) <= top_p
     kept[:, 0] = True
     cumulative = (probabilities * kept).cumsum(-1)
     index = (cumulative <= uniform[:, None] * cumulative[:, -1:]).sum(-1, keepdim=True)
