@@ -78,15 +78,6 @@ class PrefixedLlama(LlamaForCausalLM):
         return plain
 
 
-def prefix_cache(decoder: LlamaDecoder, visual_tokens: torch.Tensor) -> DynamicCache:
-    """Computes the keys and values of visual tokens as a cache of transformers."""
-    static_cache, cache = decoder.prefill(visual_tokens, 1).kv_cache, DynamicCache(config=decoder.config)
-    for index, layer in enumerate(static_cache.layers):
-        keys, values = layer[:, :, :, : visual_tokens.shape[1]]
-        cache.update(keys.clone(), values.clone(), index)
-    return cache
-
-
 def generate_with_pix2seq(model: Pix2SeqForObjectDetection, visual_tokens: torch.Tensor, length: int) -> torch.Tensor:
     """Generates tokens (B, L) with this package."""
     decoder_only = copy.copy(model)
@@ -102,7 +93,7 @@ def generate_with_transformers(
     bos = torch.full((len(visual_tokens), 1), model.tokenizer.bos_id, device=visual_tokens.device)
     tokens = plain.generate(
         input_ids=bos,
-        **{CACHE: prefix_cache(model.decoder, visual_tokens)},
+        **{CACHE: model.decoder.encode_prefix(visual_tokens)},
         logits_processor=[GrammarProcessor(model.tokenizer, visual_tokens.device)],
         max_new_tokens=length,
         min_new_tokens=length,
@@ -126,7 +117,7 @@ def generate_in_a_loop(
 def loop_over_llama(
     model: Pix2SeqForObjectDetection, plain: PrefixedLlama, visual_tokens: torch.Tensor, length: int
 ) -> torch.Tensor:
-    cache = prefix_cache(model.decoder, visual_tokens)
+    cache = model.decoder.encode_prefix(visual_tokens)
 
     def next_logits(token: torch.Tensor, position: int) -> torch.Tensor:
         positions = torch.full((1, 1), position + 1, device=token.device)

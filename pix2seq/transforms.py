@@ -112,15 +112,25 @@ class EvalTransform:
 
     Args:
         image_size: Side S of the padded image, in pixels.
+        resize: Whether to resize the image. If not, it must fit into the square.
     """
 
     image_size: int
+    resize: bool = True
 
     def __call__(self, image, boxes: np.ndarray | None = None) -> PaddedImage:
-        """Transforms an image and, if given, its boxes. See `TrainTransform.__call__` for the arguments."""
+        """Transforms an image and, if given, its boxes. See `TrainTransform.__call__` for the arguments.
+
+        Raises:
+            ValueError: The image is not resized and does not fit into the square.
+        """
         given = torch.zeros(0, 4) if boxes is None else torch.from_numpy(boxes)
         annotated = BoundingBoxes(given, format="XYXY", canvas_size=tuple(image.shape[-2:]))
-        size = resized_size(image.shape[-2:], self.image_size)
+        size = resized_size(image.shape[-2:], self.image_size) if self.resize else tuple(image.shape[-2:])
+        if max(size) > self.image_size:
+            raise ValueError(
+                f"an image of {size[1]} x {size[0]} pixels does not fit into a square of {self.image_size}"
+            )
         # Decodes at full resolution, so that an image file and a decoded image give the same boxes.
         pixels = F.resize(read_pixels(image), size, antialias=True)
         return _pad(pixels, F.resize(annotated, size), self.image_size)

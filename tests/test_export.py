@@ -120,14 +120,15 @@ def test_rows_may_be_at_different_positions(exported):
 @pytest.mark.parametrize("decoder", ["num_key_value_heads", "causal_prefix", "transformer"])
 def test_graph_functions_match_the_incremental_decoder(make_model, decoder):
     model = new_model(decoder) if decoder == "transformer" else enlarge_weights(make_model(decoder={decoder: 1}))
-    encode, step = onnx_graphs.GRAPH_FUNCTIONS[model.config.decoder_config.model_type]
     ids = torch.randint(5, 50, (7, 3), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        state, visual_key_values = model.prefill(pixel_values(3), 7), encode(model, pixel_values(3))
+        state, visual_key_values = model.prefill(pixel_values(3), 7), onnx_graphs.encode(model, pixel_values(3))
         past_key_values = torch.zeros(*visual_key_values.shape[:3], 7, visual_key_values.shape[4])
         for position, input_ids in enumerate(ids):
             positions = torch.full((3,), position)
-            logits, past_key_values = step(model, input_ids, positions, visual_key_values, past_key_values)
+            logits, past_key_values = onnx_graphs.decode_step(
+                model, input_ids, positions, visual_key_values, past_key_values
+            )
             torch.testing.assert_close(logits, model.decode_step(input_ids, position, state))
 
 

@@ -25,7 +25,7 @@ from pix2seq.generation import (
     generate_tokens,
     sample_top_p,
 )
-from pix2seq.models import Detections, kv_cache
+from pix2seq.models import Detections, fused_decoders
 from pix2seq.models.detections import to_detections
 from pix2seq.tokenizer import CLASS_SLOT, NOISE_LABEL, TOKENS_PER_OBJECT, Tokenizer
 from tests.test_architectures import build, images, scale_weights
@@ -566,13 +566,13 @@ def test_greedy_tokens_equal_those_of_transformers_generate(make_model, seed):
 @pytest.mark.parametrize(("features", "threads"), [(12, 2), (12, 8), (7, 2)])
 @pytest.mark.parametrize("batch_size", [1, 3, 9])
 def test_fused_linear_equals_its_layers(monkeypatch, bias, features, threads, batch_size):
-    monkeypatch.setattr(kv_cache, "MIN_SPLIT_WEIGHTS", 1)
+    monkeypatch.setattr(fused_decoders, "MIN_SPLIT_WEIGHTS", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     layers, scale = [torch.nn.Linear(5, features, bias=bias) for _ in range(2)], torch.rand(5)
     x = torch.randn(batch_size, 5)
     with torch.inference_mode():
-        fused = kv_cache.FusedLinear.from_linears(*layers, like=x, input_scale=scale)
-        assert (fused.split_weight is not None) == (batch_size < kv_cache.MIN_PACKED_BATCH)
+        fused = fused_decoders.FusedLinear.from_linears(*layers, like=x, input_scale=scale)
+        assert (fused.split_weight is not None) == (batch_size < fused_decoders.MIN_PACKED_BATCH)
         torch.testing.assert_close(fused(x), torch.cat([layer(x * scale) for layer in layers], dim=1))
-        part = kv_cache.FusedLinear.from_linears(layers[0], like=x, output_slice=slice(2, 7))
+        part = fused_decoders.FusedLinear.from_linears(layers[0], like=x, output_slice=slice(2, 7))
         torch.testing.assert_close(part(x), layers[0](x)[:, 2:7])

@@ -88,7 +88,7 @@ def test_the_order_of_tokens_matters(decoder):
 def test_every_token_attends_to_all_visual_tokens(decoder):
     model = scale_weights(build(decoder, encoder_layers=0, decoder_layers=1).eval(), 0.5)
     visual_tokens = model.encode(images(1)).detach().requires_grad_()
-    logits = model.decoder.lm_head(model.decoder(visual_tokens, token_ids(1)))
+    logits = model.decoder.lm_head(model.decoder(visual_tokens, token_ids(1)).last_hidden_state)
     for position in range(0, 15, 3):
         (gradient,) = torch.autograd.grad(logits[0, position].square().sum(), visual_tokens, retain_graph=True)
         assert (gradient.abs().sum(-1) > 0).all()
@@ -101,8 +101,8 @@ def test_causal_prefix(causal):
     changed = visual_tokens.clone()
     changed[:, -1] += 1
     with torch.no_grad():
-        first, second = (model.decoder.prefill(tokens, 1).kv_cache.layers[1] for tokens in (visual_tokens, changed))
-    assert torch.equal(first[:, :, :, 0], second[:, :, :, 0]) == causal
+        first, second = (model.decoder.encode_prefix(tokens).layers[1].keys for tokens in (visual_tokens, changed))
+    assert torch.equal(first[:, :, 0], second[:, :, 0]) == causal
 
 
 @pytest.mark.parametrize("causal_prefix", [False, True])
@@ -124,7 +124,7 @@ def test_the_llama_decoder_equals_llama_with_a_mask(make_model, causal_prefix):
         attention_mask=mask,
         position_ids=prefix_positions(num_visual, input_ids.shape[1], "cpu"),
     ).last_hidden_state[:, num_visual:]
-    actual = model.decoder(visual_tokens, input_ids)
+    actual = model.decoder(visual_tokens, input_ids).last_hidden_state
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
     direction = torch.randn_like(expected)
     expected_gradients = torch.autograd.grad((expected * direction).sum(), [visual_tokens, *plain.model.parameters()])

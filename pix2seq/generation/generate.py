@@ -35,10 +35,11 @@ def generate_tokens(
         model: A `Pix2SeqForObjectDetection` in eval mode, or any object with these attributes:
 
             - `prefill(pixel_values, max_length)` returns an incremental decoder for `max_length` tokens. Its method
-              `select_batch(rows)` keeps these rows of the batch.
+              `select_batch(rows)` keeps these rows of the batch. Its attribute `supports_cuda_graph`, which is read on
+              a GPU only, tells whether its steps can be captured.
             - `decode_step(token_ids, position, incremental_decoder, vocab_slice)` processes one token (B,) per row and
-              returns the logits (B, R) of the next token for the R tokens of the slice. On a GPU, `position` is a
-              0-d tensor.
+              returns the logits (B, R) of the next token for the R tokens of the slice. If its steps are captured
+              as a CUDA graph, `position` is a 0-d tensor.
             - `config.noise_objects`: whether the model was trained with noise objects.
         pixel_values: Pixels (B, 3, S, S).
         tokenizer: Defines the vocabulary.
@@ -55,13 +56,15 @@ def generate_tokens(
     """
     state = state or DecodingState.create(pixel_values, tokenizer, options)
     grammar = Grammar(tokenizer, allow_eos=not model.config.noise_objects, device=pixel_values.device)
-    decode = decode_by_object if pixel_values.is_cuda else decode_by_token
-    return DecodingState.merge(decode(model, pixel_values, state, grammar, options, interrupted))
+    incremental_decoder = model.prefill(pixel_values, TOKENS_PER_OBJECT * options.max_objects)
+    uses_graph = pixel_values.is_cuda and incremental_decoder.supports_cuda_graph
+    decode = decode_by_object if uses_graph else decode_by_token
+    return DecodingState.merge(decode(model, incremental_decoder, state, grammar, options, interrupted))
 
 
 def decode_by_token(
     model,
-    pixel_values: torch.Tensor,
+    incremental_decoder,
     state: DecodingState,
     grammar: Grammar,
     options: DecodingOptions,
@@ -72,11 +75,9 @@ def decode_by_token(
     Returns:
         States that together hold all rows.
     """
-    length = TOKENS_PER_OBJECT * options.max_objects
-    incremental_decoder = model.prefill(pixel_values, length)
     token = torch.full_like(state.image_indices, grammar.tokenizer.bos_id)
     finished, may_end = [], grammar.allow_eos or options.noise_patience > 0
-    for position in range(length):
+    for position in range(TOKENS_PER_OBJECT * options.max_objects):
         slot = position % TOKENS_PER_OBJECT
         if interrupted():
             raise Interrupted
@@ -95,7 +96,7 @@ def decode_by_token(
 
 def decode_by_object(
     model,
-    pixel_values: torch.Tensor,
+    incremental_decoder,
     state: DecodingState,
     grammar: Grammar,
     options: DecodingOptions,
@@ -109,7 +110,6 @@ def decode_by_object(
     Returns:
         States that together hold all rows.
     """
-    incremental_decoder = model.prefill(pixel_values, TOKENS_PER_OBJECT * options.max_objects)
     token = torch.full_like(state.image_indices, grammar.tokenizer.bos_id)
     position = torch.zeros_like(state.image_indices[0])
     ended = torch.zeros_like(token, dtype=torch.bool)
@@ -132,7 +132,7 @@ def decode_by_object(
         if number == 0:
             decode_object()  # not captured: the first call allocates buffers
         else:
-            replay = replay or capture_cuda_graph(decode_object, pixel_values.device)
+            replay = replay or capture_cuda_graph(decode_object, token.device)
             replay()
         if not may_end:
             continue

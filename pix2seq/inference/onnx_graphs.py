@@ -1,18 +1,16 @@
 """Exports a model as two ONNX graphs: one for an image, one for a decoding step."""
 
-import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import DynamicCache
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 
 from pix2seq.errors import UserError
 from pix2seq.models import Pix2SeqForObjectDetection
-from pix2seq.models.llama_decoder import CACHE, prefix_positions
+from pix2seq.models.llama_decoder import LlamaDecoder
 from pix2seq.tokenizer import TOKENS_PER_OBJECT
 
 ENCODER_FILE, STEP_FILE = "encoder.onnx", "decoder_step.onnx"
@@ -26,145 +24,92 @@ d head width, V tokens of the vocabulary. B and T are dynamic.
 """
 
 
-def encode_llama(model: Pix2SeqForObjectDetection, pixel_values: torch.Tensor) -> torch.Tensor:
-    """Encodes images for the Llama decoder.
+class ExportCache(Cache):
+    """A cache of transformers whose keys and values are inputs and outputs of the graph of a step.
 
     Args:
-        model: Model with a Llama decoder.
+        past_key_values: (B, L, 2 H, T, d), of the tokens before `position`; what is behind them is ignored.
+        position: Position (B,) of the new token in the sequence of each row.
+        prefix: Keys and values (B, L, 2 H, N, d) that precede the sequence, or None.
+
+    Attributes:
+        present: For each layer, `past_key_values` (B, 2 H, T, d) with those of the new token.
+    """
+
+    def __init__(self, past_key_values: torch.Tensor, position: torch.Tensor, prefix: torch.Tensor | None):
+        super().__init__(layers=[])
+        self.past_key_values, self.position, self.prefix = past_key_values, position, prefix
+        self.present: list[torch.Tensor] = []
+        is_position = torch.arange(past_key_values.shape[3], device=position.device) == position[:, None]
+        self.is_position = is_position[:, None, :, None]
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
+        new = torch.cat([key_states, value_states], dim=1)
+        self.present.append(torch.where(self.is_position, new, self.past_key_values[:, layer_idx]))
+        key_values = self.present[-1]
+        if self.prefix is not None:
+            key_values = torch.cat([self.prefix[:, layer_idx], key_values], dim=2)
+        return key_values.chunk(2, dim=1)
+
+    def get_seq_length(self, layer_idx: int = 0) -> torch.Tensor:
+        return self.position[:, None]
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        num_visual = 0 if self.prefix is None else self.prefix.shape[3]
+        return num_visual + self.past_key_values.shape[3]
+
+
+def encode(model: Pix2SeqForObjectDetection, pixel_values: torch.Tensor) -> torch.Tensor:
+    """Encodes images.
+
+    Args:
+        model: The model.
         pixel_values: uint8 (B, 3, S, S).
 
     Returns:
-        The keys and values of the visual tokens in the self-attention of each layer, (B, L, 2 H, N, d).
+        The keys and values of the visual tokens in each layer, (B, L, 2 H, N, d): in the self-attention of the Llama
+        decoder, in the cross-attention of the encoder-decoder.
     """
-    decoder, visual_tokens = model.decoder, model.encode(pixel_values)
-    cache = DynamicCache(config=decoder.config)
-    decoder.model(
-        inputs_embeds=visual_tokens,
-        position_ids=prefix_positions(visual_tokens.shape[1], 0, visual_tokens.device),
-        num_visual=decoder.num_bidirectional(visual_tokens),
-        use_cache=True,
-        **{CACHE: cache},
-    )
-    return torch.stack([torch.cat([layer.keys, layer.values], dim=1) for layer in cache.layers], dim=1)
+    visual_tokens = model.encode(pixel_values)
+    if isinstance(model.decoder, LlamaDecoder):
+        layers = [(layer.keys, layer.values) for layer in model.decoder.encode_prefix(visual_tokens).layers]
+    else:
+        layers = model.decoder.cross_key_values(visual_tokens)
+    return torch.stack([torch.cat(key_values, dim=1) for key_values in layers], dim=1)
 
 
-def encode_transformer(model: Pix2SeqForObjectDetection, pixel_values: torch.Tensor) -> torch.Tensor:
-    """As `encode_llama`, with the keys and values of the cross-attention."""
-    visual_tokens, key_values = model.encode(pixel_values), []
-    for layer in model.decoder.model.decoder.layers:
-        attention = layer.encoder_attn
-        key_values.append(torch.cat(_split_heads(attention, visual_tokens, "k_proj", "v_proj"), dim=2).transpose(1, 2))
-    return torch.stack(key_values, dim=1)
-
-
-def step_llama(
+def decode_step(
     model: Pix2SeqForObjectDetection,
     input_ids: torch.Tensor,
     position: torch.Tensor,
     visual_key_values: torch.Tensor,
     past_key_values: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Decodes one token in each row with the Llama decoder.
+    """Decodes one token in each row.
 
     Args:
-        model: Model with a Llama decoder.
+        model: The model.
         input_ids: int64 (B,), the last token.
         position: int64 (B,), its position in the sequence; BOS is at 0. Rows may be at different positions.
-        visual_key_values: (B, L, 2 H, N, d), the output of `encode_llama`.
+        visual_key_values: (B, L, 2 H, N, d), the output of `encode`.
         past_key_values: (B, L, 2 H, T, d), of the tokens before `position`; what is behind them is ignored.
 
     Returns:
         The logits of the next token (B, V), and `past_key_values` with those of this token at its position.
     """
-    decoder, new_key_values = model.decoder.model, []
-    is_past = torch.arange(past_key_values.shape[3], device=position.device) < position[:, None]
-    hidden_states = decoder.embed_tokens(input_ids)
-    # Visual tokens have the rotary position 0.
-    cos, sin = (part[:, 0] for part in decoder.rotary_emb(hidden_states, 1 + position[:, None]))
-    for index, layer in enumerate(decoder.layers):
-        normed = layer.input_layernorm(hidden_states)
-        query, key, value = _split_heads(layer.self_attn, normed, "q_proj", "k_proj", "v_proj")
-        query, key = apply_rotary_pos_emb(query, key, cos, sin)
-        new_key_values.append(torch.cat([key, value], dim=1)[:, :, None])
-        attended = attend(
-            query,
-            (visual_key_values[:, index], None),
-            (past_key_values[:, index], is_past),
-            (new_key_values[-1], None),
-        )
-        hidden_states = hidden_states + layer.self_attn.o_proj(attended)
-        hidden_states = hidden_states + layer.mlp(layer.post_attention_layernorm(hidden_states))
-    logits = model.decoder.lm_head(decoder.norm(hidden_states))
-    return logits, update_cache(past_key_values, new_key_values, position)
-
-
-def step_transformer(
-    model: Pix2SeqForObjectDetection,
-    input_ids: torch.Tensor,
-    position: torch.Tensor,
-    visual_key_values: torch.Tensor,
-    past_key_values: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `step_llama`, with the encoder-decoder transformer's decoder."""
-    decoder, new_key_values = model.decoder.model.decoder, []
-    is_past = torch.arange(past_key_values.shape[3], device=position.device) < position[:, None]
-    hidden_states = decoder.embed_tokens(input_ids) + decoder.embed_positions.weight[position]
-    for index, layer in enumerate(decoder.layers):
-        normed = layer.self_attn_layer_norm(hidden_states)
-        query, key, value = _split_heads(layer.self_attn, normed, "q_proj", "k_proj", "v_proj")
-        new_key_values.append(torch.cat([key, value], dim=1)[:, :, None])
-        attended = attend(query, (past_key_values[:, index], is_past), (new_key_values[-1], None))
-        hidden_states = hidden_states + layer.self_attn.out_proj(attended)
-        (query,) = _split_heads(layer.encoder_attn, layer.encoder_attn_layer_norm(hidden_states), "q_proj")
-        attended = attend(query, (visual_key_values[:, index], None))
-        hidden_states = hidden_states + layer.encoder_attn.out_proj(attended)
-        normed = layer.final_layer_norm(hidden_states)
-        hidden_states = hidden_states + layer.fc2(layer.activation_fn(layer.fc1(normed)))
-    logits = model.decoder.lm_head(decoder.layer_norm(hidden_states))
-    return logits, update_cache(past_key_values, new_key_values, position)
-
-
-def _split_heads(attention: nn.Module, hidden_states: torch.Tensor, *projections: str) -> list[torch.Tensor]:
-    """Applies linear layers of an attention module: (..., D) -> (..., heads, d) each."""
-    return [
-        getattr(attention, projection)(hidden_states).unflatten(-1, (-1, attention.head_dim))
-        for projection in projections
-    ]
-
-
-def attend(query: torch.Tensor, *parts: tuple[torch.Tensor, torch.Tensor | None]) -> torch.Tensor:
-    """Attention of one query per row over keys and values in several tensors, which are not concatenated.
-
-    Args:
-        query: (B, Q, d), Q heads, a multiple of the H key-value heads.
-        parts: Pairs of keys and values (B, 2 H, n, d) and a mask (B, n) of those that are used, or None for all.
-
-    Returns:
-        (B, Q d).
-    """
-    num_heads = parts[0][0].shape[1] // 2
-    query = query.unflatten(1, (num_heads, -1)) / math.sqrt(query.shape[-1])
-    scores = []
-    for key_values, mask in parts:
-        score = query @ key_values[:, :num_heads].transpose(2, 3)
-        scores.append(score if mask is None else score.masked_fill(~mask[:, None, None], -torch.inf))
-    lengths = [key_values.shape[2] for key_values, _ in parts]
-    weights = torch.cat(scores, dim=-1).softmax(-1).split(lengths, dim=-1)
-    return sum(
-        weight @ key_values[:, num_heads:] for weight, (key_values, _) in zip(weights, parts, strict=True)
-    ).flatten(1)
-
-
-def update_cache(
-    past_key_values: torch.Tensor, new_key_values: list[torch.Tensor], position: torch.Tensor
-) -> torch.Tensor:
-    """Writes the new keys and values of each layer, (B, 2 H, 1, d), at the position (B,) of a row."""
-    is_position = torch.arange(past_key_values.shape[3], device=position.device) == position[:, None]
-    return torch.where(is_position[:, None, None, :, None], torch.stack(new_key_values, dim=1), past_key_values)
-
-
-# By the model_type of the decoder's config.
-GRAPH_FUNCTIONS = {"llama": (encode_llama, step_llama), "blenderbot": (encode_transformer, step_transformer)}
+    decoder = model.decoder
+    if isinstance(decoder, LlamaDecoder):
+        self_cache = cache = ExportCache(past_key_values, position, visual_key_values)
+    else:
+        self_cache = ExportCache(past_key_values, position, None)
+        cross_cache = DynamicCache()
+        for index in range(visual_key_values.shape[1]):
+            cross_cache.update(*visual_key_values[:, index].chunk(2, dim=1), index)
+        cache = EncoderDecoderCache(self_cache, cross_cache)
+    # The decoder uses the shape and the dtype of the visual tokens only: their keys and values are in the cache.
+    visual_tokens = visual_key_values[:, 0, 0, :, :1]
+    hidden_states = decoder.decode_step(input_ids, position, visual_tokens, cache)
+    return decoder.lm_head(hidden_states), torch.stack(self_cache.present, dim=1)
 
 
 class _Graph(nn.Module):
@@ -189,7 +134,6 @@ def export_graphs(model: Pix2SeqForObjectDetection, folder: Path, opset: int) ->
     Raises:
         UserError: The exporter does not support a part of the model.
     """
-    encode, step = GRAPH_FUNCTIONS[model.config.decoder_config.model_type]
     side = model.config.image_size
     pixel_values = torch.zeros(2, 3, side, side, dtype=torch.uint8)
     with torch.inference_mode():
@@ -206,7 +150,7 @@ def export_graphs(model: Pix2SeqForObjectDetection, folder: Path, opset: int) ->
         opset=opset,
     )
     _export(
-        _Graph(model, step),
+        _Graph(model, decode_step),
         folder / STEP_FILE,
         inputs={
             "input_ids": (input_ids, {0: batch_axis}),

@@ -1,6 +1,5 @@
 """Hugging Face vision models as backbones: from pixels to one feature map."""
 
-import copy
 import re
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +16,7 @@ from transformers.models.resnet.modeling_resnet import ResNetConvLayer, ResNetSh
 from transformers.utils import cached_file
 
 from pix2seq.errors import UserError
+from pix2seq.models.plain_modules import is_plain
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -123,8 +123,9 @@ class VisionBackbone(nn.Module):
         self.has_feature_maps = type(config) in MODEL_FOR_BACKBONE_MAPPING  # registered ones included
         self.dilated = dilated
         self.frozen = False
-        config = copy.deepcopy(config)  # AutoBackbone modifies the config
         config.dtype = None  # use the dtype of the whole model, not the one the backbone was saved in
+        if config._attn_implementation == "sdpa":
+            config._attn_implementation = None  # sdpa where the model supports it: a ResNet does not
         if self.has_feature_maps:
             self._set_model(AutoBackbone.from_config(config))
         else:
@@ -284,7 +285,8 @@ class VisionBackbone(nn.Module):
 def _conv_with_folded_norm(layer: Any, features: torch.Tensor) -> torch.Tensor:
     """Forward of a ResNet layer that folds a frozen batch norm into the convolution, which is faster in training."""
     conv, norm = layer.convolution, layer.normalization
-    if norm.training or norm.weight.requires_grad or not torch.is_grad_enabled():
+    can_fold = is_plain(conv, {nn.Conv2d}) and is_plain(norm, {nn.BatchNorm2d, nn.SyncBatchNorm})
+    if norm.training or norm.weight.requires_grad or not torch.is_grad_enabled() or not can_fold:
         return type(layer).forward(layer, features)
     scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
     weight, bias = conv.weight * scale[:, None, None, None], norm.bias - norm.running_mean * scale

@@ -1,15 +1,13 @@
 """Builds new models from plain values, which have the names of the flags."""
 
 import torch
-from transformers import BlenderbotConfig, LlamaConfig
-from transformers.configuration_utils import PretrainedConfig
 
 from pix2seq.errors import UserError
 from pix2seq.models.backbone import Stage, resolve_backbone
-from pix2seq.models.configuration_pix2seq import Pix2SeqConfig
+from pix2seq.models.configuration_pix2seq import Pix2SeqConfig, create_decoder_config
 from pix2seq.models.modeling_pix2seq import Pix2SeqForObjectDetection
 from pix2seq.models.position_embedding import BinInit, PositionEmbeddingType
-from pix2seq.tokenizer import TOKENS_PER_OBJECT, Tokenizer
+from pix2seq.tokenizer import Tokenizer
 
 
 def build_model(
@@ -66,7 +64,7 @@ def build_model(
     config = Pix2SeqConfig(
         backbone_config=spec.config,
         backbone_dilated=backbone_stage == "dc5",
-        decoder_config=_decoder_config(
+        decoder_config=create_decoder_config(
             decoder,
             Tokenizer(len(category_ids), num_bins),
             hidden_size=hidden_size,
@@ -129,50 +127,3 @@ def check_image_size(model: Pix2SeqForObjectDetection) -> None:
         raise UserError(
             f"--backbone, --image_size {side}: the backbone cannot process an image of this size ({error})"
         ) from None
-
-
-def _decoder_config(
-    decoder: str,
-    tokenizer: Tokenizer,
-    *,
-    hidden_size: int,
-    num_layers: int,
-    num_heads: int,
-    mlp_size: int,
-    max_objects: int,
-    dropout: float,
-    causal_prefix: bool,
-) -> PretrainedConfig:
-    common = {
-        "vocab_size": tokenizer.vocab_size,
-        "max_position_embeddings": TOKENS_PER_OBJECT * max_objects + 2,
-        "tie_word_embeddings": True,
-        "pad_token_id": tokenizer.pad_id,
-        "bos_token_id": tokenizer.bos_id,
-        "eos_token_id": tokenizer.eos_id,
-    }
-    if decoder == "llama":
-        return LlamaConfig(
-            hidden_size=hidden_size,
-            intermediate_size=mlp_size,
-            num_hidden_layers=num_layers,
-            num_attention_heads=num_heads,
-            causal_prefix=causal_prefix,
-            **common,
-        )
-    return BlenderbotConfig(
-        d_model=hidden_size,
-        decoder_layers=num_layers,
-        decoder_attention_heads=num_heads,
-        decoder_ffn_dim=mlp_size,
-        # There is no encoder, but some functions of transformers read these values.
-        encoder_layers=num_layers,
-        encoder_attention_heads=num_heads,
-        encoder_ffn_dim=mlp_size,
-        # Whole residual branches are dropped instead, see Pix2SeqForObjectDetection.add_drop_path.
-        dropout=0.0,
-        activation_dropout=dropout,
-        is_decoder=True,
-        is_encoder_decoder=False,
-        **common,
-    )

@@ -61,16 +61,16 @@ def to_detections(state: DecodingState, tokenizer: Tokenizer, box_score_power: f
     ]
 
 
-def pad_detections(detections: list[Detections]) -> dict[str, np.ndarray]:
+def pad_detections(detections: list[Detections], count: int) -> dict[str, np.ndarray]:
     """Stacks the objects of images, sorted by descending score and padded to the same number N.
 
     Args:
         detections: The objects of each of B images.
+        count: Number N, at least that of the objects of each image.
 
     Returns:
         `boxes` (B, N, 4), `labels` (B, N), -1 where an image has fewer objects, and `scores` (B, N).
     """
-    count = max((len(image.scores) for image in detections), default=0)
     boxes, scores = np.zeros((len(detections), count, 4)), np.zeros((len(detections), count))
     labels = np.full((len(detections), count), -1)
     for row, image in enumerate(detections):

@@ -1,12 +1,17 @@
 """Fine-tuning: transfers a trained model to other classes, image sizes, numbers of bins and sequence lengths."""
 
 import copy
+from collections.abc import Callable
 
 import torch
+from transformers.utils import logging
 
 from pix2seq.models.build import check_image_size
+from pix2seq.models.configuration_pix2seq import Pix2SeqConfig
 from pix2seq.models.modeling_pix2seq import Pix2SeqForObjectDetection
 from pix2seq.tokenizer import TOKENS_PER_OBJECT, Tokenizer
+
+logger = logging.get_logger(__name__)
 
 # Suffixes of parameter names.
 TOKEN_PARAMETERS = ("embed_tokens.weight", "lm_head.weight", "lm_head.bias")  # one row per token
@@ -81,6 +86,66 @@ def adapt_to_classes(
     ]
     check_image_size(model)
     return model.train(), report
+
+
+def load_with_classes(load: Callable, name: str, config: Pix2SeqConfig, match: bool, **kwargs):
+    """Loads a model with the classes of a config, see `Pix2SeqForObjectDetection.from_pretrained`.
+
+    Args:
+        load: `PreTrainedModel.from_pretrained`.
+        name: Folder or hub name.
+        config: Config with the new `id2label`.
+        match: Whether classes are matched by name.
+        kwargs: Other arguments of `load`.
+
+    Returns:
+        The result of `load`: the model, or the model and a dict.
+
+    Raises:
+        ValueError: The number of classes differs and `match` is False, or `id2label` or `label2id` is not valid.
+    """
+    trained = Pix2SeqConfig.from_pretrained(name)
+    config.id2label = {int(label): class_name for label, class_name in config.id2label.items()}
+    if sorted(config.id2label) != list(range(len(config.id2label))):
+        raise ValueError(
+            f"id2label has the labels {sorted(config.id2label)}: must be 0 ... {len(config.id2label) - 1}"
+        )
+    class_names = tuple(config.id2label[label] for label in range(len(config.id2label)))
+    label2id = {class_name: label for label, class_name in enumerate(class_names)}
+    if config.label2id not in (label2id, trained.label2id):
+        raise ValueError("label2id is not the inverse of id2label")
+    config.label2id = label2id
+    if len(class_names) == len(trained.category_ids) and not (match and class_names != trained.class_names):
+        return load(name, config=config, ignore_mismatched_sizes=match, **kwargs)
+    if not match:
+        raise ValueError(
+            f"id2label has {len(class_names)} classes, but the model was trained with {len(trained.category_ids)}: "
+            "pass ignore_mismatched_sizes=True to keep the embeddings of classes with the same name and to initialize "
+            "the others"
+        )
+    loaded = load(name, config=trained, **kwargs)
+    source = loaded[0] if isinstance(loaded, tuple) else loaded
+    if any(type(parameter) is not torch.nn.Parameter or parameter.is_meta for parameter in source.parameters()):
+        raise ValueError(
+            "id2label: the classes of a quantized or offloaded model cannot change; save the new model first"
+        )
+    model, report = adapt_to_classes(
+        source,
+        category_ids=tuple(range(len(class_names))),
+        class_names=class_names,
+        image_size=config.image_size,
+        num_bins=config.num_bins,
+        max_objects=config.max_objects,
+        noise_objects=config.noise_objects,
+        dropout=config.dropout,
+        drop_path=config.drop_path,
+        label_smoothing=config.label_smoothing,
+        coordinate_sigma=config.coordinate_sigma,
+        decoding=config.decoding,
+    )
+    logger.warning(f"{'; '.join(report)}. Use Pix2SeqImageProcessor.from_model_config(model.config) with this model.")
+    model = model.to(source.device, source.dtype).eval()
+    return (model, loaded[1]) if isinstance(loaded, tuple) else model
 
 
 def _join(names) -> str:

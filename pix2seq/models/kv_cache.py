@@ -1,114 +1,11 @@
-"""Static key-value cache and fused linear layers for incremental decoding, one token per step.
+"""Static key-value cache of the fused decoders, which process one token per step."""
 
-At this size, the modules and caches of transformers take longer than the matrix products: a dynamic cache is copied
-for every token. Here the cache is allocated once, projections of the same input are one product, and weights have the
-dtype and memory layout that is fastest for the batch size.
-"""
-
-import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
-MIN_PACKED_BATCH = 4  # batch size from which packing weights pays off
-MIN_SPLIT_WEIGHTS = 2**16  # number of weights from which splitting a product pays off
 MASK_ALIGNMENT = 16  # CUDA attention kernels need masks whose length is a multiple of this
-
-
-def compute_dtype(like: torch.Tensor) -> torch.dtype:
-    """Returns the dtype of matrix products: that of autocast if it is enabled, else that of the tensor."""
-    device = like.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else like.dtype
-
-
-class UnscaledRMSNorm:
-    """RMS norm without its weight and without a factor of sqrt(D): x / sqrt(sum(x^2) + D eps).
-
-    Both are folded into the weights of the following linear layer, see `FusedLinear.from_linears`.
-
-    Args:
-        width: Number of channels D.
-        eps: The epsilon of the RMS norm.
-        like: A tensor of the dtype and device of the inputs.
-    """
-
-    def __init__(self, width: int, eps: float, like: torch.Tensor):
-        self.eps, self.scale = eps, like.new_full((width,), width**-0.5)
-        self.min_norm = like.new_tensor(math.sqrt(width * eps))
-
-    def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if hidden_states.is_cuda:
-            return F.rms_norm(hidden_states, self.scale.shape, self.scale, self.eps)
-        return hidden_states / torch.linalg.vector_norm(hidden_states, dim=-1, keepdim=True).hypot_(self.min_norm)
-
-
-@dataclass
-class FusedLinear:
-    """One matrix product for several linear layers that have the same input: x W^T + b.
-
-    On a CPU in float32, the weight is stored in the layout that is fastest for the batch size:
-
-    - packed by oneDNN for `MIN_PACKED_BATCH` rows or more,
-    - otherwise split into one part per thread. PyTorch computes a product with few rows on one core; a batch of
-      smaller products uses all cores. Small weights and weights that cannot be divided are not split.
-
-    Args:
-        weight: Weight (out, in).
-        bias: Bias (out,).
-        packed_weight: The weight in oneDNN's layout, or None.
-        split_weight: The weight as (parts, in, out / parts), or None.
-    """
-
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-    packed_weight: torch.Tensor | None = None
-    split_weight: torch.Tensor | None = None
-
-    @classmethod
-    def from_linears(
-        cls,
-        *linears: nn.Linear,
-        like: torch.Tensor,
-        output_slice: slice = slice(None),
-        input_scale: torch.Tensor | None = None,
-    ) -> "FusedLinear":
-        """Fuses linear layers.
-
-        Args:
-            linears: Layers with the same number of input features.
-            like: A tensor of the batch size, dtype and device of the inputs.
-            output_slice: The output features to compute, of each layer.
-            input_scale: Factors (in,) of the input features, which are folded into the weight.
-        """
-        dtype, batch_size, on_cpu = compute_dtype(like), len(like), like.device.type == "cpu"
-        weight = torch.cat([linear.weight[output_slice] for linear in linears])
-        weight = (weight if input_scale is None else weight * input_scale).to(dtype)
-        bias = None
-        if linears[0].bias is not None:
-            bias = torch.cat([linear.bias[output_slice] for linear in linears]).to(dtype)
-        packed = split = None
-        parts = math.gcd(len(weight), torch.get_num_threads())
-        fast = on_cpu and dtype == torch.float32
-        if fast and batch_size >= MIN_PACKED_BATCH and torch.backends.mkldnn.is_available():
-            packed = torch.ops.mkldnn._reorder_linear_weight(weight, batch_size)
-        elif fast and parts > 1 and weight.numel() >= MIN_SPLIT_WEIGHTS:
-            split = weight.unflatten(0, (parts, -1)).transpose(1, 2).contiguous()
-        elif on_cpu and weight.shape[0] > weight.shape[1]:
-            weight = weight.t().contiguous().t()  # products are fastest along the longer side
-        return cls(weight, bias, packed, split)
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """Computes outputs (B, out) from inputs (B, in). The outputs of the layers are concatenated."""
-        if self.packed_weight is not None:
-            return torch.ops.mkldnn._linear_pointwise(x, self.packed_weight, self.bias, "none", [], "")
-        if self.split_weight is not None:
-            batch_size, width = x.shape  # len(x) takes longer than the product of a small layer
-            product = torch.bmm(x.expand(self.split_weight.shape[0], batch_size, width), self.split_weight)
-            product = product.view(1, -1) if batch_size == 1 else product.transpose(0, 1).flatten(1)
-            return product if self.bias is None else product + self.bias
-        return F.linear(x if x.dtype == self.weight.dtype else x.to(self.weight.dtype), self.weight, self.bias)
 
 
 @dataclass
