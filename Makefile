@@ -21,7 +21,7 @@ DOCKER_RUN = docker run --rm --init --ipc=host --stop-timeout=300 $(shell comman
 	--user="$$(id -u):$$(id -g)" --env=USER=pix2seq --env=HOME=/tmp --env=HF_HOME=/cache --env=HF_TOKEN --env=WANDB_API_KEY \
 	--volume="$(CURDIR):/workspace" --volume="$(CACHE):/cache" $(if $(DATA),--volume="$(DATA):/data:ro") $(docker_args)
 
-.PHONY: help demo test test-slow test-gpu lint format clean docker docker-run new-exp job
+.PHONY: help demo test test-slow test-gpu test-hf lint format clean docker docker-run new-exp job
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-12s%s\n", $$1, $$2 }' Makefile
@@ -40,6 +40,10 @@ test-slow: .venv/dev ## run the tests that take minutes
 
 test-gpu: .venv/dev ## run the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu $(args)
+
+test-hf: .venv/dev ## download the test suites of the installed transformers and run them on the model
+	$(BIN)/python -m tests.hf.sources
+	$(BIN)/python -m pytest -m slow tests/hf $(args)
 
 lint: .venv/dev ## check style, types and import directions
 	$(BIN)/ruff check .

@@ -25,6 +25,9 @@ from tests.runs import arguments
 settings.register_profile("pix2seq", deadline=None, derandomize=True, database=None)
 settings.load_profile("pix2seq")
 
+# `make test-hf` runs these tests: they need the source distribution of transformers.
+collect_ignore = ["hf"]
+
 TINY_BACKBONE = {
     "model_type": "resnet",
     "embedding_size": 8,
