@@ -1,6 +1,7 @@
 """The commands `pix2seq check | show | convert | shard`: their output, and one-line errors."""
 
 import shlex
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +63,28 @@ def test_show_draws_a_row_for_each_image(shapes_root, tmp_path):
     assert last.shape[0] == one.shape[0]
     assert not np.array_equal(two, next_epoch)
     assert not np.array_equal(two, color)
+
+
+@pytest.mark.parametrize("name", ["images/val2017/000000.png", "annotations/instances_train2017.json"])
+def test_show_overwrites_no_input(shapes_root, capsys, name):
+    before = (shapes_root / name).read_bytes()
+    assert main(["show", "--root", str(shapes_root), "--output", str(shapes_root / name)]) == 2
+    assert f"{name}: would overwrite the input" in capsys.readouterr().err
+    assert (shapes_root / name).read_bytes() == before
+
+
+def test_check_tests_its_folder_before_the_work(shapes_root, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("pix2seq.data.commands.check_dataset", None)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "data").mkdir()
+    train = str(shutil.copy(shapes_root / "annotations/instances_train2017.json", tmp_path / "data/check.json"))
+    words = ["--train_images", str(shapes_root / "images/train2017"), "--train_json", train]
+    words += ["--val_images", str(shapes_root / "images/val2017"), "--val_json", train]
+    for folder, part in (("file", "cannot be written to"), (".", "check.json; name another")):
+        assert main(["check", *words, "--output_dir", str(tmp_path / folder)]) == 2
+        error = capsys.readouterr().err
+        assert f"--output_dir {tmp_path / folder}: " in error
+        assert part in error
 
 
 @pytest.mark.parametrize(

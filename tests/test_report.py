@@ -367,6 +367,29 @@ def test_report_requires_an_output_folder(capsys, words):
     assert "--output_dir" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["predictions.json", "ground_truth.json", "predictions.png"])
+def test_no_input_is_overwritten(shapes_root, tmp_path, capsys, name):
+    split = find_split("val", shapes_root)
+    shutil.copytree(split.images, tmp_path / "data")
+    document = json.loads(split.json.read_text())
+    if name.endswith(".png"):
+        (tmp_path / "data" / document["images"][0]["file_name"]).rename(tmp_path / "data" / name)
+        document["images"][0]["file_name"] = name
+    (tmp_path / "data" / "ground_truth.json").write_text(json.dumps(document))
+    (tmp_path / "data" / "predictions.json").write_text("[]")
+    before = {file: (tmp_path / "data" / file).read_bytes() for file in file_names(tmp_path / "data")}
+    truth = str(tmp_path / "data" / "ground_truth.json")
+    elsewhere = str(shutil.copy(truth, tmp_path / "elsewhere.json"))
+    words = {
+        "predictions.json": ["--predictions", str(tmp_path / "data" / name), "--gt", elsewhere],
+        "ground_truth.json": ["--oracle", "--val_images", str(split.images), "--val_json", truth],
+        "predictions.png": ["--oracle", "--val_images", str(tmp_path / "data"), "--val_json", elsewhere],
+    }[name]
+    assert evaluate.main([*words, "--output_dir", str(tmp_path / "data")]) == 2
+    assert f"{name}; name another" in capsys.readouterr().err
+    assert {file: (tmp_path / "data" / file).read_bytes() for file in file_names(tmp_path / "data")} == before
+
+
 def file_names(folder) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 

@@ -18,7 +18,8 @@ from pix2seq.evaluation.compare import (
     comparison_table,
     summary_line,
 )
-from pix2seq.evaluation.output_folder import read_ground_truth
+from pix2seq.evaluation.output_folder import GROUND_TRUTH_FILE, read_ground_truth
+from pix2seq.output_paths import check_output_file
 
 
 def compare_parser(program: str = "pix2seq compare") -> argparse.ArgumentParser:
@@ -38,14 +39,15 @@ def run_compare(args: argparse.Namespace) -> int:
     for name, value, least in (("resamples", args.resamples, MIN_RESAMPLES), ("seed", args.seed, 0)):
         if value < least:
             raise UserError(f"--{name} {value}: must be at least {least}")
+    files = [path / "predictions.json" if path.is_dir() else path for path in (args.a, args.b)]
     if args.output is not None:
-        check_output_file(args.output, args.a, args.b, args.gt)
+        ground_truths = [args.a / GROUND_TRUTH_FILE, args.b / GROUND_TRUTH_FILE] if args.gt is None else [args.gt]
+        check_output_file(args.output, [*files, *ground_truths])
     ground_truth = find_ground_truth(args)
     if all(annotation["iscrowd"] for annotation in ground_truth["annotations"]):
         raise UserError(f"{args.a} and {args.b}: the images have no objects, so AP is not defined")
     predictions = {}
-    for name, path in (("a", args.a), ("b", args.b)):
-        file = path / "predictions.json" if path.is_dir() else path
+    for name, file in zip(("a", "b"), files, strict=True):
         predictions[name] = read_json(file, name=f"{name.upper()} {file}")
         check_predictions(predictions[name], ground_truth, f"{name.upper()} {file}")
     comparisons = compare(ground_truth, **predictions, resamples=args.resamples, seed=args.seed)
@@ -56,20 +58,6 @@ def run_compare(args: argparse.Namespace) -> int:
     if args.output is not None:
         write_comparisons(args, comparisons, summary)
     return 0
-
-
-def check_output_file(path: Path, *inputs: Path | None) -> None:
-    """Checks that a file is writable and is not an input. Raises UserError."""
-    try:
-        if path.exists() and any(other is not None and other.exists() and path.samefile(other) for other in inputs):
-            raise UserError(f"--output {path}: would overwrite an input; name another file")
-        target = path.resolve()  # creates and removes the target of a broken link, not the link
-        is_new = not target.exists()
-        target.open("ab").close()
-        if is_new:
-            target.unlink()
-    except OSError as error:
-        raise UserError(f"--output {path}: cannot be written ({error.strerror})") from None
 
 
 def find_ground_truth(args: argparse.Namespace) -> dict:

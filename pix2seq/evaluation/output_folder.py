@@ -8,15 +8,11 @@ report.html, report.json, report/       the report, if requested
 """
 
 import json
-import tempfile
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from pix2seq.data.issues import DatasetIssue, count_by_kind
-from pix2seq.errors import UserError
 from pix2seq.evaluation.coco_metrics import GROUND_TRUTH_KEYS, load_ground_truth
 from pix2seq.evaluation.report.figures import FIGURES
 from pix2seq.evaluation.report.matching import ERROR_TYPES
@@ -70,28 +66,6 @@ def output_files(folder: Path) -> list[Path]:
     names += ["report.html", "report.json", *(f"report/{name}.png" for name in FIGURES)]
     names += [f"report/example_{name}.png" for name in ERROR_TYPES]
     return [folder / name for name in names]
-
-
-def prepare_output_folder(folder: Path) -> None:
-    """Creates the folder and checks that it is writable, before the model runs.
-
-    Raises:
-        UserError: The folder cannot be written.
-    """
-    with report_write_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-
-
-@contextmanager
-def report_write_errors(folder: Path) -> Iterator[None]:
-    """Converts an OSError to a UserError that names --output_dir."""
-    try:
-        yield
-    except OSError as error:
-        file = f"{Path(error.filename).name}: " if error.filename else ""
-        raise UserError(f"--output_dir {folder}: cannot be written to ({file}{error.strerror})") from None
 
 
 def write_results(
