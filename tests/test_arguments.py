@@ -192,6 +192,8 @@ def test_every_subcommand_has_help(command, capsys):
 
 
 def test_unknown_subcommands_list_the_known_ones(capsys):
-    assert main(["nonsense"]) == 2
+    assert main(["chek"]) == 2
     message = capsys.readouterr().err
+    assert message.startswith("pix2seq: error: chek: no such command (did you mean check?)")
+    assert message.count("\n") == 1
     assert all(command in message for command in COMMANDS)
