@@ -32,6 +32,13 @@ class LineErrorParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
+def path(text: str) -> Path:
+    """Converts the text of an argument to a path; `Path("")` would be the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty; name a file or folder")
+    return Path(text)
+
+
 class ShortHelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Lists each flag once, without its spelling with hyphens, and no default of None."""
 
