@@ -221,6 +221,7 @@ def test_yolo_label_errors_name_file_and_line(tmp_path, line):
         ("names: [cat]\n", "none of train, val and test"),
         ("names: [cat, dog]\ntrain: gone\n", "train: gone"),
         ("names: [cat, dog]\ntrain: labels\n", "train: no images in labels"),
+        (CONFIG + "names: [dog, cat]\n", "'names' appears twice, in lines 3 and 4"),
         (CONFIG + "kpt_shape: [17, 3]\n", "kpt_shape"),
     ],
 )

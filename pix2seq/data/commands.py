@@ -9,7 +9,7 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from pix2seq.argument_parser import LineErrorParser, parse, run_command
+from pix2seq.argument_parser import LineErrorParser, parse, path, run_command
 from pix2seq.arguments import TrainArguments, argument, check_value
 from pix2seq.data.check import REPORT_FILES, check_dataset
 from pix2seq.data.coco import load_annotations
@@ -27,11 +27,11 @@ def check_data(args: TrainArguments) -> int:
     train, val = find_splits(args)
     output = Path(args.output_dir)
     folder = output / "data"
-    for path in (output, folder):
-        prepare_output_folder(path)
+    for needed in (output, folder):
+        prepare_output_folder(needed)
     files = [folder / name for name in REPORT_FILES]
     splits = [split for split in (train, val) if split is not None]
-    inputs = [path for split in splits for path in (split.json, *(split.images / file.name for file in files))]
+    inputs = [split.json for split in splits] + [split.images / file.name for split in splits for file in files]
     check_no_input(files, inputs, f"--output_dir {args.output_dir}")
     report = check_dataset(
         train,
@@ -110,8 +110,8 @@ def shard_data(args: ShardArguments) -> int:
 def convert_parser(program: str = "pix2seq convert") -> argparse.ArgumentParser:
     """Builds the parser of `pix2seq convert`."""
     parser = LineErrorParser(prog=program, description="Convert YOLO or Pascal VOC to COCO annotation files.")
-    parser.add_argument("source", type=Path, help="folder with data.yaml, or with the XML files of Pascal VOC")
-    parser.add_argument("output", type=Path, help="folder for the COCO annotation files and links to the images")
+    parser.add_argument("source", type=path, help="folder with data.yaml, or with the XML files of Pascal VOC")
+    parser.add_argument("output", type=path, help="folder for the COCO annotation files and links to the images")
     parser.add_argument(
         "--follow_links", action="store_true", help="also open files outside the source, behind links or in lists"
     )

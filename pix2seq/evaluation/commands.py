@@ -3,9 +3,8 @@
 import argparse
 import json
 from dataclasses import asdict
-from pathlib import Path
 
-from pix2seq.argument_parser import LineErrorParser, run_command
+from pix2seq.argument_parser import LineErrorParser, path, run_command
 from pix2seq.data.coco import read_json
 from pix2seq.data.issues import count_by_kind
 from pix2seq.errors import UserError
@@ -25,12 +24,12 @@ from pix2seq.output_paths import check_output_file
 def compare_parser(program: str = "pix2seq compare") -> argparse.ArgumentParser:
     """Returns the parser of `pix2seq compare`."""
     parser = LineErrorParser(prog=program, description="Compares two models on the same images.")
-    parser.add_argument("a", type=Path, help="output folder of evaluate.py, or a COCO results file")
-    parser.add_argument("b", type=Path, help="another, of the same images")
-    parser.add_argument("--gt", type=Path, help="COCO annotation file (default: the ground truth in the folders)")
+    parser.add_argument("a", type=path, help="output folder of evaluate.py, or a COCO results file")
+    parser.add_argument("b", type=path, help="another, of the same images")
+    parser.add_argument("--gt", type=path, help="COCO annotation file (default: the ground truth in the folders)")
     parser.add_argument("--resamples", type=int, default=1000, help="bootstrap resamples (default: 1000)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the resamples (default: 0)")
-    parser.add_argument("--output", type=Path, help="JSON file to write the numbers to")
+    parser.add_argument("--output", type=path, help="JSON file to write the numbers to")
     return parser
 
 
