@@ -40,6 +40,23 @@ def test_convert_prints_flags_that_other_commands_accept(voc, tmp_path, capsys, 
     assert "train: 1 images (0 without objects), 1 objects of 1 classes" in capsys.readouterr().out
 
 
+def test_convert_reports_the_issues_of_boxes(tmp_path, capsys):
+    (tmp_path / "data.yaml").write_text("names: [cat]\ntrain: train\n")
+    (tmp_path / "train").mkdir()
+    Image.new("RGB", (20, 10)).save(tmp_path / "train/a.png")
+    (tmp_path / "train/a.txt").write_text("0 0.5 0.5 2 2\n0 0.5 0.5 0 0.1\n0 0.5 0.5 0.5 0.5\n")
+    assert main(["convert", str(tmp_path), str(tmp_path / "out")]) == 0
+    note = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("note: "))
+    assert "1 zero-size, 1 beyond-edge" in note
+    assert "annotation 2: bbox [10.0, 4.5, 0.0, 1.0]" in note
+
+
+def test_convert_does_not_write_into_its_source(voc, capsys):
+    assert main(["convert", str(voc), f"{voc}/train/.."]) == 2
+    assert "name another folder" in capsys.readouterr().err
+    assert not (voc / "annotations").exists()
+
+
 def test_an_unconverted_dataset_points_to_convert(voc, capsys):
     assert main(["show", "--root", str(voc)]) == 2
     assert "pix2seq convert" in capsys.readouterr().err

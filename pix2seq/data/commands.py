@@ -14,7 +14,8 @@ from pix2seq.arguments import TrainArguments, argument, check_value
 from pix2seq.data.check import REPORT_FILES, check_dataset
 from pix2seq.data.coco import load_annotations
 from pix2seq.data.convert import convert
-from pix2seq.data.issues import ERROR
+from pix2seq.data.issues import ERROR, count_by_kind
+from pix2seq.data.layouts import Split
 from pix2seq.data.shards import write_shards
 from pix2seq.data.show import draw_training_examples
 from pix2seq.errors import UserError
@@ -124,6 +125,8 @@ def convert_data(args: argparse.Namespace) -> int:
     flags: list[str] = []
     for split in splits:
         print(f"{split.name}: {split.num_images} images, {split.num_objects} objects -> {split.json}")
+        if issues := load_annotations(Split(split.images, split.json), follow_links=args.follow_links).issues:
+            print(f"note: {count_by_kind(issues)} (`pix2seq check` lists them), the first is {issues[0]}")
         if split.name in ("train", "val"):
             flags += [f"--{split.name}_images", str(split.images), f"--{split.name}_json", str(split.json)]
     if {"train", "val"} <= {split.name for split in splits if split.linked}:
