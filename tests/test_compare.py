@@ -135,7 +135,10 @@ def test_compare_two_folders(folders, tmp_path, capsys):
     assert main([*words, "--output", str(tmp_path / "compare.json")]) == 0
     content = json.loads((tmp_path / "compare.json").read_text())
     assert "too few images" in content["summary"]
-    assert content["summary"] in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert content["summary"] in out
+    assert "95 %" not in out
+    assert {(row["low"], row["high"]) for row in content["metrics"]} == {(None, None)}
     assert [row["name"] for row in content["metrics"][:4]] == ["AP", "AP50", "AP75", "ellipse"]
     metrics = json.loads((folders / "fine" / "metrics.json").read_text())
     assert content["metrics"][0]["b"] == pytest.approx(metrics["AP"], abs=1e-9)

@@ -10,6 +10,7 @@ from pix2seq.data.issues import count_by_kind
 from pix2seq.errors import UserError
 from pix2seq.evaluation.coco_metrics import check_predictions, load_ground_truth
 from pix2seq.evaluation.compare import (
+    MIN_IMAGES,
     MIN_RESAMPLES,
     Comparison,
     common_ground_truth,
@@ -52,7 +53,8 @@ def run_compare(args: argparse.Namespace) -> int:
     comparisons = compare(ground_truth, **predictions, resamples=args.resamples, seed=args.seed)
     num_images = len(ground_truth["images"])
     summary = summary_line(comparisons[0], num_images)
-    print(f"A: {args.a}\nB: {args.b}\n{num_images} images, {args.resamples} resamples\n")
+    resamples = f", {args.resamples} resamples" if num_images >= MIN_IMAGES else ""
+    print(f"A: {args.a}\nB: {args.b}\n{num_images} images{resamples}\n")
     print(f"{comparison_table(comparisons)}\n\n{summary}")
     if args.output is not None:
         write_comparisons(args, comparisons, summary)
