@@ -134,8 +134,14 @@ def run_evaluation(args: EvaluateArguments) -> dict[str, float]:
         check_inputs(args, [Path(args.predictions), Path(args.gt)])
         data = read_results_file(args.predictions, args.gt)
     metrics = coco_metrics(data.ground_truth, data.predictions, data.name)
+    if args.predictions is not None:
+        image_ids = {image["id"] for image in data.ground_truth["images"]}
+        data.skipped.num_without_predictions = len(image_ids - {entry["image_id"] for entry in data.predictions})
     if is_main_process():
         print(metrics_table(metrics))
+        if count := data.skipped.num_without_predictions:
+            total = len(data.ground_truth["images"])
+            print(f"{count} of {total} images have no prediction in {data.name}; their objects count as missed")
         warn_unreadable(data.skipped.unreadable)
         if data.skipped.issues:
             print(f"issues in {data.annotation_file}: {count_by_kind(data.skipped.issues)}")

@@ -354,9 +354,20 @@ def test_report_of_a_results_file(shapes_root, tmp_path, shapes, capsys, blank_f
     (tmp_path / "p.json").write_text(json.dumps(shapes[1]))
     words = ("--predictions", tmp_path / "p.json", "--gt", find_split("val", shapes_root).json)
     assert run(*words, "--output_dir", tmp_path / "out") == 0
+    assert "no prediction" not in capsys.readouterr().out
     assert not (tmp_path / "out" / "report.html").exists()
     assert run(*words, "--output_dir", tmp_path / "out", "--report") == 0
     check_page(tmp_path / "out")
+
+
+def test_images_that_a_results_file_omits_are_counted(shapes_root, tmp_path, shapes, capsys, blank_figures):
+    (tmp_path / "p.json").write_text(json.dumps([entry for entry in shapes[1] if entry["image_id"] > 2]))
+    words = ("--predictions", tmp_path / "p.json", "--gt", find_split("val", shapes_root).json)
+    assert run(*words, "--output_dir", tmp_path / "out", "--report") == 0
+    count = 5 - len({entry["image_id"] for entry in shapes[1]} - {1, 2})
+    assert f"{count} of 5 images have no prediction" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out/evaluation.json").read_text())["images_without_predictions"] == count
+    assert f"{count} images without predictions" in (tmp_path / "out/report.html").read_text()
 
 
 @pytest.mark.parametrize("words", [["--report"], ["--report", "--output_dir", ""]])

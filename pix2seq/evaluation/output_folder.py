@@ -28,10 +28,12 @@ class Skipped:
     Args:
         unreadable: "name: reason" of each image that cannot be read.
         issues: Issues in the entries of the annotation file.
+        num_without_predictions: Images that a results file has no prediction for.
     """
 
     unreadable: list[str] = field(default_factory=list)
     issues: list[DatasetIssue] = field(default_factory=list)
+    num_without_predictions: int = 0
 
     def to_json(self) -> dict:
         """Returns the counts and the first entries."""
@@ -42,16 +44,21 @@ class Skipped:
                 "first": [f"{issue.entry}: {issue.value}".removeprefix(": ") for issue in self.issues[:NUM_LISTED]],
                 "by_kind": dict(Counter(issue.kind for issue in self.issues).most_common()),
             },
+            "images_without_predictions": self.num_without_predictions,
         }
 
     def lines(self) -> list[str]:
-        """Returns a line about the unreadable images and one about the issues, if there are any."""
-        images, issues = self.to_json().values()
+        """Returns a line about each kind of what was skipped, if there is any."""
+        images, issues, _ = self.to_json().values()
         lines = []
         if images["count"]:
             lines.append(f"{images['count']:,} unreadable images: their objects count as missed. {_first(images)}")
         if issues["count"]:
             lines.append(f"Issues in the annotation file: {count_by_kind(self.issues)}. {_first(issues)}")
+        if self.num_without_predictions:
+            lines.append(
+                f"{self.num_without_predictions:,} images without predictions: their objects count as missed."
+            )
         return lines
 
 
