@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterable
 from importlib import resources
 from pathlib import Path
-from typing import get_type_hints
+from typing import NoReturn, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
@@ -28,8 +28,15 @@ TRAINING_FILE = "training.yaml"
 class LineErrorParser(argparse.ArgumentParser):
     """An ArgumentParser that prints one line, without the usage, for an error."""
 
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def path(text: str) -> Path:
+    """Converts the text of an argument to a path; `Path("")` would be the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty; name a file or folder")
+    return Path(text)
 
 
 class ShortHelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -48,7 +55,13 @@ class ShortHelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class GroupedArgumentParser(HfArgumentParser):
-    """An HfArgumentParser that lists the fields of each base dataclass in a group of its own."""
+    """An HfArgumentParser that lists the fields of each base dataclass in a group of its own.
+
+    Attributes:
+        source: Text in front of error messages: the name of the recipe whose words are parsed.
+    """
+
+    source = ""
 
     def _add_dataclass_arguments(self, dtype: type) -> None:
         type_hints = get_type_hints(dtype)
@@ -63,7 +76,18 @@ class GroupedArgumentParser(HfArgumentParser):
                     self._parse_dataclass_field(group, field)
             added |= own
 
-    error = LineErrorParser.error
+    def parse_known_args(self, args=None, namespace=None):
+        """Also refuses empty texts and numbers that are not finite, before a dataclass sees the values."""
+        namespace, unknown = super().parse_known_args(args, namespace)
+        for name, value in vars(namespace).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                self.error(f"--{name} {value}: must be a finite number")
+            if "" in (value if isinstance(value, list) else [value]):
+                self.error(f"--{name}: is empty; omit the flag or give a value")
+        return namespace, unknown
+
+    def error(self, message: str) -> NoReturn:
+        LineErrorParser.error(self, f"{self.source}{message}")
 
 
 def parse(kind: type, argv: list[str] | None = None, program: str | None = None):
@@ -90,6 +114,7 @@ def parse(kind: type, argv: list[str] | None = None, program: str | None = None)
         formatter_class=ShortHelpFormatter,
     )
     try:
+        parser.parse_known_args(argv)  # reports wrong values before files are read
         recipe, presets = _recipe_words(argv, parser), getattr(kind, "PRESETS", {})
         words = _expand_presets(recipe, presets) + _expand_presets(argv, presets)
         for name, arguments_of in getattr(kind, "DEFAULTS", {}).items():
@@ -100,11 +125,6 @@ def parse(kind: type, argv: list[str] | None = None, program: str | None = None)
         )
     except ValueError as error:
         parser.error(str(error))
-    for name, value in vars(arguments).items():
-        if isinstance(value, float) and not math.isfinite(value):
-            parser.error(f"--{name} {value}: must be a finite number")
-        if value == "":
-            parser.error(f"--{name}: is empty; omit the flag or give a value")
     names = [name for action in parser._actions for name in action.option_strings]
     for word in unknown:
         if word.startswith("--"):
@@ -143,24 +163,73 @@ def _last_value(name: str, words: list[str]) -> str | None:
     return value
 
 
-def _recipe_words(argv: list[str], parser: HfArgumentParser) -> list[str]:
-    """The recipe named by --config as command-line words."""
+def _recipe_words(argv: list[str], parser: GroupedArgumentParser) -> list[str]:
+    """The recipe named by --config as command-line words. Raises ValueError."""
     path = _last_value("config", argv)
     if path is None:
         return []
+    parser.source = f"--config {path}: "
     try:
-        recipe = yaml.safe_load(_recipe_path(path).read_text())
+        recipe = _read_recipe(_recipe_path(path).read_text())
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--config {path}: cannot be read ({error})") from None
+        raise ValueError(f"cannot be read ({error})") from None
     except yaml.YAMLError as error:
-        raise ValueError(f"--config {path}: is not YAML ({' '.join(str(error).split())})") from None
-    if not isinstance(recipe, dict):
-        raise ValueError(f"--config {path}: must consist of 'flag: value' lines")
-    names = {action.dest for action in parser._actions} - {"help", "config"}
-    for name in recipe:
-        if name not in names:
-            raise ValueError(f"--config {path}: {name!r} is not a flag{did_you_mean(str(name), names)}")
-    return _to_words(recipe)
+        raise ValueError(f"is not YAML ({' '.join(str(error).split())})") from None
+    actions = {action.dest: action for action in reversed(parser._actions) if action.dest not in ("help", "config")}
+    words = []
+    for name, value in recipe.items():
+        if name not in actions:
+            raise ValueError(f"{name!r} is not a flag{did_you_mean(name, actions)}")
+        words += _entry_words(name, value, actions[name])
+    parser.parse_known_args(words)  # reports wrong values under the name of the recipe
+    parser.source = ""
+    return words
+
+
+class UniqueKeyLoader(yaml.SafeLoader):
+    """Reads YAML. Refuses keys that appear twice, of which PyYAML takes the last one."""
+
+    def compose_mapping_node(self, anchor):
+        node = super().compose_mapping_node(anchor)
+        seen = {}
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            first = seen.setdefault((key.tag, key.value), key)
+            if first is not key:
+                lines = f"{first.start_mark.line + 1} and {key.start_mark.line + 1}"
+                raise yaml.YAMLError(f"the key {key.value!r} appears twice, in lines {lines}")
+        return node
+
+
+def _read_recipe(text: str) -> dict:
+    """Parses a recipe into texts, lists of texts, mappings, and None where there is no value.
+
+    The texts are those of the file. YAML 1.1 would read `no` as false, `010` as 8, `1:30` as 90 and `1.10` as 1.1.
+    """
+    loader = UniqueKeyLoader(text)
+    root = loader.get_single_node()
+    if not isinstance(root, yaml.MappingNode):
+        raise ValueError("must consist of 'flag: value' lines")
+    return {str(key.value): _node_value(loader, node) for key, node in root.value}
+
+
+def _node_value(loader: UniqueKeyLoader, node: yaml.Node):
+    if isinstance(node, yaml.ScalarNode):
+        return None if node.tag == "tag:yaml.org,2002:null" else node.value
+    if isinstance(node, yaml.SequenceNode):
+        return [_node_value(loader, item) for item in node.value]
+    return loader.construct_object(node, deep=True)
+
+
+def _entry_words(name: str, value, action: argparse.Action) -> list[str]:
+    """An entry of a recipe as command-line words. Raises ValueError."""
+    if value is None and action.default is not None:
+        raise ValueError(f"{name}: has no value; give one or remove the line")
+    if isinstance(value, list):
+        if action.nargs != "+":
+            raise ValueError(f"{name}: must be one value, not a list")
+        if not value or not all(isinstance(item, str) for item in value):
+            raise ValueError(f"{name}: must be a list of one or more values")
+    return _to_words({name: value})
 
 
 def _recipe_path(path: str):

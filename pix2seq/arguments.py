@@ -5,6 +5,7 @@ commands are defined beside them (`evaluate.py`, `predict.py`, ...).
 """
 
 import math
+import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -354,7 +355,11 @@ class LoggingArguments:
     keep_last: int = argument(2, "checkpoints to keep; best/ and final/ are kept in addition")
 
     def __post_init__(self):
-        self.output_dir = self.output_dir or str(Path("runs") / self.project_name)
+        name = Path(os.path.normpath(self.project_name))
+        valid = name != Path(".") and not name.is_absolute() and ".." not in name.parts
+        check_value(self, "project_name", valid, "a name without '..', the folder in runs/; see --output_dir")
+        if self.output_dir is None:
+            self.output_dir = str(Path("runs") / self.project_name)
         self.report_to = [name for name in self.report_to if name != "none"]
         check_at_least(self, 1, "log_every", "eval_batch_size")
         check_at_least(self, 0, "eval_every", "sample_every", "ckpt_every")

@@ -3,6 +3,8 @@
 import sys
 from importlib import import_module
 
+from pix2seq.argument_parser import did_you_mean
+
 # Subcommand -> (function `f(argv, program) -> exit code`, help). Modules are imported when they are called.
 COMMANDS = {
     "train": ("pix2seq.train:main", "train a model"),
@@ -34,6 +36,10 @@ def main(argv: list[str] | None = None) -> int:
         module, _, function = COMMANDS[argv[0]][0].partition(":")
         return getattr(import_module(module), function)(argv[1:], program=f"pix2seq {argv[0]}")
     asked_for_help = argv[:1] in (["-h"], ["--help"])
+    if argv and not asked_for_help:
+        known = f"the commands are {', '.join(COMMANDS)}"
+        print(f"pix2seq: error: {argv[0]}: no such command{did_you_mean(argv[0], COMMANDS)}; {known}", file=sys.stderr)
+        return 2
     lines = [f"  {name:10}{text}" for name, (_, text) in COMMANDS.items()]
     usage = "\n".join(["usage: pix2seq COMMAND ...", "", *lines, "", "pix2seq COMMAND --help lists its arguments."])
     print(usage, file=sys.stdout if asked_for_help else sys.stderr)

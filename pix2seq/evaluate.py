@@ -9,6 +9,7 @@ two output folders. Under `accelerate launch`, the images are divided among the 
 """
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -24,9 +25,10 @@ from pix2seq.data.issues import count_by_kind
 from pix2seq.errors import UserError
 from pix2seq.evaluation import oracle_predictions, predict, prediction_image, warn_unreadable
 from pix2seq.evaluation.coco_metrics import coco_metrics, load_ground_truth, load_predictions, metrics_table
-from pix2seq.evaluation.output_folder import Skipped, prepare_output_folder, report_write_errors, write_results
+from pix2seq.evaluation.output_folder import Skipped, output_files, write_results
 from pix2seq.evaluation.report.write import write_report
 from pix2seq.models import load_model
+from pix2seq.output_paths import check_no_input, prepare_output_folder, report_write_errors
 from pix2seq.tokenizer import Tokenizer
 from pix2seq.transforms import EvalTransform
 
@@ -129,10 +131,17 @@ def run_evaluation(args: EvaluateArguments) -> dict[str, float]:
     else:
         assert args.predictions is not None
         assert args.gt is not None
+        check_inputs(args, [Path(args.predictions), Path(args.gt)])
         data = read_results_file(args.predictions, args.gt)
     metrics = coco_metrics(data.ground_truth, data.predictions, data.name)
+    if args.predictions is not None:
+        image_ids = {image["id"] for image in data.ground_truth["images"]}
+        data.skipped.num_without_predictions = len(image_ids - {entry["image_id"] for entry in data.predictions})
     if is_main_process():
         print(metrics_table(metrics))
+        if count := data.skipped.num_without_predictions:
+            total = len(data.ground_truth["images"])
+            print(f"{count} of {total} images have no prediction in {data.name}; their objects count as missed")
         warn_unreadable(data.skipped.unreadable)
         if data.skipped.issues:
             print(f"issues in {data.annotation_file}: {count_by_kind(data.skipped.issues)}")
@@ -140,6 +149,12 @@ def run_evaluation(args: EvaluateArguments) -> dict[str, float]:
             with report_write_errors(output):
                 write_output(args, output, metrics, data)
     return metrics
+
+
+def check_inputs(args: EvaluateArguments, inputs: Iterable[Path]) -> None:
+    """Checks that the files of --output_dir are none of the inputs. Raises UserError."""
+    if args.output_dir is not None:
+        check_no_input(output_files(Path(args.output_dir)), inputs, f"--output_dir {args.output_dir}")
 
 
 def read_results_file(predictions: str, annotation_file: str) -> EvaluationData:
@@ -230,6 +245,7 @@ def load_dataset(
         raise UserError("--root: missing (the folder of a COCO-layout dataset)")
     follow_links = args.follow_links or training.get("follow_links", False)
     annotations = load_annotations(find_split(name, **locations), categories, follow_links)
+    check_inputs(args, annotations.input_files())
     if overfit:
         annotations = annotations.subset(range(min(overfit, len(annotations))))
         if is_main_process():

@@ -19,6 +19,7 @@ from pix2seq.argument_parser import parse, run_command
 from pix2seq.arguments import MODEL_DEFAULTS, TrainArguments, argument, check_at_least, check_value
 from pix2seq.data.coco import read_coco
 from pix2seq.models import build_model
+from pix2seq.output_paths import check_output_file
 from pix2seq.tokenizer import TOKENS_PER_OBJECT
 from pix2seq.training.cost import GPUS, model_step_cost
 from pix2seq.training.datasets import find_splits, step_sampler
@@ -51,10 +52,6 @@ class PlanArguments(TrainArguments):
         check_value(self, "mfu", 0 < self.mfu <= 1, "above 0 and at most 1")
         if self.shard and self.ema_decay:
             raise ValueError("--ema_decay: is not available with weights that FSDP shards")
-        if self.output and not Path(self.output).parent.is_dir():
-            raise ValueError(f"--output {self.output}: its folder does not exist")
-        if self.output and Path(self.output).is_dir():
-            raise ValueError(f"--output {self.output}: is a folder; name a file")
         self.mixed_precision = self.mixed_precision or "bf16"
         if GPUS[self.gpu][self.mixed_precision] is None:
             raise ValueError(f"--gpu {self.gpu}: does not support {self.mixed_precision}; use --mixed_precision fp16")
@@ -176,6 +173,10 @@ def table(numbers: dict, args: PlanArguments) -> str:
 
 def run_plan(args: PlanArguments) -> int:
     """Prints the estimate and writes --output; returns the exit code. Raises UserError."""
+    if args.output:
+        splits = () if args.root == COCO else find_splits(args)
+        inputs = [split.json for split in splits if split is not None]
+        check_output_file(Path(args.output), [*inputs, *([Path(args.config)] if args.config else [])])
     numbers = plan(args)
     print(table(numbers, args))
     if args.output:

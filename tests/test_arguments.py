@@ -43,6 +43,14 @@ def test_scientific_notation_in_a_recipe_is_a_number(tmp_path):
     assert parse(TrainArguments, ["--config", str(recipe)]).lr == pytest.approx(1e-3)
 
 
+def test_texts_in_a_recipe_are_not_converted_by_yaml(tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("root: 1.10\nproject_name: on\nmixed_precision: no\nbatch_size: 010\nlr_backbone: null\n")
+    arguments = parse(TrainArguments, ["--config", str(recipe)])
+    assert (arguments.root, arguments.project_name, arguments.mixed_precision) == ("1.10", "on", "no")
+    assert (arguments.batch_size, arguments.lr_backbone) == (10, None)
+
+
 def test_command_line_overrides_the_recipe(tmp_path):
     recipe = tmp_path / "r.yaml"
     recipe.write_text("lr: 1e-3\nbatch_size: 4\nroot: x\nnoise_objects: false\n")
@@ -85,6 +93,8 @@ def test_default_output_dir_follows_the_project_name():
         (["--top_p", "1.5"], ["--top_p 1.5", "0 to 1"]),
         (["--val_json", "x.json"], ["--root", "--val_json"]),
         (["stray"], ["stray"]),
+        *(([f"--{name}", ""], [f"--{name}: is empty"]) for name in ("output_dir", "root", "config", "report_to")),
+        *((["--project_name", name], ["--project_name", "without '..'"]) for name in ("a/../../b", "/b", "a/..")),
         (["--config", "nowhere.yaml"], ["--config nowhere.yaml"]),
     ],
 )
@@ -105,6 +115,17 @@ def test_missing_dataset_arguments_are_named(capsys):
         ("lr_scheduler: cos\n", ["--lr_scheduler"]),
         ("- a\n- b\n", ["flag: value"]),
         ("a: [1\n", ["is not YAML"]),
+        ("lr: 1\nseed: 2\nlr: 3\n", ["r.yaml: ", "'lr' appears twice, in lines 1 and 3"]),
+        ("backbone: {depths: [1], depths: [2]}\n", ["r.yaml: ", "'depths' appears twice, in lines 1 and 1"]),
+        ("lr: [1]\n", ["r.yaml: lr: must be one value"]),
+        ("report_to: []\n", ["r.yaml: report_to: must be a list of one or more"]),
+        ("report_to: [[wandb]]\n", ["r.yaml: report_to: must be a list of one or more"]),
+        ("batch_size: null\n", ["r.yaml: batch_size: has no value"]),
+        ("batch_size:\n", ["r.yaml: batch_size: has no value"]),
+        ("batch_size: 1:30\n", ["r.yaml: ", "--batch_size", "1:30"]),
+        ("output_dir: ''\n", ["r.yaml: --output_dir: is empty"]),
+        ("lr: .nan\n", ["r.yaml: ", "--lr", ".nan"]),
+        ("", ["flag: value"]),
     ],
 )
 def test_errors_in_a_recipe(capsys, tmp_path, text, parts):
@@ -192,6 +213,8 @@ def test_every_subcommand_has_help(command, capsys):
 
 
 def test_unknown_subcommands_list_the_known_ones(capsys):
-    assert main(["nonsense"]) == 2
+    assert main(["chek"]) == 2
     message = capsys.readouterr().err
+    assert message.startswith("pix2seq: error: chek: no such command (did you mean check?)")
+    assert message.count("\n") == 1
     assert all(command in message for command in COMMANDS)

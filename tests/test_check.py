@@ -252,17 +252,20 @@ def test_training_stops_when_too_many_images_are_unreadable(tmp_path, capsys):
     write_dataset(root)
     assert run_training(small_run(root, output)) == 2
     error = capsys.readouterr().err
-    assert "more than --max_unreadable allows" in error
+    total = len(GOOD) + len(BAD_FILES) + len(ODD_FILES) + 1
+    assert re.search(
+        rf"--max_unreadable 0.01: \d+ of {total} training images are missing or broken, at most 0 ", error
+    )
     assert "gone.png: " in error
     assert len(error.strip().splitlines()) == 1
     assert not output.exists()
 
     missing = sum(kinds[0] in ("missing-file", "path-outside") for _, kinds in BAD_FILES.values())
-    fraction = (missing + 0.5) / (len(GOOD) + len(BAD_FILES) + len(ODD_FILES) + 1)
+    fraction = (missing + 0.5) / total
     assert run_training(small_run(root, output, max_unreadable=fraction)) == 2
     error = capsys.readouterr().err
-    count = int(re.search(r"(\d+) training images are missing or broken", error)[1])
-    assert missing < count <= len(BAD_FILES)
+    count, allowed = map(int, re.search(r"(\d+) of \d+ training images .* at most (\d+) ", error).groups())
+    assert missing == allowed < count <= len(BAD_FILES)
     assert "saved at step" in error
     status = json.loads((output / "status.json").read_text())
     assert status["state"] == "failed"

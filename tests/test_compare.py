@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import hotcoco
 import numpy as np
@@ -134,7 +135,10 @@ def test_compare_two_folders(folders, tmp_path, capsys):
     assert main([*words, "--output", str(tmp_path / "compare.json")]) == 0
     content = json.loads((tmp_path / "compare.json").read_text())
     assert "too few images" in content["summary"]
-    assert content["summary"] in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert content["summary"] in out
+    assert "95 %" not in out
+    assert {(row["low"], row["high"]) for row in content["metrics"]} == {(None, None)}
     assert [row["name"] for row in content["metrics"][:4]] == ["AP", "AP50", "AP75", "ellipse"]
     metrics = json.loads((folders / "fine" / "metrics.json").read_text())
     assert content["metrics"][0]["b"] == pytest.approx(metrics["AP"], abs=1e-9)
@@ -196,6 +200,16 @@ def test_dataset_without_objects_is_rejected(shapes_root, tmp_path, capsys):
     assert "no objects" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["predictions.json", "ground_truth.json", "link.json"])
+def test_no_file_of_an_input_folder_is_overwritten(folders, tmp_path, capsys, name):
+    folder = shutil.copytree(folders / "fine", tmp_path / "fine")
+    (folder / "link.json").symlink_to(folder / "predictions.json")
+    before = (folder / name).read_bytes()
+    assert main(["compare", str(folder), str(folders / "coarse"), "--output", str(folder / name)]) == 2
+    assert f"{name}: would overwrite the input" in capsys.readouterr().err
+    assert (folder / name).read_bytes() == before
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -205,7 +219,7 @@ def test_dataset_without_objects_is_rejected(shapes_root, tmp_path, capsys):
         (["{fine}", "{fine}", "--seed", "-1"], "--seed -1"),
         (["{fine}", "{fine}", "--resamples", "x"], "--resamples"),
         (["{fine}", "/nowhere", "--output", "/nowhere/x.json"], "--output /nowhere/x.json"),  # before reading
-        (["{fine}", "{bad}/b.json", "--output", "{bad}/b.json"], "b.json: would overwrite an input"),
+        (["{fine}", "{bad}/b.json", "--output", "{bad}/b.json"], "b.json: would overwrite the input"),
         (["{fine}", "{fine}/metrics.json"], "metrics.json"),
         (["{fine}"], "required: b"),
         (["{fine}", "{fine}", "--gtt", "x"], "--gtt"),

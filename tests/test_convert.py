@@ -221,6 +221,7 @@ def test_yolo_label_errors_name_file_and_line(tmp_path, line):
         ("names: [cat]\n", "none of train, val and test"),
         ("names: [cat, dog]\ntrain: gone\n", "train: gone"),
         ("names: [cat, dog]\ntrain: labels\n", "train: no images in labels"),
+        (CONFIG + "names: [dog, cat]\n", "'names' appears twice, in lines 3 and 4"),
         (CONFIG + "kpt_shape: [17, 3]\n", "kpt_shape"),
     ],
 )
@@ -480,8 +481,9 @@ def test_links_to_the_images_are_created_only_among_links(tmp_path):
     for split in convert(root, tmp_path / "out"):
         assert split.linked
         assert (tmp_path / "out/images" / f"{split.name}2017").resolve() == split.images
-    assert not any(split.linked for split in convert(root, root))
-    assert sorted(path.name for path in (root / "images").iterdir()) == ["train", "val"]
+    write_image(tmp_path / "d/images/real.png")
+    assert not any(split.linked for split in convert(root, tmp_path / "d"))
+    assert [path.name for path in (tmp_path / "d/images").iterdir()] == ["real.png"]
     write_text(tmp_path / "out/images/.DS_Store")
     assert all(split.linked for split in convert(make_voc(tmp_path / "b"), tmp_path / "out"))
     assert (tmp_path / "out/images/train2017").resolve() == tmp_path / "b/JPEGImages"

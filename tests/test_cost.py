@@ -107,6 +107,14 @@ def test_plan_of_a_dataset(shapes_root, tmp_path, capsys):
     assert "3,200 steps" in output
 
 
+def test_plan_does_not_overwrite_its_recipe(tmp_path, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("preset: r50\n")
+    assert plan.main(["--config", str(recipe), "--output", str(recipe)]) == 2
+    assert "would overwrite the input" in capsys.readouterr().err
+    assert recipe.read_text() == "preset: r50\n"
+
+
 def test_plan_includes_sharding_ema_and_freezing_in_the_memory():
     plain = estimate("--preset", "r50", "--num_gpus", "8")["state_gib"]
     assert estimate("--preset", "r50", "--num_gpus", "8", "--shard")["state_gib"] < plain / 3
@@ -122,7 +130,7 @@ def test_plan_includes_sharding_ema_and_freezing_in_the_memory():
         (["--mfu", "0"], "--mfu 0.0: must be above 0"),
         (["--num_gpus", "0"], "--num_gpus 0: must be at least 1"),
         (["--shard", "--ema_decay", "0.9"], "--ema_decay"),
-        (["--output", "nowhere/plan.json"], "--output nowhere/plan.json: its folder does not exist"),
+        (["--output", "nowhere/plan.json"], "--output nowhere/plan.json: cannot be written"),
         (["--val_json", "val.json"], "--train_images --train_json --val_images: missing"),
         (["--preset", "r50", "--frozen_stages", "9"], "--frozen_stages 9"),
         (["--root", "nowhere"], "--root nowhere: no such folder"),

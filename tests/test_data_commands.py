@@ -1,6 +1,7 @@
 """The commands `pix2seq check | show | convert | shard`: their output, and one-line errors."""
 
 import shlex
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,23 @@ def test_convert_prints_flags_that_other_commands_accept(voc, tmp_path, capsys, 
     assert "train: 1 images (0 without objects), 1 objects of 1 classes" in capsys.readouterr().out
 
 
+def test_convert_reports_the_issues_of_boxes(tmp_path, capsys):
+    (tmp_path / "data.yaml").write_text("names: [cat]\ntrain: train\n")
+    (tmp_path / "train").mkdir()
+    Image.new("RGB", (20, 10)).save(tmp_path / "train/a.png")
+    (tmp_path / "train/a.txt").write_text("0 0.5 0.5 2 2\n0 0.5 0.5 0 0.1\n0 0.5 0.5 0.5 0.5\n")
+    assert main(["convert", str(tmp_path), str(tmp_path / "out")]) == 0
+    note = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("note: "))
+    assert "1 zero-size, 1 beyond-edge" in note
+    assert "annotation 2: bbox [10.0, 4.5, 0.0, 1.0]" in note
+
+
+def test_convert_does_not_write_into_its_source(voc, capsys):
+    assert main(["convert", str(voc), f"{voc}/train/.."]) == 2
+    assert "name another folder" in capsys.readouterr().err
+    assert not (voc / "annotations").exists()
+
+
 def test_an_unconverted_dataset_points_to_convert(voc, capsys):
     assert main(["show", "--root", str(voc)]) == 2
     assert "pix2seq convert" in capsys.readouterr().err
@@ -62,6 +80,28 @@ def test_show_draws_a_row_for_each_image(shapes_root, tmp_path):
     assert last.shape[0] == one.shape[0]
     assert not np.array_equal(two, next_epoch)
     assert not np.array_equal(two, color)
+
+
+@pytest.mark.parametrize("name", ["images/val2017/000000.png", "annotations/instances_train2017.json"])
+def test_show_overwrites_no_input(shapes_root, capsys, name):
+    before = (shapes_root / name).read_bytes()
+    assert main(["show", "--root", str(shapes_root), "--output", str(shapes_root / name)]) == 2
+    assert f"{name}: would overwrite the input" in capsys.readouterr().err
+    assert (shapes_root / name).read_bytes() == before
+
+
+def test_check_tests_its_folder_before_the_work(shapes_root, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("pix2seq.data.commands.check_dataset", None)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "data").mkdir()
+    train = str(shutil.copy(shapes_root / "annotations/instances_train2017.json", tmp_path / "data/check.json"))
+    words = ["--train_images", str(shapes_root / "images/train2017"), "--train_json", train]
+    words += ["--val_images", str(shapes_root / "images/val2017"), "--val_json", train]
+    for folder, part in (("file", "cannot be written to"), (".", "check.json; name another")):
+        assert main(["check", *words, "--output_dir", str(tmp_path / folder)]) == 2
+        error = capsys.readouterr().err
+        assert f"--output_dir {tmp_path / folder}: " in error
+        assert part in error
 
 
 @pytest.mark.parametrize(

@@ -533,8 +533,11 @@ def test_a_program_gets_the_detections_and_no_other_file(server, detector, tmp_p
     assert [item["class"] for item in objects] == expected.names
     np.testing.assert_allclose([item["box"] for item in objects], expected.boxes)
     (tmp_path / "broken.png").write_bytes(zip_file())
-    with pytest.raises(AppError, match="not an image"):
-        client.predict(handle_file(tmp_path / "broken.png"), 0, api_name="/detect")
+    (tmp_path / "text.txt").write_text("text")
+    for name in ("broken.png", "text.txt"):
+        with pytest.raises(AppError, match="not an image"):
+            client.predict(handle_file(tmp_path / name), 0, api_name="/detect")
+    assert "Traceback" not in server[1].read_text()
     for path in (str(tmp_path / "image.png"), "../image.png", server[0]):
         for keys in ({}, {"url": path}, {"meta": {"_type": "gradio.FileData"}}):
             data = {"data": [{"path": path, **keys}, 0]}

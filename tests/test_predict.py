@@ -214,6 +214,17 @@ def test_the_output_folder_is_not_searched_for_images(folder, images, tmp_path, 
     assert find_inputs([str(nested)], tmp_path) == find_inputs([str(nested)], nested) == expected
 
 
+def test_every_name_of_a_file_is_an_input_and_has_an_output(folder, images, tmp_path):
+    (tmp_path / "in/deep").mkdir(parents=True)
+    for name in ("a.png", "b.png", "deep/a.png"):
+        (tmp_path / "in" / name).symlink_to(images / "dot.png")
+    (tmp_path / "in/loop").symlink_to(tmp_path / "in")
+    words = [tmp_path / "in", tmp_path / "in/../in/a.png", f"{tmp_path}/in/**/*.png"]
+    assert run(folder, *words, "--output_dir", tmp_path / "out") == 0
+    assert [entry["name"] for entry in read(tmp_path / "out/images.json")] == ["a", "b", "a_2"]
+    assert {path.name for path in (tmp_path / "out").glob("*.jpg")} == {"a.jpg", "b.jpg", "a_2.jpg"}
+
+
 # -- unreadable inputs and invalid arguments -------------------------------------------------------
 
 

@@ -354,9 +354,20 @@ def test_report_of_a_results_file(shapes_root, tmp_path, shapes, capsys, blank_f
     (tmp_path / "p.json").write_text(json.dumps(shapes[1]))
     words = ("--predictions", tmp_path / "p.json", "--gt", find_split("val", shapes_root).json)
     assert run(*words, "--output_dir", tmp_path / "out") == 0
+    assert "no prediction" not in capsys.readouterr().out
     assert not (tmp_path / "out" / "report.html").exists()
     assert run(*words, "--output_dir", tmp_path / "out", "--report") == 0
     check_page(tmp_path / "out")
+
+
+def test_images_that_a_results_file_omits_are_counted(shapes_root, tmp_path, shapes, capsys, blank_figures):
+    (tmp_path / "p.json").write_text(json.dumps([entry for entry in shapes[1] if entry["image_id"] > 2]))
+    words = ("--predictions", tmp_path / "p.json", "--gt", find_split("val", shapes_root).json)
+    assert run(*words, "--output_dir", tmp_path / "out", "--report") == 0
+    count = 5 - len({entry["image_id"] for entry in shapes[1]} - {1, 2})
+    assert f"{count} of 5 images have no prediction" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out/evaluation.json").read_text())["images_without_predictions"] == count
+    assert f"{count} images without predictions" in (tmp_path / "out/report.html").read_text()
 
 
 @pytest.mark.parametrize("words", [["--report"], ["--report", "--output_dir", ""]])
@@ -365,6 +376,29 @@ def test_report_requires_an_output_folder(capsys, words):
         parse(EvaluateArguments, ["--oracle", "--root", "x", *words])
     assert stopped.value.code == 2
     assert "--output_dir" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["predictions.json", "ground_truth.json", "predictions.png"])
+def test_no_input_is_overwritten(shapes_root, tmp_path, capsys, name):
+    split = find_split("val", shapes_root)
+    shutil.copytree(split.images, tmp_path / "data")
+    document = json.loads(split.json.read_text())
+    if name.endswith(".png"):
+        (tmp_path / "data" / document["images"][0]["file_name"]).rename(tmp_path / "data" / name)
+        document["images"][0]["file_name"] = name
+    (tmp_path / "data" / "ground_truth.json").write_text(json.dumps(document))
+    (tmp_path / "data" / "predictions.json").write_text("[]")
+    before = {file: (tmp_path / "data" / file).read_bytes() for file in file_names(tmp_path / "data")}
+    truth = str(tmp_path / "data" / "ground_truth.json")
+    elsewhere = str(shutil.copy(truth, tmp_path / "elsewhere.json"))
+    words = {
+        "predictions.json": ["--predictions", str(tmp_path / "data" / name), "--gt", elsewhere],
+        "ground_truth.json": ["--oracle", "--val_images", str(split.images), "--val_json", truth],
+        "predictions.png": ["--oracle", "--val_images", str(tmp_path / "data"), "--val_json", elsewhere],
+    }[name]
+    assert evaluate.main([*words, "--output_dir", str(tmp_path / "data")]) == 2
+    assert f"{name}; name another" in capsys.readouterr().err
+    assert {file: (tmp_path / "data" / file).read_bytes() for file in file_names(tmp_path / "data")} == before
 
 
 def file_names(folder) -> set[str]:

@@ -139,6 +139,19 @@ def test_a_damaged_newest_checkpoint_is_skipped(finished, shapes_root, copy_of_f
     assert "step_00000006 is skipped: model.safetensors" in (copy_of_finished / "train.log").read_text()
 
 
+def test_a_run_does_not_start_anew_if_all_checkpoints_are_damaged(shapes_root, copy_of_finished, capsys):
+    for folder in (copy_of_finished / "checkpoints").iterdir():
+        (folder / "trainer.pt").unlink()
+    before = sorted(copy_of_finished.rglob("*"))
+    for words in (["--resume", "auto"], []):
+        assert run(shapes_root, copy_of_finished, *words) == 2
+        error = capsys.readouterr().err
+        assert "another" in error
+        assert error.count("\n") == 1
+        assert not words or "step_00000003, step_00000006" in error
+    assert sorted(copy_of_finished.rglob("*")) == before
+
+
 def test_a_flipped_byte_in_any_file_is_detected(finished, tmp_path, record_property):
     shutil.copytree(finished / "checkpoints", tmp_path / "checkpoints")
     files = sorted((tmp_path / "checkpoints" / "step_00000006").iterdir())

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from pix2seq.data.shapes import CATEGORY_IDS, SHAPES, _draw_shape, draw_dataset, draw_image
+from pix2seq.data.shapes import CATEGORY_IDS, SHAPES, _draw_shape, draw_dataset, draw_image, main
 
 RECIPE = {"num_train": 2, "num_val": 1, "size": 16}
 
@@ -80,7 +80,7 @@ def test_images_have_all_classes_overlaps_and_no_objects():
 
 def test_a_folder_with_other_files_is_refused(tmp_path):
     (tmp_path / "thesis.txt").write_text("text")
-    with pytest.raises(ValueError, match=f"{tmp_path} is not empty"):
+    with pytest.raises(ValueError, match=f"folder {tmp_path}: is not empty"):
         draw_dataset(tmp_path, **RECIPE)
     assert hashes(tmp_path).keys() == {"thesis.txt"}
 
@@ -94,6 +94,43 @@ def test_only_a_different_dataset_is_drawn_again(tmp_path):
     draw_dataset(tmp_path, **RECIPE | {"size": 24})
     with Image.open(file) as image:
         assert image.size == (24, 24)
+
+
+def test_a_smaller_dataset_leaves_no_image_of_a_larger_one(tmp_path):
+    draw_dataset(tmp_path, num_train=3, num_val=2, size=16)
+    (tmp_path / "images/train2017/mine.png").write_text("")
+    draw_dataset(tmp_path, **RECIPE)
+    assert {path.name for path in tmp_path.rglob("*.png")} == {"000000.png", "000001.png", "mine.png"}
+    assert len(list(tmp_path.rglob("*.png"))) == 4
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        *((["{new}", f"--{name}", "0"], f"--{name} 0: must be at least") for name in ("num_train", "num_val", "size")),
+        (["{new}", "--max_shapes", "-1"], "--max_shapes -1: must be at least 1"),
+        (["{new}", "--seed", "-1"], "--seed -1: must be at least 0"),
+        (["{new}", "--num_train", "many"], "--num_train"),
+        (["{new}/file"], "file: cannot be written to"),
+        (["/proc/x"], "/proc/x: cannot be written to"),
+        (["{new}/broken"], "shapes.json: is not JSON"),
+        ([""], "folder: is empty"),
+    ],
+)
+def test_errors_are_one_line_and_exit_code_2(tmp_path, capsys, words, part):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken/shapes.json").write_text("{")
+    before = hashes(tmp_path)
+    try:
+        code = main([word.format(new=tmp_path) for word in words])
+    except SystemExit as stop:
+        code = stop.code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert code == 2
+    assert line.startswith("pix2seq shapes: error: ")
+    assert part in line
+    assert hashes(tmp_path) == before
 
 
 def test_an_interrupted_dataset_is_completed(tmp_path):

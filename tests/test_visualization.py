@@ -7,6 +7,7 @@ import pytest
 from PIL import Image, ImageColor
 
 from benchmarks.curves import learning_curves
+from pix2seq.data import overview_figure
 from pix2seq.data.overview_figure import SplitSummary, dataset_overview
 from pix2seq.visualization import (
     CELL,
@@ -151,6 +152,20 @@ def overview(counts, sizes=(10.0, 50.0), objects=(0, 3), examples=(), max_object
 @pytest.mark.parametrize("values", [{}, {"sizes": [], "objects": [0]}])
 def test_any_dataset_can_be_drawn(counts, values):
     assert overview(counts, **values).shape[1] == 1300
+
+
+@pytest.mark.parametrize("sizes", [(13, 45), (3, 9), (20, 100), (100, 3000), (1, 1e6)])
+@pytest.mark.parametrize("max_objects", [1, 99])
+def test_labels_stay_within_their_charts(monkeypatch, sizes, max_objects):
+    figures = []
+    draw = overview_figure.figure_to_image
+    monkeypatch.setattr(overview_figure, "figure_to_image", lambda figure: figures.append(figure) or draw(figure))
+    overview([3, 4], sizes=sizes, objects=(0, 100), max_objects=max_objects)
+    for axes in figures[0].axes[1:]:
+        assert axes.texts
+        for text in axes.texts:
+            box = text.get_window_extent()
+            assert axes.bbox.x0 <= box.x0 < box.x1 <= axes.bbox.x1, text
 
 
 def test_examples_are_below_the_charts():

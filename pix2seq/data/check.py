@@ -22,6 +22,7 @@ from pix2seq.errors import UserError
 from pix2seq.progress import progress
 from pix2seq.visualization import CELL, color_of, draw_boxes, enlarge
 
+REPORT_FILES = ("check.json", "check.png")
 NUM_EXAMPLES = 8  # images in the figure
 MAX_PRINTED = 20  # issues of a kind that are printed; check.json has all of them
 
@@ -58,15 +59,16 @@ class DatasetReport:
     def save(self, folder: Path) -> None:
         """Writes check.json and, if there is a figure, check.png."""
         folder.mkdir(parents=True, exist_ok=True)
+        json_file, figure_file = (folder / name for name in REPORT_FILES)
         content = {
             "errors": len(self.with_severity(ERROR)),
             "warnings": len(self.with_severity(WARNING)),
             "splits": self.statistics,
             "issues": [asdict(issue) | {"severity": issue.severity, "effect": issue.effect} for issue in self.issues],
         }
-        (folder / "check.json").write_text(json.dumps(content, indent=1) + "\n")
+        json_file.write_text(json.dumps(content, indent=1) + "\n")
         if self.draw_figure is not None:
-            self.draw_figure().save(folder / "check.png")
+            self.draw_figure().save(figure_file)
 
 
 def check_dataset(

@@ -5,7 +5,7 @@ A file that cannot be used raises a UserError. Single entries that cannot be use
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -91,6 +91,11 @@ class Annotations:
     def name(self, index: int) -> str:
         """Returns the path of an image for messages."""
         return f"{self.split.images}/{sanitize(str(self.file_names[index]))}"
+
+    def input_files(self) -> Iterator[Path]:
+        """Yields the annotation file and the image files, which need not exist."""
+        yield self.split.json
+        yield from (self.split.images / name for name in self.file_names.tolist())
 
     def objects(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns the trainable boxes of an image, float64 (K, 4), xyxy in pixels, and their labels (K,)."""

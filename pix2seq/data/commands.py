@@ -9,21 +9,31 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from pix2seq.argument_parser import LineErrorParser, parse, run_command
+from pix2seq.argument_parser import LineErrorParser, parse, path, run_command
 from pix2seq.arguments import TrainArguments, argument, check_value
-from pix2seq.data.check import check_dataset
+from pix2seq.data.check import REPORT_FILES, check_dataset
 from pix2seq.data.coco import load_annotations
 from pix2seq.data.convert import convert
-from pix2seq.data.issues import ERROR
+from pix2seq.data.issues import ERROR, count_by_kind
+from pix2seq.data.layouts import Split
 from pix2seq.data.shards import write_shards
 from pix2seq.data.show import draw_training_examples
 from pix2seq.errors import UserError
+from pix2seq.output_paths import check_no_input, check_output_file, prepare_output_folder, report_write_errors
 from pix2seq.training.datasets import find_splits, load_data
 
 
 def check_data(args: TrainArguments) -> int:
     """Prints the dataset report and saves it in the run folder. Returns 2 if there are errors, otherwise 0."""
     train, val = find_splits(args)
+    output = Path(args.output_dir)
+    folder = output / "data"
+    for needed in (output, folder):
+        prepare_output_folder(needed)
+    files = [folder / name for name in REPORT_FILES]
+    splits = [split for split in (train, val) if split is not None]
+    inputs = [split.json for split in splits] + [split.images / file.name for split in splits for file in files]
+    check_no_input(files, inputs, f"--output_dir {args.output_dir}")
     report = check_dataset(
         train,
         val,
@@ -31,12 +41,9 @@ def check_data(args: TrainArguments) -> int:
         max_objects=args.max_objects,
         num_workers=min(args.num_workers, os.cpu_count() or 1),
     )
-    folder = Path(args.output_dir) / "data"
     print(report)
-    try:
+    with report_write_errors(output):
         report.save(folder)
-    except OSError as error:
-        raise UserError(f"--output_dir {args.output_dir}: cannot be written to ({error.strerror})") from None
     print(f"saved in {folder}: check.json" + (", check.png" if report.draw_figure is not None else ""))
     return 2 if report.with_severity(ERROR) else 0
 
@@ -58,14 +65,18 @@ class ShowArguments(TrainArguments):
 
 def show_data(args: ShowArguments) -> int:
     """Draws training examples. Returns the exit code."""
-    dataset, _ = load_data(args)
+    output = Path(args.output)
+    check_output_file(output)
+    dataset, val_set = load_data(args)
+    inputs = [*dataset.annotations.input_files(), *val_set.annotations.input_files()]
+    check_output_file(output, [*inputs, *([Path(args.config)] if args.config else [])])
     total = len(dataset.annotations)
     indices = range(args.first, min(args.first + args.num_images, total))
     if not indices:
         raise UserError(f"--first {args.first}: must be less than {total}, the number of training images")
     image = draw_training_examples(dataset, indices, args.epoch)
     try:
-        image.save(args.output)
+        image.save(output)
     except (OSError, ValueError) as error:
         raise UserError(f"--output {args.output}: cannot be written ({error})") from None
     print(f"saved as {args.output}")
@@ -100,8 +111,8 @@ def shard_data(args: ShardArguments) -> int:
 def convert_parser(program: str = "pix2seq convert") -> argparse.ArgumentParser:
     """Builds the parser of `pix2seq convert`."""
     parser = LineErrorParser(prog=program, description="Convert YOLO or Pascal VOC to COCO annotation files.")
-    parser.add_argument("source", type=Path, help="folder with data.yaml, or with the XML files of Pascal VOC")
-    parser.add_argument("output", type=Path, help="folder for the COCO annotation files and links to the images")
+    parser.add_argument("source", type=path, help="folder with data.yaml, or with the XML files of Pascal VOC")
+    parser.add_argument("output", type=path, help="folder for the COCO annotation files and links to the images")
     parser.add_argument(
         "--follow_links", action="store_true", help="also open files outside the source, behind links or in lists"
     )
@@ -114,6 +125,8 @@ def convert_data(args: argparse.Namespace) -> int:
     flags: list[str] = []
     for split in splits:
         print(f"{split.name}: {split.num_images} images, {split.num_objects} objects -> {split.json}")
+        if issues := load_annotations(Split(split.images, split.json), follow_links=args.follow_links).issues:
+            print(f"note: {count_by_kind(issues)} (`pix2seq check` lists them), the first is {issues[0]}")
         if split.name in ("train", "val"):
             flags += [f"--{split.name}_images", str(split.images), f"--{split.name}_json", str(split.json)]
     if {"train", "val"} <= {split.name for split in splits if split.linked}:

@@ -54,7 +54,8 @@ def dataset_overview(
     _draw_histogram(axes[2], counts, title="objects per image")
     if max(int(values.max()) for values in counts.values()) > max_objects:
         axes[2].axvline(max_objects, color="black", linewidth=1)
-        axes[2].text(max_objects, axes[2].get_ylim()[1], "--max_objects", ha="center", va="bottom", fontsize=7)
+        side = "left" if max_objects < sum(axes[2].get_xlim()) / 2 else "right"  # towards the center
+        axes[2].text(max_objects, axes[2].get_ylim()[1], "--max_objects", ha=side, va="bottom", fontsize=7)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(splits), fontsize=9)
     charts = figure_to_image(figure)
     if not examples:
@@ -95,7 +96,9 @@ def _draw_histogram(axis: Axes, values: dict[str, np.ndarray], title: str, log: 
             axis.hist(numbers, bins.tolist(), weights=weights, histtype="step", linewidth=2, color=color, label=split)
     if log:
         axis.set_xscale("log")
-        ticks = [size for size in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048) if size <= max(highest, 64)]
+        # The names of COCO's three sizes need the space from 16 to 192.
+        left, right = axis.set_xlim(min(axis.get_xlim()[0], 16), max(axis.get_xlim()[1], 192))
+        ticks = [size for size in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048) if left <= size <= right]
         axis.set_xticks(ticks, [str(size) for size in ticks], fontsize=7)
         axis.minorticks_off()
     axis.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g}%")

@@ -11,6 +11,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+from pix2seq.argument_parser import LineErrorParser, path, run_command
+from pix2seq.errors import UserError
+from pix2seq.output_paths import prepare_output_folder, report_write_errors
 from pix2seq.progress import progress
 
 SHAPES = ("ellipse", "rectangle", "triangle", "cross")
@@ -19,12 +22,15 @@ CATEGORY_IDS = (1, 3, 7, 11)
 
 _COLORS = ((230, 60, 50), (60, 170, 70), (60, 100, 230), (240, 200, 40), (190, 70, 210), (40, 200, 210))
 _SUPERSAMPLING = 2
+_MINIMUM = {"num_train": 1, "num_val": 1, "size": 8, "max_shapes": 1, "seed": 0}
 
 
 def draw_dataset(
     folder: str | Path, num_train: int = 8000, num_val: int = 200, size: int = 64, max_shapes: int = 4, seed: int = 0
 ) -> Path:
-    """Draws images/{train,val}2017 and annotations/instances_{train,val}2017.json. An identical dataset is kept.
+    """Draws images/{train,val}2017 and annotations/instances_{train,val}2017.json.
+
+    An identical dataset is kept, another dataset of shapes is replaced.
 
     Args:
         folder: Folder to write to.
@@ -38,45 +44,66 @@ def draw_dataset(
         The folder.
 
     Raises:
-        ValueError: The folder has files that are not of a shapes dataset.
+        UserError: A number is too small, or the folder cannot be written to or has files that are not of a shapes
+            dataset.
     """
     folder = Path(folder)
     recipe = {"num_train": num_train, "num_val": num_val, "size": size, "max_shapes": max_shapes, "seed": seed}
+    for name, value in recipe.items():
+        if value < _MINIMUM[name]:
+            raise UserError(f"--{name} {value}: must be at least {_MINIMUM[name]}")
     recipe_file = folder / "shapes.json"
-    if recipe_file.exists() and json.loads(recipe_file.read_text()) == recipe:
-        return folder
-    if folder.is_dir() and any(folder.iterdir()) and not recipe_file.exists():
-        raise ValueError(f"{folder} is not empty and has no shapes dataset; name another folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    recipe_file.write_text("null")  # an unfinished dataset
-    for stream, (split, count) in enumerate((("train", num_train), ("val", num_val))):
-        images_folder = folder / "images" / f"{split}2017"
-        images_folder.mkdir(parents=True, exist_ok=True)
-        images: list[dict] = []
-        annotations: list[dict] = []
-        for index in progress(range(count), f"drawing {split}"):
-            image, objects = draw_image(np.random.default_rng((seed, stream, index)), size, max_shapes)
-            file_name = f"{index:06d}.png"
-            image.save(images_folder / file_name)
-            images.append({"id": index + 1, "file_name": file_name, "width": size, "height": size})
-            for label, (x1, y1, x2, y2) in objects:
-                annotations.append(
-                    {
-                        "id": len(annotations) + 1,
-                        "image_id": index + 1,
-                        "category_id": CATEGORY_IDS[label],
-                        "bbox": [x1, y1, x2 - x1, y2 - y1],
-                        "area": (x2 - x1) * (y2 - y1),
-                        "iscrowd": 0,
-                    }
-                )
-        categories = [{"id": i, "name": name} for i, name in zip(CATEGORY_IDS, SHAPES, strict=True)]
-        (folder / "annotations").mkdir(exist_ok=True)
-        (folder / "annotations" / f"instances_{split}2017.json").write_text(
-            json.dumps({"images": images, "annotations": annotations, "categories": categories})
-        )
-    recipe_file.write_text(json.dumps(recipe))
+    with report_write_errors(folder, "folder"):
+        if _read_recipe(recipe_file) == recipe:
+            return folder
+        prepare_output_folder(folder, "folder")
+        if not recipe_file.exists() and any(folder.iterdir()):
+            raise UserError(f"folder {folder}: is not empty and has no shapes dataset; name another folder")
+        recipe_file.write_text("null")  # an unfinished dataset
+        for stream, (split, count) in enumerate((("train", num_train), ("val", num_val))):
+            _draw_split(folder, split, count, size=size, max_shapes=max_shapes, seeds=(seed, stream))
+        recipe_file.write_text(json.dumps(recipe))
     return folder
+
+
+def _read_recipe(file: Path) -> dict | None:
+    """Reads the arguments of an earlier call, None if there are none."""
+    try:
+        return json.loads(file.read_bytes()) if file.exists() else None
+    except ValueError as error:
+        raise UserError(f"{file}: is not JSON ({error}); delete its folder or name another") from None
+
+
+def _draw_split(
+    folder: Path, split: str, num_images: int, *, size: int, max_shapes: int, seeds: tuple[int, int]
+) -> None:
+    images_folder = folder / "images" / f"{split}2017"
+    images_folder.mkdir(parents=True, exist_ok=True)
+    for old in images_folder.glob(f"{'[0-9]' * 6}.png"):  # of an earlier dataset, which may have more images
+        old.unlink()
+    images: list[dict] = []
+    annotations: list[dict] = []
+    for index in progress(range(num_images), f"drawing {split}"):
+        image, objects = draw_image(np.random.default_rng((*seeds, index)), size, max_shapes)
+        file_name = f"{index:06d}.png"
+        image.save(images_folder / file_name)
+        images.append({"id": index + 1, "file_name": file_name, "width": size, "height": size})
+        for label, (x1, y1, x2, y2) in objects:
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": index + 1,
+                    "category_id": CATEGORY_IDS[label],
+                    "bbox": [x1, y1, x2 - x1, y2 - y1],
+                    "area": (x2 - x1) * (y2 - y1),
+                    "iscrowd": 0,
+                }
+            )
+    categories = [{"id": i, "name": name} for i, name in zip(CATEGORY_IDS, SHAPES, strict=True)]
+    (folder / "annotations").mkdir(exist_ok=True)
+    (folder / "annotations" / f"instances_{split}2017.json").write_text(
+        json.dumps({"images": images, "annotations": annotations, "categories": categories})
+    )
 
 
 def draw_image(
@@ -148,16 +175,17 @@ def _draw_shape(draw: ImageDraw.ImageDraw, name: str, box, color) -> None:
 
 def main(argv: list[str] | None = None, program: str = "pix2seq shapes") -> int:
     """Parses the command line and draws the dataset; returns the exit code."""
-    parser = argparse.ArgumentParser(prog=program, description="Draw the shapes dataset as a COCO-layout folder.")
-    parser.add_argument("folder", help="folder to write to")
+    parser = LineErrorParser(prog=program, description="Draw the shapes dataset as a COCO-layout folder.")
+    parser.add_argument("folder", type=path, help="folder to write to")
     parser.add_argument("--num_train", type=int, default=8000, help="number of training images")
     parser.add_argument("--num_val", type=int, default=200, help="number of validation images")
     parser.add_argument("--size", type=int, default=64, help="side of an image in pixels")
     parser.add_argument("--max_shapes", type=int, default=4, help="largest number of objects in an image")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random generator")
-    args = parser.parse_args(argv)
-    try:
-        print(draw_dataset(**vars(args)))
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"{program}: error: {error}\n")
+    return run_command(run_shapes, parser.parse_args(argv), program=program)
+
+
+def run_shapes(args: argparse.Namespace) -> int:
+    """Draws the dataset and prints its folder; returns the exit code."""
+    print(draw_dataset(**vars(args)))
     return 0

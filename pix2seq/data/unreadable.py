@@ -16,11 +16,13 @@ class UnreadableImages:
     """The training images that cannot be read, the same on all processes.
 
     Args:
-        max_count: Largest allowed number.
+        max_fraction: Largest allowed share of the images.
+        num_images: Number of training images.
         lines: "path: reason" of each image.
     """
 
-    max_count: float
+    max_fraction: float
+    num_images: int
     lines: set[str] = field(default_factory=set)
 
     @classmethod
@@ -31,7 +33,7 @@ class UnreadableImages:
             TooManyUnreadableError: They are more than the fraction of all images that is allowed.
         """
         lines = {f"{annotations.name(index)}: {error}" for index, error in annotations.bad_images.items()}
-        unreadable = cls(max_fraction * len(annotations), lines)
+        unreadable = cls(max_fraction, len(annotations), lines)
         unreadable.check_limit()
         return unreadable
 
@@ -42,8 +44,9 @@ class UnreadableImages:
 
     def check_limit(self) -> None:
         """Raises TooManyUnreadableError if there are more images than allowed."""
-        if len(self.lines) > self.max_count:
+        max_count = self.max_fraction * self.num_images
+        if len(self.lines) > max_count:
             raise TooManyUnreadableError(
-                f"{len(self.lines)} training images are missing or broken, more than --max_unreadable allows "
-                f"({self.max_count:.4g}): {join_names(sorted(self.lines))}"
+                f"--max_unreadable {self.max_fraction:g}: {len(self.lines)} of {self.num_images} training images are "
+                f"missing or broken, at most {int(max_count)} may be: {join_names(sorted(self.lines))}"
             )

@@ -120,6 +120,8 @@ def build_page(worker: InferenceWorker, examples: list[str], threshold: float, t
                 image = gradio.HTML(elem_id="image")
             with gradio.Column(scale=5):
                 upload = gradio.UploadButton("Upload an image", file_types=["image"], variant="primary", size="md")
+                # gradio checks the suffix here and logs a traceback; the worker checks the content and reports it.
+                upload.preprocess = lambda file: file and file.path
                 gallery = gradio.Dataset(
                     label="Examples",
                     components=[gradio.Image(render=False)],

@@ -3,14 +3,14 @@
 import argparse
 import json
 from dataclasses import asdict
-from pathlib import Path
 
-from pix2seq.argument_parser import LineErrorParser, run_command
+from pix2seq.argument_parser import LineErrorParser, path, run_command
 from pix2seq.data.coco import read_json
 from pix2seq.data.issues import count_by_kind
 from pix2seq.errors import UserError
 from pix2seq.evaluation.coco_metrics import check_predictions, load_ground_truth
 from pix2seq.evaluation.compare import (
+    MIN_IMAGES,
     MIN_RESAMPLES,
     Comparison,
     common_ground_truth,
@@ -18,18 +18,19 @@ from pix2seq.evaluation.compare import (
     comparison_table,
     summary_line,
 )
-from pix2seq.evaluation.output_folder import read_ground_truth
+from pix2seq.evaluation.output_folder import GROUND_TRUTH_FILE, read_ground_truth
+from pix2seq.output_paths import check_output_file
 
 
 def compare_parser(program: str = "pix2seq compare") -> argparse.ArgumentParser:
     """Returns the parser of `pix2seq compare`."""
     parser = LineErrorParser(prog=program, description="Compares two models on the same images.")
-    parser.add_argument("a", type=Path, help="output folder of evaluate.py, or a COCO results file")
-    parser.add_argument("b", type=Path, help="another, of the same images")
-    parser.add_argument("--gt", type=Path, help="COCO annotation file (default: the ground truth in the folders)")
+    parser.add_argument("a", type=path, help="output folder of evaluate.py, or a COCO results file")
+    parser.add_argument("b", type=path, help="another, of the same images")
+    parser.add_argument("--gt", type=path, help="COCO annotation file (default: the ground truth in the folders)")
     parser.add_argument("--resamples", type=int, default=1000, help="bootstrap resamples (default: 1000)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the resamples (default: 0)")
-    parser.add_argument("--output", type=Path, help="JSON file to write the numbers to")
+    parser.add_argument("--output", type=path, help="JSON file to write the numbers to")
     return parser
 
 
@@ -38,38 +39,26 @@ def run_compare(args: argparse.Namespace) -> int:
     for name, value, least in (("resamples", args.resamples, MIN_RESAMPLES), ("seed", args.seed, 0)):
         if value < least:
             raise UserError(f"--{name} {value}: must be at least {least}")
+    files = [path / "predictions.json" if path.is_dir() else path for path in (args.a, args.b)]
     if args.output is not None:
-        check_output_file(args.output, args.a, args.b, args.gt)
+        ground_truths = [args.a / GROUND_TRUTH_FILE, args.b / GROUND_TRUTH_FILE] if args.gt is None else [args.gt]
+        check_output_file(args.output, [*files, *ground_truths])
     ground_truth = find_ground_truth(args)
     if all(annotation["iscrowd"] for annotation in ground_truth["annotations"]):
         raise UserError(f"{args.a} and {args.b}: the images have no objects, so AP is not defined")
     predictions = {}
-    for name, path in (("a", args.a), ("b", args.b)):
-        file = path / "predictions.json" if path.is_dir() else path
+    for name, file in zip(("a", "b"), files, strict=True):
         predictions[name] = read_json(file, name=f"{name.upper()} {file}")
         check_predictions(predictions[name], ground_truth, f"{name.upper()} {file}")
     comparisons = compare(ground_truth, **predictions, resamples=args.resamples, seed=args.seed)
     num_images = len(ground_truth["images"])
     summary = summary_line(comparisons[0], num_images)
-    print(f"A: {args.a}\nB: {args.b}\n{num_images} images, {args.resamples} resamples\n")
+    resamples = f", {args.resamples} resamples" if num_images >= MIN_IMAGES else ""
+    print(f"A: {args.a}\nB: {args.b}\n{num_images} images{resamples}\n")
     print(f"{comparison_table(comparisons)}\n\n{summary}")
     if args.output is not None:
         write_comparisons(args, comparisons, summary)
     return 0
-
-
-def check_output_file(path: Path, *inputs: Path | None) -> None:
-    """Checks that a file is writable and is not an input. Raises UserError."""
-    try:
-        if path.exists() and any(other is not None and other.exists() and path.samefile(other) for other in inputs):
-            raise UserError(f"--output {path}: would overwrite an input; name another file")
-        target = path.resolve()  # creates and removes the target of a broken link, not the link
-        is_new = not target.exists()
-        target.open("ab").close()
-        if is_new:
-            target.unlink()
-    except OSError as error:
-        raise UserError(f"--output {path}: cannot be written ({error.strerror})") from None
 
 
 def find_ground_truth(args: argparse.Namespace) -> dict:

@@ -100,7 +100,10 @@ def _average_precision(
 
 @dataclass
 class Comparison:
-    """One metric of both models, with the interval of the difference B - A that holds 95 % of the resamples."""
+    """One metric of both models, with the interval of the difference B - A that holds 95 % of the resamples.
+
+    `low` and `high` are NaN if there is no interval.
+    """
 
     name: str
     a: float
@@ -131,13 +134,16 @@ def compare(
         seed: Seed of the resamples.
 
     Returns:
-        AP, AP50, AP75, then the AP of each class; NaN for a class without objects.
+        AP, AP50, AP75, then the AP of each class; NaN for a class without objects. With fewer than `MIN_IMAGES`
+        images, there are no intervals.
     """
     names = [name for _, name in sorted(class_names(ground_truth).items())]
     models = [BootstrapAP(match(*remap_ids(ground_truth, predictions))) for predictions in (a, b)]
     num_images = len(ground_truth["images"])
     metrics_a, metrics_b = (_summarize(model(np.ones(num_images, int))) for model in models)
     rng = np.random.default_rng(seed)
+    if num_images < MIN_IMAGES:
+        resamples = 0
     differences = np.empty((resamples, len(metrics_a)))
     for number in progress(range(resamples), "comparing"):
         counts = np.bincount(rng.integers(num_images, size=num_images), minlength=num_images)
@@ -192,13 +198,15 @@ def comparison_table(comparisons: list[Comparison]) -> str:
     """Formats the comparisons for a terminal, with a star where the interval excludes 0."""
     names = [sanitize(comparison.name) for comparison in comparisons]
     width = max(map(len, names))
-    lines = [f"{'':<{width}}{'A':>9}{'B':>9}{'B - A':>9}   95 % interval"]
+    has_intervals = not np.isnan([comparison.low for comparison in comparisons]).all()
+    lines = [f"{'':<{width}}{'A':>9}{'B':>9}{'B - A':>9}{'   95 % interval' * has_intervals}"]
     for index, (name, row) in enumerate(zip(names, comparisons, strict=True)):
         if index == 3:
             lines.append("AP by class")
         if np.isnan(row.a):
             lines.append(f"{name:<{width}}   no objects")
             continue
-        values = f"{row.a:>9.3f}{row.b:>9.3f}{row.difference:>+9.3f}   {row.low:+.3f} to {row.high:+.3f}"
+        interval = f"   {row.low:+.3f} to {row.high:+.3f}" if has_intervals else ""
+        values = f"{row.a:>9.3f}{row.b:>9.3f}{row.difference:>+9.3f}{interval}"
         lines.append(f"{name:<{width}}{values}{' *' * row.is_significant}")
     return "\n".join(lines)

@@ -8,15 +8,11 @@ report.html, report.json, report/       the report, if requested
 """
 
 import json
-import tempfile
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from pix2seq.data.issues import DatasetIssue, count_by_kind
-from pix2seq.errors import UserError
 from pix2seq.evaluation.coco_metrics import GROUND_TRUTH_KEYS, load_ground_truth
 from pix2seq.evaluation.report.figures import FIGURES
 from pix2seq.evaluation.report.matching import ERROR_TYPES
@@ -32,10 +28,12 @@ class Skipped:
     Args:
         unreadable: "name: reason" of each image that cannot be read.
         issues: Issues in the entries of the annotation file.
+        num_without_predictions: Images that a results file has no prediction for.
     """
 
     unreadable: list[str] = field(default_factory=list)
     issues: list[DatasetIssue] = field(default_factory=list)
+    num_without_predictions: int = 0
 
     def to_json(self) -> dict:
         """Returns the counts and the first entries."""
@@ -46,16 +44,21 @@ class Skipped:
                 "first": [f"{issue.entry}: {issue.value}".removeprefix(": ") for issue in self.issues[:NUM_LISTED]],
                 "by_kind": dict(Counter(issue.kind for issue in self.issues).most_common()),
             },
+            "images_without_predictions": self.num_without_predictions,
         }
 
     def lines(self) -> list[str]:
-        """Returns a line about the unreadable images and one about the issues, if there are any."""
-        images, issues = self.to_json().values()
+        """Returns a line about each kind of what was skipped, if there is any."""
+        images, issues, _ = self.to_json().values()
         lines = []
         if images["count"]:
             lines.append(f"{images['count']:,} unreadable images: their objects count as missed. {_first(images)}")
         if issues["count"]:
             lines.append(f"Issues in the annotation file: {count_by_kind(self.issues)}. {_first(issues)}")
+        if self.num_without_predictions:
+            lines.append(
+                f"{self.num_without_predictions:,} images without predictions: their objects count as missed."
+            )
         return lines
 
 
@@ -70,28 +73,6 @@ def output_files(folder: Path) -> list[Path]:
     names += ["report.html", "report.json", *(f"report/{name}.png" for name in FIGURES)]
     names += [f"report/example_{name}.png" for name in ERROR_TYPES]
     return [folder / name for name in names]
-
-
-def prepare_output_folder(folder: Path) -> None:
-    """Creates the folder and checks that it is writable, before the model runs.
-
-    Raises:
-        UserError: The folder cannot be written.
-    """
-    with report_write_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-
-
-@contextmanager
-def report_write_errors(folder: Path) -> Iterator[None]:
-    """Converts an OSError to a UserError that names --output_dir."""
-    try:
-        yield
-    except OSError as error:
-        file = f"{Path(error.filename).name}: " if error.filename else ""
-        raise UserError(f"--output_dir {folder}: cannot be written to ({file}{error.strerror})") from None
 
 
 def write_results(

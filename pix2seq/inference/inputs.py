@@ -47,12 +47,18 @@ def find_inputs(inputs: Sequence[str], output_dir: Path) -> tuple[list[str], lis
         for path in paths:
             images, others = _search_folder(Path(path), output_dir) if os.path.isdir(path) else ([path], [])
             files += images
-            skipped |= {os.path.realpath(file): file for file in others}
+            skipped |= {_identity(file): file for file in others}
         if not files:
             raise UserError(f"{item}: contains no images ({' '.join(FORMATS_OF_SUFFIX)})")
         for file in files:
-            unique.setdefault(os.path.realpath(file), file)
-    return list(unique.values()), [file for real_path, file in skipped.items() if real_path not in unique]
+            unique.setdefault(_identity(file), file)
+    return list(unique.values()), [file for identity, file in skipped.items() if identity not in unique]
+
+
+def _identity(file: str) -> str:
+    """The path of a file with the links of its folder resolved. Links to one file are different files."""
+    folder, name = os.path.split(file)
+    return os.path.join(os.path.realpath(folder), name)
 
 
 def _search_folder(folder: Path, output_dir: Path) -> tuple[list[str], list[str]]:

@@ -108,23 +108,29 @@ def find_checkpoint(
 
     Args:
         checkpoints: folder of all checkpoints of the run.
-        resume: value of --resume: None (a new run), "auto" (the newest complete checkpoint, if any) or a folder.
+        resume: value of --resume: None (a new run), "auto" (the newest complete checkpoint, or a new run if there is
+            no checkpoint) or a folder.
         required_files: names of files that a folder given as --resume must contain.
         warn: called with a line for each damaged checkpoint that is skipped.
 
     Raises:
-        UserError: the folder is damaged or no checkpoint, or existing checkpoints would be lost: a new run in a used
-            folder, or an older checkpoint than the newest one.
+        UserError: the folder is damaged or no checkpoint, all checkpoints are damaged, or existing checkpoints would
+            be lost: a new run in a used folder, or an older checkpoint than the newest one.
     """
-    newest = latest_checkpoint(checkpoints, warn)
     if resume is None:
-        if newest is not None:
+        if _list_checkpoints(checkpoints):
             raise UserError(
                 f"--output_dir {checkpoints.parent}: holds checkpoints of an earlier run; "
                 "continue it with --resume auto or name another folder"
             )
         return None
+    newest = latest_checkpoint(checkpoints, warn)
     if resume == "auto":
+        if newest is None and (damaged := [path.name for _, path in _list_checkpoints(checkpoints)]):
+            raise UserError(
+                f"--resume auto: all checkpoints in {checkpoints} are damaged ({', '.join(damaged)}); "
+                "to start anew, move them away or name another --output_dir"
+            )
         return newest
     folder = Path(resume)
     if error := manifest.verify(folder):

@@ -70,6 +70,8 @@ def convert(
     source, output = absolute(source), absolute(output)
     if not source.is_dir():
         raise UserError(f"{source}: no such folder")
+    if os.path.realpath(source) == os.path.realpath(output):
+        raise UserError(f"{output}: is the folder of the dataset to convert; name another folder to write to")
     config = next((source / name for name in ("data.yaml", "data.yml") if (source / name).is_file()), None)
     dataset = SourceFolder(source, follow_links, notify)
     splits, classes = read_voc(dataset) if config is None else read_yolo(config, dataset)

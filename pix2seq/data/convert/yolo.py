@@ -6,11 +6,19 @@ from pathlib import Path
 
 import yaml
 
+from pix2seq.argument_parser import UniqueKeyLoader
 from pix2seq.data.convert.source_folder import Classes, SourceFolder, SourceImage, absolute
 from pix2seq.errors import UserError
 from pix2seq.progress import progress
 
 EMPTY_VALUES: tuple = ("", "~", "null", "Null", "NULL", [])
+
+
+class _TextLoader(UniqueKeyLoader):
+    """Reads all scalars as strings: the class name `no` is not False."""
+
+
+_TextLoader.yaml_implicit_resolvers = {}
 
 
 def read_yolo(config: Path, source: SourceFolder) -> tuple[dict[str, list[SourceImage]], Classes]:
@@ -29,8 +37,7 @@ def read_yolo(config: Path, source: SourceFolder) -> tuple[dict[str, list[Source
         UserError: A file cannot be read; the message names it, with the line.
     """
     try:
-        # The base loader reads all scalars as strings: the class name `no` is not False.
-        content = yaml.load(source.read_text(config), Loader=yaml.BaseLoader)
+        content = yaml.load(source.read_text(config), Loader=_TextLoader)
     except (yaml.YAMLError, RecursionError) as error:
         raise UserError(f"{config}: is not YAML ({' '.join(str(error).split())})") from None
     classes = _read_classes(config, content)
