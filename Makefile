@@ -41,7 +41,7 @@ test-slow: .venv/dev ## run the tests that take minutes
 test-gpu: .venv/dev ## run the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu $(args)
 
-test-hf: .venv/dev ## download the test suites of the installed transformers and run them on the model
+test-hf: .venv/hf ## test the tools of Hugging Face, and download and run the test suites of transformers
 	$(BIN)/python -m tests.hf.sources
 	$(BIN)/python -m pytest -m slow tests/hf $(args)
 
@@ -89,4 +89,8 @@ job: ## submit the committed state of an experiment to AzureML: make job exp=NAM
 
 .venv/dev: requirements-dev.txt requirements.txt constraints.txt | .venv/bin/python
 	$(PIP_INSTALL) -r requirements-dev.txt
+	@touch $@
+
+.venv/hf: requirements-hf.txt .venv/dev | .venv/bin/python
+	$(PIP_INSTALL) -r requirements-hf.txt
 	@touch $@

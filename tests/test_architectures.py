@@ -171,9 +171,7 @@ def test_attention_implementations_agree(decoder, implementation, tmp_path):
     model.save_pretrained(tmp_path)
     other = Pix2SeqForObjectDetection.from_pretrained(tmp_path, attn_implementation=implementation).eval()
     assert other.backbone.model.config._attn_implementation == implementation
-    # Instead of sdpa, the Llama decoder uses its own attention function.
-    expected = "prefix" if (decoder, implementation) == ("llama", "sdpa") else implementation
-    assert other.decoder.config._attn_implementation == expected
+    assert other.decoder.config._attn_implementation == implementation
     with torch.no_grad():
         expected, logits = (each(images(), token_ids()).logits for each in (model, other))
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)

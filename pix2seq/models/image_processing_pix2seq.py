@@ -18,6 +18,7 @@ class Pix2SeqImageProcessorKwargs(TypedDict, total=False):
     """Keyword arguments of `Pix2SeqImageProcessor`, which describes them, and of a call."""
 
     size: dict[str, int] | int | None
+    do_convert_rgb: bool | None
     do_resize: bool | None
     do_rescale: bool | None
     do_normalize: bool | None
@@ -41,6 +42,7 @@ class Pix2SeqImageProcessor(TorchvisionBackend):
 
     Args:
         size: Side S of the padded image, in pixels: an int, or `{"height": S, "width": S}`.
+        do_convert_rgb: Must be True: the model processes RGB images.
         do_resize: Whether to resize images. If not, they must fit into the square.
         do_rescale: Must be equal to `do_normalize` if it is given.
         do_normalize: Whether to scale pixels to [0, 1] and normalize them.
@@ -56,6 +58,7 @@ class Pix2SeqImageProcessor(TorchvisionBackend):
     model_input_names: ClassVar = ["pixel_values"]
     valid_kwargs = Pix2SeqImageProcessorKwargs
     size: ClassVar = {"height": 640, "width": 640}
+    do_convert_rgb = True
     do_resize = True
     do_normalize = False
     image_mean = (0.485, 0.456, 0.406)
@@ -132,6 +135,8 @@ class Pix2SeqImageProcessor(TorchvisionBackend):
 
     def _validate_preprocess_kwargs(self, **kwargs) -> None:
         do_normalize = kwargs["do_normalize"]
+        if not kwargs["do_convert_rgb"]:
+            raise ValueError("do_convert_rgb is False: the model processes RGB images only")
         if kwargs["do_rescale"] not in (None, do_normalize):
             raise ValueError(
                 f"do_rescale is {kwargs['do_rescale']}, but do_normalize is {do_normalize}: the model needs uint8 or "

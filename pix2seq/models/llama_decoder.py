@@ -52,7 +52,7 @@ class LlamaDecoder(LlamaForCausalLM):
     """Self-attention over the concatenation of visual tokens and token sequence.
 
     Visual tokens attend to all visual tokens. With `causal_prefix` in the config, they attend only to the ones before
-    them, as in a language model. The attention implementation is "prefix", or "eager" if attention weights are needed.
+    them, as in a language model. The default attention implementation is "prefix".
     """
 
     config: LlamaConfig
@@ -65,9 +65,8 @@ class LlamaDecoder(LlamaForCausalLM):
         self.post_init()
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
-        """Uses "prefix" in place of transformers' default, "sdpa"."""
-        requested_attention = "prefix" if requested_attention in (None, "sdpa") else requested_attention
-        return super().get_correct_attn_implementation(requested_attention, is_init_check)
+        """Returns "prefix" by default. Other implementations get a mask."""
+        return super().get_correct_attn_implementation(requested_attention or "prefix", is_init_check)
 
     def forward(self, visual_tokens: torch.Tensor, input_ids: torch.Tensor, **kwargs) -> BaseModelOutputWithPast:
         """Computes the hidden states of a token sequence. It replaces the `forward` of `LlamaForCausalLM`.

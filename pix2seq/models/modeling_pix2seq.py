@@ -12,7 +12,7 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.blenderbot.modeling_blenderbot import BlenderbotAttention, BlenderbotEncoderLayer
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, logging
 from transformers.utils.output_capturing import capture_outputs
 
 from pix2seq.generation import DecodingOptions, generate_tokens
@@ -28,6 +28,8 @@ from pix2seq.models.loss import token_cross_entropy
 from pix2seq.models.position_embedding import coordinate_embedding, position_embedding_2d
 from pix2seq.models.transformer_decoder import TransformerDecoder
 from pix2seq.tokenizer import TOKENS_PER_OBJECT, Tokenizer
+
+logger = logging.get_logger(__name__)
 
 NORM_EPS = 1e-6  # of the layer norms in projection, encoder and projector, as in the authors' code
 
@@ -238,7 +240,10 @@ class Pix2SeqForObjectDetection(Pix2SeqPreTrainedModel):
         if name is None:
             return super().from_pretrained(None, config=config, **kwargs)
         if not isinstance(config, Pix2SeqConfig):
+            not_in_config = ("dtype", "torch_dtype", "quantization_config")
+            others = {key: kwargs.pop(key) for key in not_in_config if key in kwargs}
             config, kwargs = Pix2SeqConfig.from_pretrained(config or name, return_unused_kwargs=True, **kwargs)
+            kwargs |= others
         return load_with_classes(super().from_pretrained, name, config, match=ignore_mismatched_sizes, **kwargs)
 
     def get_input_embeddings(self) -> nn.Module:
@@ -399,7 +404,7 @@ class Pix2SeqForObjectDetection(Pix2SeqPreTrainedModel):
                 Token ids are then not checked.
             return_boxes: Whether objects are detected. Default: with labels in eval mode, as DETR does, and without
                 labels if there are no `input_ids`.
-            output_attentions: Return attention weights; needs the attention implementation "eager".
+            output_attentions: Return attention weights, which only the attention implementation "eager" computes.
             output_hidden_states: Return hidden states.
             return_dict: Whether to return a `Pix2SeqOutput` or a tuple. Default: `config.return_dict`.
 
@@ -407,7 +412,7 @@ class Pix2SeqForObjectDetection(Pix2SeqPreTrainedModel):
             The output, see `Pix2SeqOutput`.
 
         Raises:
-            ValueError: Labels do not fit the model, or attention weights are not available.
+            ValueError: Labels do not fit the model.
         """
         config = self.config
         recorded = {
@@ -417,7 +422,7 @@ class Pix2SeqForObjectDetection(Pix2SeqPreTrainedModel):
             ),
         }
         if recorded["output_attentions"] and config._attn_implementation != "eager":
-            raise ValueError("output_attentions: only attn_implementation='eager' computes attention weights")
+            logger.warning_once("output_attentions: only attn_implementation='eager' computes attention weights")
         if return_boxes is None:
             return_boxes = input_ids is None if labels is None else not self.training
         visual_tokens, encoded = self._encode(pixel_values, **recorded)
