@@ -7,10 +7,13 @@ python -m benchmarks.decode --output docs/results/decode_gpu.json --mixed_precis
 The decoders have the size of the R50 recipe (6 layers of width 256, 400 visual tokens) and random weights. Decoding is
 greedy, 100 objects per image:
 
-pix2seq      pix2seq.generation.generate_tokens
+pix2seq      pix2seq.generation.generate_tokens, with the fused decoder
+modules      the same with the modules of the decoder and a static cache, as with adapters or quantized weights
 generate     `generate` of transformers with the same weights, a dynamic cache and the grammar as a LogitsProcessor;
              for the Llama decoder only
 loop         transformers' model in a loop, with a dynamic cache
+baseline     with `--baseline FOLDER`, the implementation "pix2seq" of the checkout of another commit in that folder,
+             in a process of its own that runs in turn with the others
 
 `equal_sequences` is the fraction of images with equal tokens. The times are those of the decoder. `images_per_s` are
 those of the complete model, of its encoder alone, and of DETR-R50.
@@ -21,6 +24,8 @@ import copy
 import json
 import resource
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -40,6 +45,7 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from benchmarks.record import environment
 from pix2seq.generation import DecodingOptions, generate_tokens
 from pix2seq.models import Pix2SeqForObjectDetection, build_model
+from pix2seq.models.incremental_decoder import IncrementalDecoder
 from pix2seq.models.llama_decoder import CACHE, LlamaDecoder
 from pix2seq.tokenizer import TOKENS_PER_OBJECT, Tokenizer
 
@@ -84,6 +90,55 @@ def generate_with_pix2seq(model: Pix2SeqForObjectDetection, visual_tokens: torch
     decoder_only.encode = lambda pixel_values: pixel_values
     options = DecodingOptions(length // TOKENS_PER_OBJECT, top_p=0)
     return generate_tokens(decoder_only, visual_tokens, model.tokenizer, options).tokens
+
+
+def generate_with_modules(model: Pix2SeqForObjectDetection, visual_tokens: torch.Tensor, length: int) -> torch.Tensor:
+    """Generates tokens (B, L) with this package, with the modules of the decoder."""
+    by_modules = copy.copy(model)
+    by_modules.prefill = lambda visual_tokens, length: IncrementalDecoder(model.decoder, visual_tokens, length)
+    options = DecodingOptions(length // TOKENS_PER_OBJECT, top_p=0)
+    return generate_tokens(by_modules, visual_tokens, model.tokenizer, options).tokens
+
+
+class Baseline:
+    """Runs `generate_with_pix2seq` of another checkout, in a process that waits between the measurements.
+
+    Args:
+        folder: The checkout.
+        arguments: Arguments of `random_model`, as a JSON object.
+        decoder: The decoder.
+    """
+
+    PROGRAM = """
+import argparse, json, sys, time, torch
+from benchmarks.decode import generate_with_pix2seq, random_model
+arguments, decoder = argparse.Namespace(**json.loads(sys.argv[1])), sys.argv[2]
+torch.set_num_threads(arguments.num_threads or torch.get_num_threads())
+device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+model = random_model(arguments, decoder).to(device)
+with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=arguments.mixed_precision == "bf16"):
+    for line in sys.stdin:
+        batch_size, num_visual, length = map(int, line.split())
+        visual_tokens = torch.randn(batch_size, num_visual, model.config.decoder_config.hidden_size, device=device)
+        start = time.perf_counter()
+        generate_with_pix2seq(model, visual_tokens, length).cpu()
+        print(time.perf_counter() - start, flush=True)
+"""
+
+    def __init__(self, folder: Path, arguments: dict, decoder: str):
+        command = [sys.executable, "-c", self.PROGRAM, json.dumps(arguments), decoder]
+        self.process = subprocess.Popen(
+            command, cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+        )
+
+    def measure(self, batch_size: int, num_visual: int, length: int) -> float:
+        """Returns the seconds that the decoding of a batch takes."""
+        print(batch_size, num_visual, length, file=self.process.stdin, flush=True)
+        return float(self.process.stdout.readline())
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
 
 
 def generate_with_transformers(
@@ -145,7 +200,10 @@ def loop_over_blenderbot(model: Pix2SeqForObjectDetection, visual_tokens: torch.
 
 def implementations(model: Pix2SeqForObjectDetection, length: int) -> dict[str, Callable]:
     """Functions from visual tokens (B, N, D) to tokens (B, L), by name."""
-    functions = {"pix2seq": lambda visual_tokens: generate_with_pix2seq(model, visual_tokens, length)}
+    functions = {
+        "pix2seq": lambda visual_tokens: generate_with_pix2seq(model, visual_tokens, length),
+        "modules": lambda visual_tokens: generate_with_modules(model, visual_tokens, length),
+    }
     if not isinstance(model.decoder, LlamaDecoder):
         return functions | {"loop": lambda visual_tokens: loop_over_blenderbot(model, visual_tokens, length)}
     plain = PrefixedLlama.from_decoder(model.decoder)
@@ -155,12 +213,14 @@ def implementations(model: Pix2SeqForObjectDetection, length: int) -> dict[str, 
     }
 
 
-def compare_implementations(model: Pix2SeqForObjectDetection, batch_size: int, num_objects: int, rounds: int) -> dict:
+def compare_implementations(
+    model: Pix2SeqForObjectDetection, batch_size: int, num_objects: int, rounds: int, baseline: Baseline | None
+) -> dict:
     """Measures the implementations in turn, after a warm-up round."""
     length, side, device = TOKENS_PER_OBJECT * num_objects, model.config.image_size, model.device
     num_visual, width = model.encode(torch.zeros(1, 3, side, side, device=device)).shape[1:]
     functions = implementations(model, length)
-    seconds = {name: [] for name in functions}
+    seconds = {name: [] for name in (*functions, *(["baseline"] if baseline else []))}
     equal = {name: [] for name in functions if name != "pix2seq"}
     name = type(model.decoder).__name__
     for seed in tqdm(range(rounds + 1), desc=f"{name}, batch size {batch_size}", disable=None):
@@ -170,6 +230,8 @@ def compare_implementations(model: Pix2SeqForObjectDetection, batch_size: int, n
         for name, function in functions.items():
             tokens[name], duration = measure_time(device, lambda f=function, v=visual_tokens: f(v))
             seconds[name].append(duration)
+        if baseline is not None:
+            seconds["baseline"].append(baseline.measure(batch_size, num_visual, length))
         for name, fractions in equal.items():
             fractions.append((tokens[name] == tokens["pix2seq"]).all(1).float().mean().item())
     seconds = {name: values[1:] for name, values in seconds.items()}
@@ -177,7 +239,8 @@ def compare_implementations(model: Pix2SeqForObjectDetection, batch_size: int, n
         "seconds": {name: statistics_of(values) for name, values in seconds.items()},
         "times_as_fast": {
             name: statistics_of([b / a for a, b in zip(seconds["pix2seq"], seconds[name], strict=True)])
-            for name in equal
+            for name in seconds
+            if name != "pix2seq"
         },
         "tokens_per_s": batch_size * length / statistics.median(seconds["pix2seq"]),
         "equal_sequences": {name: statistics.mean(fractions) for name, fractions in equal.items()},
@@ -238,15 +301,21 @@ def measure(args: argparse.Namespace) -> dict:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
-    arguments = {name: value for name, value in vars(args).items() if name != "output"}
+    arguments = {name: value for name, value in vars(args).items() if name not in ("output", "baseline")}
     results = {"environment": environment(device), "arguments": arguments}
+    if args.baseline is not None:
+        command = ["git", "-C", str(args.baseline), "rev-parse", "HEAD"]
+        results["baseline_commit"] = subprocess.check_output(command, text=True).strip()
     models = {decoder: random_model(args, decoder).to(device) for decoder in ("llama", "transformer")}
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=args.mixed_precision == "bf16"):
         for decoder, model in models.items():
+            baseline = None if args.baseline is None else Baseline(args.baseline, arguments, decoder)
             results[decoder] = {
-                str(batch_size): compare_implementations(model, batch_size, args.num_objects, args.rounds)
+                str(batch_size): compare_implementations(model, batch_size, args.num_objects, args.rounds, baseline)
                 for batch_size in args.batch_sizes
             }
+            if baseline is not None:
+                baseline.close()
         results["images_per_s"] = {
             str(batch_size): images_per_second(models["llama"], batch_size, args.num_objects, 1)
             for batch_size in args.batch_sizes
@@ -264,11 +333,10 @@ def summary(results: dict) -> str:
         for batch_size, result in results[decoder].items():
             lines.append(f"{decoder}, batch size {batch_size}: {result['tokens_per_s']:.0f} tokens/s")
             for name, ratio in result["times_as_fast"].items():
-                equal = result["equal_sequences"][name]
-                spread = f"{ratio['min']:.2f} to {ratio['max']:.2f}"
-                lines.append(
-                    f"  {ratio['median']:.2f} times as fast as {name} ({spread}), {equal:.0%} equal sequences"
-                )
+                line = f"  {ratio['median']:.2f} times as fast as {name} ({ratio['min']:.2f} to {ratio['max']:.2f})"
+                if name in result["equal_sequences"]:
+                    line += f", {result['equal_sequences'][name]:.0%} equal sequences"
+                lines.append(line)
     for batch_size, rates in results["images_per_s"].items():
         values = ", ".join(f"{name} {rate['median']:.2f}" for name, rate in rates.items())
         lines.append(f"images/s with batch size {batch_size}: {values}")
@@ -282,6 +350,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--num_objects", type=int, default=100, help="objects per image")
     parser.add_argument("--image_size", type=int, default=640)
     parser.add_argument("--rounds", type=int, default=3, help="measurements after the warm-up round")
+    parser.add_argument("--baseline", type=Path, help="checkout of another commit to compare with")
     parser.add_argument("--mixed_precision", default="no", choices=["no", "bf16"])
     parser.add_argument("--num_threads", type=int, default=0, help="threads of the CPU (default: chosen by PyTorch)")
     args = parser.parse_args(argv)
