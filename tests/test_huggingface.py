@@ -10,6 +10,7 @@ import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils import parametrize
 from transformers import AutoModelForObjectDetection, Trainer, TrainingArguments
@@ -289,6 +290,24 @@ def test_other_classes(decoder, tmp_path):
     assert_same_detections(renamed.eval()(images()), model(images()))
     with pytest.raises(ValueError, match="label2id"):
         AutoModelForObjectDetection.from_pretrained(tmp_path, id2label={0: "a", 1: "b", 2: "c"}, label2id={"b": 0})
+
+
+def test_arguments_of_from_pretrained_select_the_files(tmp_path):
+    model = new_model("llama")
+    model.save_pretrained(tmp_path / "part")
+    loaded = Pix2SeqForObjectDetection.from_pretrained(tmp_path, subfolder="part", dtype=torch.bfloat16, max_objects=2)
+    assert (loaded.dtype, loaded.config.max_objects) == (torch.bfloat16, 2)
+    assert torch.equal(loaded.decoder.lm_head.weight, model.decoder.lm_head.weight.bfloat16())
+
+
+def test_weights_of_another_architecture_are_refused(tmp_path):
+    """transformers would initialize them."""
+    new_model("llama").save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    renamed = {name.replace("encoder.layers", "encoder"): tensor for name, tensor in weights.items()}
+    save_file(renamed, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="another architecture"):
+        AutoModelForObjectDetection.from_pretrained(tmp_path)
 
 
 @both_decoders

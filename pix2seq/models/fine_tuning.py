@@ -13,6 +13,10 @@ from pix2seq.tokenizer import TOKENS_PER_OBJECT, Tokenizer
 
 logger = logging.get_logger(__name__)
 
+# Arguments of `from_pretrained` that select files, and others that are not values of the config.
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+LOADING_ARGUMENTS = ("dtype", "torch_dtype", "quantization_config")
+
 # Suffixes of parameter names.
 TOKEN_PARAMETERS = ("embed_tokens.weight", "lm_head.weight", "lm_head.bias")  # one row per token
 POSITION_PARAMETER = "embed_positions.weight"  # one row per position
@@ -88,47 +92,76 @@ def adapt_to_classes(
     return model.train(), report
 
 
-def load_with_classes(load: Callable, name: str, config: Pix2SeqConfig, match: bool, **kwargs):
-    """Loads a model with the classes of a config, see `Pix2SeqForObjectDetection.from_pretrained`.
+def load_pretrained(load: Callable, name: str, config: Pix2SeqConfig | str | None, match_classes: bool, **kwargs):
+    """Loads a model and changes its classes, see `Pix2SeqForObjectDetection.from_pretrained`.
 
     Args:
         load: `PreTrainedModel.from_pretrained`.
         name: Folder or hub name.
-        config: Config with the new `id2label`.
-        match: Whether classes are matched by name.
-        kwargs: Other arguments of `load`.
+        config: Config, or its folder or hub name. Default: that of `name`.
+        match_classes: Whether classes are matched by name.
+        kwargs: Other arguments of `load`, and values of the config.
 
     Returns:
-        The result of `load`: the model, or the model and a dict.
+        The model, or the model and a dict with `output_loading_info`.
 
     Raises:
-        ValueError: The number of classes differs and `match` is False, or `id2label` or `label2id` is not valid.
+        ValueError: The number of classes differs and `match_classes` is False, `id2label` or `label2id` is not valid,
+            or the folder holds the weights of another architecture.
     """
-    trained = Pix2SeqConfig.from_pretrained(name)
-    config.id2label = {int(label): class_name for label, class_name in config.id2label.items()}
-    if sorted(config.id2label) != list(range(len(config.id2label))):
-        raise ValueError(
-            f"id2label has the labels {sorted(config.id2label)}: must be 0 ... {len(config.id2label) - 1}"
-        )
-    class_names = tuple(config.id2label[label] for label in range(len(config.id2label)))
-    label2id = {class_name: label for label, class_name in enumerate(class_names)}
-    if config.label2id not in (label2id, trained.label2id):
-        raise ValueError("label2id is not the inverse of id2label")
-    config.label2id = label2id
-    if len(class_names) == len(trained.category_ids) and not (match and class_names != trained.class_names):
-        return load(name, config=config, ignore_mismatched_sizes=match, **kwargs)
-    if not match:
+    hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
+    with_info = kwargs.pop("output_loading_info", False)
+    if not isinstance(config, Pix2SeqConfig):
+        not_in_config = {key: kwargs.pop(key) for key in LOADING_ARGUMENTS if key in kwargs}
+        config, kwargs = Pix2SeqConfig.from_pretrained(config or name, return_unused_kwargs=True, **kwargs)
+        kwargs |= not_in_config | hub
+    trained = Pix2SeqConfig.from_pretrained(name, **hub)
+    class_names = _read_class_names(config, trained)
+    is_adapted = len(class_names) != len(trained.category_ids) or (
+        match_classes and class_names != trained.class_names
+    )
+    if is_adapted and not match_classes:
         raise ValueError(
             f"id2label has {len(class_names)} classes, but the model was trained with {len(trained.category_ids)}: "
             "pass ignore_mismatched_sizes=True to keep the embeddings of classes with the same name and to initialize "
             "the others"
         )
-    loaded = load(name, config=trained, **kwargs)
-    source = loaded[0] if isinstance(loaded, tuple) else loaded
-    if any(type(parameter) is not torch.nn.Parameter or parameter.is_meta for parameter in source.parameters()):
+    model, info = load(
+        name,
+        config=trained if is_adapted else config,
+        ignore_mismatched_sizes=match_classes and not is_adapted,
+        output_loading_info=True,
+        **kwargs,
+    )
+    if info["missing_keys"] and info["unexpected_keys"]:
+        missing, unexpected = (", ".join(sorted(info[key])[:2]) for key in ("missing_keys", "unexpected_keys"))
         raise ValueError(
-            "id2label: the classes of a quantized or offloaded model cannot change; save the new model first"
+            f"{name}: holds the weights of another architecture or of another version of pix2seq: lacks {missing} and "
+            f"contains {unexpected}"
         )
+    if is_adapted:
+        model = _with_classes(model, config, class_names)
+    return (model, info) if with_info else model
+
+
+def _read_class_names(config: Pix2SeqConfig, trained: Pix2SeqConfig) -> tuple[str, ...]:
+    """Returns the class names of a config, and makes its `label2id` the inverse of its `id2label`."""
+    config.id2label = {int(label): class_name for label, class_name in config.id2label.items()}
+    if sorted(config.id2label) != list(range(len(config.id2label))):
+        raise ValueError(f"id2label has the labels {sorted(config.id2label)}: 0 ... C-1 are needed for C classes")
+    class_names = tuple(config.id2label[label] for label in range(len(config.id2label)))
+    label2id = {class_name: label for label, class_name in enumerate(class_names)}
+    if config.label2id not in (label2id, trained.label2id):
+        raise ValueError("label2id is not the inverse of id2label")
+    config.label2id = label2id
+    return class_names
+
+
+def _with_classes(
+    source: Pix2SeqForObjectDetection, config: Pix2SeqConfig, class_names: tuple[str, ...]
+) -> Pix2SeqForObjectDetection:
+    if any(type(parameter) is not torch.nn.Parameter or parameter.is_meta for parameter in source.parameters()):
+        raise ValueError("id2label: the classes of a quantized or offloaded model cannot be changed while loading it")
     model, report = adapt_to_classes(
         source,
         category_ids=tuple(range(len(class_names))),
@@ -144,8 +177,9 @@ def load_with_classes(load: Callable, name: str, config: Pix2SeqConfig, match: b
         decoding=config.decoding,
     )
     logger.warning(f"{'; '.join(report)}. Use Pix2SeqImageProcessor.from_model_config(model.config) with this model.")
-    model = model.to(source.device, source.dtype).eval()
-    return (model, loaded[1]) if isinstance(loaded, tuple) else model
+    if config._attn_implementation is not None:
+        model.set_attn_implementation(config._attn_implementation)
+    return model.to(source.device, source.dtype).eval()
 
 
 def _join(names) -> str:

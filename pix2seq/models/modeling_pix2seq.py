@@ -222,7 +222,7 @@ class Pix2SeqForObjectDetection(Pix2SeqPreTrainedModel):
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path, *, ignore_mismatched_sizes: bool = False, **kwargs
+        cls, pretrained_model_name_or_path, *, config=None, ignore_mismatched_sizes: bool = False, **kwargs
     ) -> "Pix2SeqForObjectDetection":
         """Loads a trained model, see `PreTrainedModel.from_pretrained`.
 
@@ -232,19 +232,15 @@ class Pix2SeqForObjectDetection(Pix2SeqPreTrainedModel):
         processor with `Pix2SeqImageProcessor.from_model_config(model.config)` then.
 
         Raises:
-            ValueError: The number of classes differs, and `ignore_mismatched_sizes` is False.
+            ValueError: The number of classes differs and `ignore_mismatched_sizes` is False, or the folder holds the
+                weights of another architecture.
         """
-        from pix2seq.models.fine_tuning import load_with_classes  # imports this module
+        from pix2seq.models.fine_tuning import load_pretrained  # imports this module
 
-        name, config = pretrained_model_name_or_path, kwargs.pop("config", None)
-        if name is None:
-            return super().from_pretrained(None, config=config, **kwargs)
-        if not isinstance(config, Pix2SeqConfig):
-            not_in_config = ("dtype", "torch_dtype", "quantization_config")
-            others = {key: kwargs.pop(key) for key in not_in_config if key in kwargs}
-            config, kwargs = Pix2SeqConfig.from_pretrained(config or name, return_unused_kwargs=True, **kwargs)
-            kwargs |= others
-        return load_with_classes(super().from_pretrained, name, config, match=ignore_mismatched_sizes, **kwargs)
+        load, name = super().from_pretrained, pretrained_model_name_or_path
+        if name is None:  # the weights are in kwargs
+            return load(name, config=config, ignore_mismatched_sizes=ignore_mismatched_sizes, **kwargs)
+        return load_pretrained(load, name, config, match_classes=ignore_mismatched_sizes, **kwargs)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.decoder.get_input_embeddings()
