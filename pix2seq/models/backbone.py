@@ -282,6 +282,33 @@ class VisionBackbone(nn.Module):
         return self
 
 
+def check_image_size(model: PreTrainedModel) -> None:
+    """Checks that the backbone of a model can process images of the size in its config. Sets the model to eval mode.
+
+    Args:
+        model: A `Pix2SeqForObjectDetection`.
+
+    Raises:
+        UserError: It cannot.
+    """
+    side, patch_size = model.config.image_size, getattr(model.config.backbone_config, "patch_size", None)
+    if isinstance(patch_size, int) and side % patch_size:
+        raise UserError(f"--image_size {side}: must be a multiple of {patch_size}, the patch size of the backbone")
+    try:
+        with torch.no_grad():
+            model.eval().encode(torch.zeros(1, 3, side, side, dtype=torch.uint8, device=model.device))
+    except Exception as error:  # backbones raise any type of exception
+        backbone = model.backbone
+        if not backbone.has_feature_maps and (name := backbone.model.main_input_name) != "pixel_values":
+            model_type = backbone.model.config.model_type
+            raise UserError(
+                f"--backbone: a {model_type} model takes {name} instead of images; use a vision model ({error})"
+            ) from None
+        raise UserError(
+            f"--backbone, --image_size {side}: the backbone cannot process an image of this size ({error})"
+        ) from None
+
+
 def _conv_with_folded_norm(layer: Any, features: torch.Tensor) -> torch.Tensor:
     """Forward of a ResNet layer that folds a frozen batch norm into the convolution, which is faster in training."""
     conv, norm = layer.convolution, layer.normalization

@@ -1,9 +1,7 @@
 """Builds new models from plain values, which have the names of the flags."""
 
-import torch
-
 from pix2seq.errors import UserError
-from pix2seq.models.backbone import Stage, resolve_backbone
+from pix2seq.models.backbone import Stage, check_image_size, resolve_backbone
 from pix2seq.models.configuration_pix2seq import Pix2SeqConfig, create_decoder_config
 from pix2seq.models.modeling_pix2seq import Pix2SeqForObjectDetection
 from pix2seq.models.position_embedding import BinInit, PositionEmbeddingType
@@ -107,23 +105,3 @@ def build_model(
         model.backbone.load_pretrained(spec.pretrained)
     check_image_size(model)
     return model.train()
-
-
-def check_image_size(model: Pix2SeqForObjectDetection) -> None:
-    """Raises UserError unless the backbone can process images of the config's size. Leaves the model in eval mode."""
-    side, patch_size = model.config.image_size, getattr(model.config.backbone_config, "patch_size", None)
-    if isinstance(patch_size, int) and side % patch_size:
-        raise UserError(f"--image_size {side}: must be a multiple of {patch_size}, the patch size of the backbone")
-    try:
-        with torch.no_grad():
-            model.eval().encode(torch.zeros(1, 3, side, side, dtype=torch.uint8, device=model.device))
-    except Exception as error:  # backbones raise any type of exception
-        backbone = model.backbone
-        if not backbone.has_feature_maps and (name := backbone.model.main_input_name) != "pixel_values":
-            model_type = backbone.model.config.model_type
-            raise UserError(
-                f"--backbone: a {model_type} model takes {name} instead of images; use a vision model ({error})"
-            ) from None
-        raise UserError(
-            f"--backbone, --image_size {side}: the backbone cannot process an image of this size ({error})"
-        ) from None

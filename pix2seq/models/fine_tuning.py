@@ -4,11 +4,11 @@ import copy
 from collections.abc import Callable
 
 import torch
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from pix2seq.models.build import check_image_size
+from pix2seq.models.backbone import check_image_size
 from pix2seq.models.configuration_pix2seq import Pix2SeqConfig
-from pix2seq.models.modeling_pix2seq import Pix2SeqForObjectDetection
 from pix2seq.tokenizer import TOKENS_PER_OBJECT, Tokenizer
 
 logger = logging.get_logger(__name__)
@@ -23,7 +23,7 @@ POSITION_PARAMETER = "embed_positions.weight"  # one row per position
 
 
 def adapt_to_classes(
-    source: Pix2SeqForObjectDetection,
+    source: PreTrainedModel,
     *,
     category_ids: tuple[int, ...],
     class_names: tuple[str, ...],
@@ -36,7 +36,7 @@ def adapt_to_classes(
     label_smoothing: float,
     coordinate_sigma: float,
     decoding: dict,
-) -> tuple[Pix2SeqForObjectDetection, list[str]]:
+) -> tuple[PreTrainedModel, list[str]]:
     """Builds a model for other classes with the architecture and the weights of a trained model.
 
     Classes are matched by name and keep their embeddings; new classes get random embeddings. For another number of
@@ -64,7 +64,7 @@ def adapt_to_classes(
     config.decoder_config.max_position_embeddings = TOKENS_PER_OBJECT * max_objects + 2
     if hasattr(config.decoder_config, "activation_dropout"):
         config.decoder_config.activation_dropout = dropout
-    model = Pix2SeqForObjectDetection(config)
+    model = type(source)(config)
 
     kept = {label: old.class_names.index(name) for label, name in enumerate(class_names) if name in old.class_names}
     state = model.state_dict()
@@ -92,13 +92,13 @@ def adapt_to_classes(
     return model.train(), report
 
 
-def load_pretrained(load: Callable, name: str, config: Pix2SeqConfig | str | None, match_classes: bool, **kwargs):
+def load_pretrained(load: Callable, name: str, config, match_classes: bool, **kwargs):
     """Loads a model and changes its classes, see `Pix2SeqForObjectDetection.from_pretrained`.
 
     Args:
         load: `PreTrainedModel.from_pretrained`.
         name: Folder or hub name.
-        config: Config, or its folder or hub name. Default: that of `name`.
+        config: A `Pix2SeqConfig`, or its folder or hub name. None: that of `name`.
         match_classes: Whether classes are matched by name.
         kwargs: Other arguments of `load`, and values of the config.
 
@@ -117,9 +117,8 @@ def load_pretrained(load: Callable, name: str, config: Pix2SeqConfig | str | Non
         kwargs |= not_in_config | hub
     trained = Pix2SeqConfig.from_pretrained(name, **hub)
     class_names = _read_class_names(config, trained)
-    is_adapted = len(class_names) != len(trained.category_ids) or (
-        match_classes and class_names != trained.class_names
-    )
+    is_adapted = len(class_names) != len(trained.category_ids)
+    is_adapted |= match_classes and class_names != trained.class_names
     if is_adapted and not match_classes:
         raise ValueError(
             f"id2label has {len(class_names)} classes, but the model was trained with {len(trained.category_ids)}: "
@@ -157,9 +156,7 @@ def _read_class_names(config: Pix2SeqConfig, trained: Pix2SeqConfig) -> tuple[st
     return class_names
 
 
-def _with_classes(
-    source: Pix2SeqForObjectDetection, config: Pix2SeqConfig, class_names: tuple[str, ...]
-) -> Pix2SeqForObjectDetection:
+def _with_classes(source: PreTrainedModel, config: Pix2SeqConfig, class_names: tuple[str, ...]) -> PreTrainedModel:
     if any(type(parameter) is not torch.nn.Parameter or parameter.is_meta for parameter in source.parameters()):
         raise ValueError("id2label: the classes of a quantized or offloaded model cannot be changed while loading it")
     model, report = adapt_to_classes(

@@ -34,12 +34,13 @@ class PrefixTrimmedLayer(LlamaDecoderLayer):
             )
         assert position_embeddings is not None
         attention, normed = self.self_attn, self.input_layernorm(hidden_states[:, :num_trimmed])
-        key, value = (  # not rotated: the rotary position of visual tokens is 0
+        key, value = (
             projection(normed).unflatten(2, (-1, attention.head_dim)).transpose(1, 2)
             for projection in (attention.k_proj, attention.v_proj)
         )
+        cos = position_embeddings[0][:, None, :num_trimmed]  # the rotary position of visual tokens is 0, so sin is 0
         cache = DynamicCache()
-        cache.update(key, value, attention.layer_idx)
+        cache.update(key * cos, value, attention.layer_idx)
         return super().forward(
             hidden_states[:, num_trimmed:],
             attention_mask=None if attention_mask is None else attention_mask[:, :, num_trimmed:],

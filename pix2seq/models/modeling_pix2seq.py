@@ -20,6 +20,7 @@ from pix2seq.models.backbone import VisionBackbone
 from pix2seq.models.configuration_pix2seq import Pix2SeqConfig
 from pix2seq.models.detections import Detections, pad_detections, to_detections
 from pix2seq.models.drop_path import DropPathHook
+from pix2seq.models.fine_tuning import load_pretrained
 from pix2seq.models.fused_decoders import FusedDecoder
 from pix2seq.models.incremental_decoder import IncrementalDecoder, incremental_decoder
 from pix2seq.models.labels import IGNORE_INDEX, build_sequences, check_token_ids, default_token_weights, shift_right
@@ -143,9 +144,7 @@ class Pix2SeqPreTrainedModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(
-            module, Pix2SeqEncoderLayer
-        ):  # as one layer of three times the width, like nn.MultiheadAttention
+        if isinstance(module, Pix2SeqEncoderLayer):  # initialized like nn.MultiheadAttention
             attention = module.self_attn
             for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
                 init.xavier_uniform_(projection.weight, gain=2**-0.5)
@@ -235,8 +234,6 @@ class Pix2SeqForObjectDetection(Pix2SeqPreTrainedModel):
             ValueError: The number of classes differs and `ignore_mismatched_sizes` is False, or the folder holds the
                 weights of another architecture.
         """
-        from pix2seq.models.fine_tuning import load_pretrained  # imports this module
-
         load, name = super().from_pretrained, pretrained_model_name_or_path
         if name is None:  # the weights are in kwargs
             return load(name, config=config, ignore_mismatched_sizes=ignore_mismatched_sizes, **kwargs)
