@@ -105,5 +105,5 @@ def test_every_page_is_linked_from_the_readme():
 
 def test_named_tests_exist():
     for name, page in PAGES.items():
-        for file, test in re.findall(r"`(test_\w+\.py)::(test_\w+)`", page):
+        for file, test in re.findall(r"`((?:hf/)?test_\w+\.py)::(test_\w+)`", page):
             assert f"def {test}(" in (Path("tests") / file).read_text(encoding="utf-8"), f"{name}: {file}::{test}"

@@ -111,6 +111,53 @@ def test_coco_annotations_become_sequences(make_model):
     assert torch.equal(single["labels"][0], batch["labels"][0])
 
 
+def test_arguments_of_a_call(tmp_path):
+    processor, pixels = Pix2SeqImageProcessor(image_size=64), np.full((16, 32, 3), 200, np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "image.png")
+    expected = processor(Image.fromarray(pixels))["pixel_values"]
+    assert (expected.dtype, expected.shape) == (torch.uint8, (1, 3, 64, 64))
+    for same in (str(tmp_path / "image.png"), pixels, torch.from_numpy(pixels).permute(2, 0, 1), pixels[None]):
+        assert torch.equal(processor(same)["pixel_values"], expected)
+    grayscale = processor(pixels[:, :, 0])["pixel_values"]
+    assert torch.equal(grayscale, expected)
+    for size in (48, {"height": 48, "width": 48}):
+        assert processor(pixels, size=size)["pixel_values"].shape == (1, 3, 48, 48)
+    padded = processor(pixels, do_resize=False)["pixel_values"][0]
+    assert (padded[:, :16, :32] == 200).all()
+    assert (padded[:, 16:] != 200).all()
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (processor.image_mean, processor.image_std))
+    normalized = processor(pixels, do_normalize=True)["pixel_values"]
+    torch.testing.assert_close(normalized, (expected / 255 - mean) / std)
+    assert isinstance(processor(pixels, return_tensors="np")["pixel_values"], np.ndarray)
+    assert isinstance(processor(pixels, return_tensors=None)["pixel_values"], list)
+    assert processor(torch.zeros(5, 3, 16, 16, dtype=torch.uint8))["pixel_values"].shape == (5, 3, 64, 64)
+
+
+def test_the_arguments_are_saved(tmp_path):
+    Pix2SeqImageProcessor(size=48, do_resize=False, do_normalize=True, category_ids=(3, 7)).save_pretrained(tmp_path)
+    processor = AutoImageProcessor.from_pretrained(tmp_path)
+    assert (processor.image_size, processor.do_resize, processor.do_normalize) == (48, False, True)
+    assert processor.category_ids == [3, 7]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"image_size": 64}, TypeError, "image_size"),
+        ({"siz": 64}, TypeError, "siz"),
+        ({"size": {"height": 64, "width": 32}}, ValueError, "same value"),
+        ({"size": {"shortest_edge": 64}}, ValueError, "same value"),
+        ({"size": 16, "do_resize": False}, ValueError, "does not fit"),
+        ({"do_rescale": True}, ValueError, "do_rescale"),
+        ({"do_convert_rgb": False}, ValueError, "RGB"),
+        ({"labels_format": "coco"}, ValueError, "labels_format"),
+    ],
+)
+def test_arguments_of_a_call_that_are_refused(arguments, error, message):
+    with pytest.raises(error, match=message):
+        Pix2SeqImageProcessor(image_size=64)(np.zeros((16, 32, 3), np.uint8), **arguments)
+
+
 def test_invalid_arguments_raise():
     processor = Pix2SeqImageProcessor(category_ids=(3, 7))
     image = Image.new("RGB", (8, 8))

@@ -1,15 +1,20 @@
 """Adapters and quantized layers act while detecting as in the forward pass."""
 
+import json
+import re
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from PIL import Image
 from torch import nn
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
 from transformers import BitsAndBytesConfig, TorchAoConfig
 
-from pix2seq import Pix2SeqForObjectDetection
+from pix2seq import Pix2SeqForObjectDetection, Pix2SeqImageProcessor
+from pix2seq.data.shapes import CATEGORY_IDS, draw_dataset
 from pix2seq.models.incremental_decoder import IncrementalDecoder
 from tests.test_architectures import DECODERS, images, token_ids
 from tests.test_huggingface import (
@@ -116,3 +121,31 @@ def test_dynamic_quantization_of_torch(decoder):
     assert quantized(images()).pred_boxes.isfinite().all()
     assert called == {name for name in layers if "_packed_params" not in name}
     assert called
+
+
+def test_the_programs_of_the_documentation(tmp_path, monkeypatch, capsys):
+    """All of them, with a small model and fewer steps."""
+    model = new_model("transformer")
+    model.save_pretrained(tmp_path / "runs" / "demo" / "best")
+    model.config.category_ids = list(CATEGORY_IDS[:3])
+    Pix2SeqImageProcessor.from_model_config(model.config).save_pretrained(tmp_path / "runs" / "demo" / "best")
+    draw_dataset(tmp_path / "data" / "shapes", num_train=6, num_val=3, size=64, seed=0)
+    keep_categories(tmp_path / "data" / "shapes" / "annotations", model.config.category_ids)
+    Image.new("RGB", (32, 48)).save(tmp_path / "image.jpg")
+    programs = re.findall(r"```python\n(.*?)```", Path("docs/huggingface.md").read_text(), re.DOTALL)
+    assert len(programs) == 4
+    monkeypatch.chdir(tmp_path)
+    namespace: dict = {}
+    for program in programs:
+        options = 'max_steps=2, use_cpu=True, report_to=[], save_strategy="no"'
+        exec(program.replace("max_steps=100", options), namespace)
+    assert "eval_loss" in capsys.readouterr().out
+    assert (tmp_path / "runs" / "lora" / "merged" / "model.safetensors").is_file()
+    assert namespace["model"].config.class_names == ("cat", "dog")
+
+
+def keep_categories(folder: Path, category_ids: list[int]) -> None:
+    for path in folder.iterdir():
+        data = json.loads(path.read_text())
+        data["annotations"] = [o for o in data["annotations"] if o["category_id"] in category_ids]
+        path.write_text(json.dumps(data))
