@@ -118,6 +118,11 @@ def token_ids(count: int = 2, length: int = 15) -> torch.Tensor:
     return torch.randint(1, 27, (count, length), generator=torch.Generator().manual_seed(1))
 
 
+def target_ids() -> torch.Tensor:
+    """Labels for `token_ids`, which BOS cannot be."""
+    return token_ids().clamp(min=2)
+
+
 def parameters_without_gradient(model) -> list[str]:
     return [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
 
@@ -128,7 +133,7 @@ def test_every_combination_trains_decodes_and_can_be_saved(backbone, decoder, tm
     model = prepare(build(decoder, backbone))
     optimizer = torch.optim.AdamW(parameter_groups(model, 1e-3, 1e-3, 0.05))
     for _ in range(2):
-        loss = model(images(), token_ids(), token_ids()).loss
+        loss = model(images(), token_ids(), target_ids()).loss
         assert loss.isfinite()
         optimizer.zero_grad()
         loss.backward()
@@ -159,7 +164,7 @@ def test_gradient_checkpointing_does_not_change_gradients(decoder):
     assert "Pix2SeqEncoderLayer" in {type(layer).__name__ for layer in layers}
     for model in (plain, checkpointed):
         torch.manual_seed(3)
-        model(images(), token_ids(), token_ids()).loss.backward()
+        model(images(), token_ids(), target_ids()).loss.backward()
     for (name, a), b in zip(plain.named_parameters(), checkpointed.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, msg=name)
 
@@ -200,7 +205,7 @@ def test_compiled_models_agree_and_can_be_saved(decoder, tmp_path):
         restored = Pix2SeqForObjectDetection.from_pretrained(tmp_path).eval()
         assert torch.equal(restored(images(), token_ids()).logits, expected)
     compiled.train()
-    compiled(images(), token_ids(), token_ids()).loss.backward()
+    compiled(images(), token_ids(), target_ids()).loss.backward()
     assert all(p.grad is not None for p in model.parameters())
 
 
@@ -255,7 +260,7 @@ def test_a_text_model_as_backbone_is_an_error(backbone, message):
 def test_a_timm_model_with_a_fixed_image_size():
     backbone = "{model_type: timm_backbone, backbone: test_vit, use_pretrained_backbone: false, out_indices: [-1]}"
     model = prepare(build(backbone=backbone, image_size=160))
-    model(images(side=160), token_ids(), token_ids()).loss.backward()
+    model(images(side=160), token_ids(), target_ids()).loss.backward()
     assert parameters_without_gradient(model) == []
 
 
@@ -449,7 +454,7 @@ def test_a_frozen_backbone_does_not_change(backbone):
     model = prepare(build(backbone=backbone), freeze=True).train()
     before = copy.deepcopy(model.backbone.state_dict())
     optimizer = torch.optim.AdamW(parameter_groups(model, 1e-1, 1e-1, 0.5))
-    model(images(), token_ids(), token_ids()).loss.backward()
+    model(images(), token_ids(), target_ids()).loss.backward()
     optimizer.step()
     assert all(torch.equal(value, before[name]) for name, value in model.backbone.state_dict().items())
     assert model.projection[1].weight.grad.any()
@@ -461,7 +466,7 @@ def test_frozen_batch_norms_do_not_change_while_convolutions_learn():
     assert norms
     before = [copy.deepcopy(norm.state_dict()) for norm in norms]
     optimizer = torch.optim.AdamW(parameter_groups(model, 1e-1, 1e-1, 0.5))
-    model(images(), token_ids(), token_ids()).loss.backward()
+    model(images(), token_ids(), target_ids()).loss.backward()
     optimizer.step()
     for norm, state in zip(norms, before, strict=True):
         assert all(torch.equal(value, state[name]) for name, value in norm.state_dict().items())

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils import parametrize
 from transformers import AutoModelForObjectDetection, Trainer, TrainingArguments
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from pix2seq import Pix2SeqConfig, Pix2SeqForObjectDetection, Pix2SeqImageProcessor
 from pix2seq.models.fused_decoders import FusedDecoder, can_fuse
@@ -81,6 +82,24 @@ def replace_linear(decoder):
     first_linear(decoder).__class__ = OwnLinear
 
 
+def scale_attention(decoder):
+    decoder.get_submodule(layer_name(decoder)).self_attn.scaling *= 3
+
+
+def reverse_layers(decoder):
+    parent = decoder.get_submodule(layer_name(decoder).removesuffix(".layers.0"))
+    parent.layers = nn.ModuleList(reversed(parent.layers))
+
+
+def add_hook_to_the_decoder(decoder):
+    decoder.register_forward_hook(negate_hidden_states)
+
+
+def negate_hidden_states(module, inputs, output):
+    output.last_hidden_state = -output.last_hidden_state
+    return output
+
+
 def use_eager_attention(decoder):
     decoder.set_attn_implementation("eager")
 
@@ -110,6 +129,9 @@ def first_linear(decoder) -> nn.Linear:
         replace_forward,
         parametrize_weight,
         replace_linear,
+        scale_attention,
+        reverse_layers,
+        add_hook_to_the_decoder,
         use_eager_attention,
         mix_dtypes,
         train_mode,
@@ -124,7 +146,10 @@ def test_weights_are_fused_only_if_all_modules_are_plain(decoder, change):
 
 
 @both_decoders
-@pytest.mark.parametrize("change", [add_hook, replace_forward, parametrize_weight])
+@pytest.mark.parametrize(
+    "change",
+    [add_hook, replace_forward, parametrize_weight, scale_attention, reverse_layers, add_hook_to_the_decoder],
+)
 def test_changed_modules_act_while_decoding(decoder, change):
     model = new_model(decoder)
     plain = model(images(), token_ids()).logits
@@ -143,6 +168,28 @@ def test_the_modules_and_the_fused_decoder_detect_the_same_objects(decoder):
         assert_same_detections(model(images(8)), expected)
 
 
+def test_a_replaced_method_of_a_class_acts_while_decoding(monkeypatch):
+    model = new_model("llama")
+    forward = LlamaMLP.forward
+    monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: 2 * forward(self, x))
+    assert_decoding_equals_the_forward_pass(model)
+
+
+@both_decoders
+def test_gradients_reach_the_encoder_if_all_weights_are_frozen(decoder):
+    """As in QLoRA: adapters are trained with reentrant checkpointing."""
+    model = new_model(decoder).train()
+    model.requires_grad_(False)
+    model.encoder.requires_grad_(True)
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    batch = examples(Pix2SeqImageProcessor.from_model_config(model.config))
+    model(**batch).loss.backward()
+    assert all(parameter.grad.abs().max() > 0 for parameter in model.encoder.parameters())
+    model.disable_input_require_grads()
+    assert not model.projection._forward_hooks
+
+
 @both_decoders
 def test_hooks_of_all_modules_are_called_while_detecting(decoder):
     model, called = new_model(decoder), set()
@@ -150,8 +197,7 @@ def test_hooks_of_all_modules_are_called_while_detecting(decoder):
         module.register_forward_hook(lambda *args, name=name: called.add(name))
     model(images())
     containers = {n for n, m in model.named_modules() if isinstance(m, nn.ModuleList | nn.Sequential)}
-    # In a step, the model inside the decoder is called.
-    assert {name for name, _ in model.named_modules()} - called - containers <= {"decoder", "decoder.model"}
+    assert {name for name, _ in model.named_modules()} - called - containers == set()
 
 
 # -- offloading --------------------------------------------------------------------------------------
@@ -288,8 +334,27 @@ def test_other_classes(decoder, tmp_path):
     )
     assert renamed.config.class_names == ("a", "b", "c")
     assert_same_detections(renamed.eval()(images()), model(images()))
-    with pytest.raises(ValueError, match="label2id"):
-        AutoModelForObjectDetection.from_pretrained(tmp_path, id2label={0: "a", 1: "b", 2: "c"}, label2id={"b": 0})
+    for id2label, label2id, message in (
+        ({0: "a", 1: "b", 2: "c"}, {"b": 0}, "label2id"),
+        ({0: "dog", 1: "eel", 2: "cat"}, {"dog": 0, "eel": 1, "cat": 2}, "another label than in training"),
+        ({0: "a", 1: "a", 2: "c"}, {"a": 1, "c": 2}, "a name twice"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            AutoModelForObjectDetection.from_pretrained(tmp_path, id2label=id2label, label2id=label2id)
+
+
+def test_other_values_of_the_config_are_kept_with_other_classes(tmp_path):
+    new_model("llama").save_pretrained(tmp_path)
+    config = AutoModelForObjectDetection.from_pretrained(
+        tmp_path,
+        id2label={0: "eel", 1: "fox"},
+        label2id={"eel": 0, "fox": 1},
+        ignore_mismatched_sizes=True,
+        category_ids=[17, 18],
+        image_mean=[0.5, 0.5, 0.5],
+        max_objects=7,
+    ).config
+    assert (config.category_ids, config.image_mean, config.max_objects) == ([17, 18], [0.5, 0.5, 0.5], 7)
 
 
 def test_arguments_of_from_pretrained_select_the_files(tmp_path):
@@ -372,15 +437,59 @@ def test_ignored_labels_have_no_loss():
         ([{"boxes": torch.tensor([[8.0, 4, 16, 32]]), "class_labels": torch.tensor([0])}], "center x"),
         ([{"boxes": torch.tensor([[0.5, 0.5, 0.1, 0.0]]), "class_labels": torch.tensor([0])}], "center x"),
         ([{"boxes": torch.tensor([[0.5, 0.5, 0.1, 0.1]]), "class_labels": torch.tensor([3])}], "0 ... 2"),
-        ([{"boxes": torch.tensor([[0.5, 0.5, 0.1, 0.1]]), "class_labels": torch.tensor([0, 1])}], "1 boxes"),
-        (torch.full((1, 15), 27), "vocabulary"),
-        (torch.full((1, 15), -1), "vocabulary"),
-        (torch.full((15,), 5), "token ids"),
+        (
+            [{"boxes": torch.tensor([[0.5, 0.5, 0.1, 0.1]]), "class_labels": torch.tensor([0, 1])}],
+            r"\(M,\) and",
+        ),
+        (torch.full((1, 15), 27), "27 tokens"),
+        (torch.full((1, 15), -1), "27 tokens"),
+        (torch.full((1, 15), 1), "BOS"),
+        (torch.full((15,), 5), "1 images, but labels of 15"),
+        (torch.full((1,), 5), "token ids"),
+        ([{"boxes": torch.rand(4, 2), "class_labels": torch.tensor([0, 1])}], "must be"),
+        ([{"boxes": torch.tensor([[0.5, 0.5, 0.1, 0.1]]), "class_labels": torch.tensor([1.9])}], "integers"),
+        (
+            [
+                {
+                    "boxes": torch.zeros(0, 4),
+                    "class_labels": torch.tensor([], dtype=int),
+                    "size": torch.tensor([480, 640]),
+                }
+            ],
+            "not that of an image in a square of 64",
+        ),
+        ({"boxes": torch.zeros(0, 4), "class_labels": torch.tensor([])}, "are a dict"),
+        ([], "1 images, but labels of 0"),
     ],
 )
 def test_invalid_labels_are_refused(labels, message):
-    with pytest.raises((ValueError, IndexError), match=message):
+    with pytest.raises(ValueError, match=message):
         new_model("llama")(images(1), labels=labels)
+
+
+def test_sequences_of_another_vocabulary_or_length_are_refused():
+    model = new_model("llama")  # 3 classes
+    batch = examples(Pix2SeqImageProcessor.from_model_config(model.config))
+    other = examples(
+        Pix2SeqImageProcessor.from_model_config(
+            model.config.__class__(
+                **model.config.to_dict() | {"category_ids": [7], "id2label": {0: "dog"}, "label2id": {"dog": 0}}
+            )
+        )
+    )
+    with pytest.raises(ValueError, match="four bins and a class"):
+        model(**other)
+    with pytest.raises(ValueError, match="input_ids"):
+        model(**batch | {"input_ids": batch["input_ids"][:, :-1]})
+    with pytest.raises(ValueError, match="omit"):
+        model(images(), labels=[{}, {}], token_weights=batch["token_weights"])
+
+
+def test_invalid_pixels_are_refused():
+    model = new_model("llama")
+    for pixels in (images()[:, :1], images()[:, :, :32], images().long()):
+        with pytest.raises(ValueError, match="pixel_values"):
+            model(pixels)
 
 
 class ListDataset(torch.utils.data.Dataset):

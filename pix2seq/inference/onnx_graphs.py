@@ -108,8 +108,8 @@ def decode_step(
         cache = EncoderDecoderCache(self_cache, cross_cache)
     # The decoder uses the shape and the dtype of the visual tokens only: their keys and values are in the cache.
     visual_tokens = visual_key_values[:, 0, 0, :, :1]
-    hidden_states = decoder.decode_step(input_ids, position, visual_tokens, cache)
-    return decoder.lm_head(hidden_states), torch.stack(self_cache.present, dim=1)
+    output = decoder(visual_tokens, input_ids[:, None], cache=cache, positions=position)
+    return decoder.lm_head(output.last_hidden_state[:, 0]), torch.stack(self_cache.present, dim=1)
 
 
 class _Graph(nn.Module):

@@ -24,6 +24,8 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 Stage = Literal["c3", "c4", "c5", "dc5"]
 BatchNorm = Literal["sync", "local", "frozen"]
 
+FOLDED_MODULES = {module: module.forward for module in (nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm)}
+
 # Stage and layer numbers in the parameter names of transformers and timm.
 STAGE_OR_LAYER_NUMBER = re.compile(r"(?:^|\.)(?:stages?|layers?|blocks?)[._]?(\d+)")
 
@@ -312,7 +314,7 @@ def check_image_size(model: PreTrainedModel) -> None:
 def _conv_with_folded_norm(layer: Any, features: torch.Tensor) -> torch.Tensor:
     """Forward of a ResNet layer that folds a frozen batch norm into the convolution, which is faster in training."""
     conv, norm = layer.convolution, layer.normalization
-    can_fold = is_plain(conv, {nn.Conv2d}) and is_plain(norm, {nn.BatchNorm2d, nn.SyncBatchNorm})
+    can_fold = is_plain(conv, FOLDED_MODULES) and is_plain(norm, FOLDED_MODULES)
     if norm.training or norm.weight.requires_grad or not torch.is_grad_enabled() or not can_fold:
         return type(layer).forward(layer, features)
     scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)

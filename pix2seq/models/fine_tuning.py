@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import torch
 from transformers import PreTrainedModel
-from transformers.utils import logging
+from transformers.utils import find_adapter_config_file, logging
 
 from pix2seq.models.backbone import check_image_size
 from pix2seq.models.configuration_pix2seq import Pix2SeqConfig
@@ -15,7 +15,12 @@ logger = logging.get_logger(__name__)
 
 # Arguments of `from_pretrained` that select files, and others that are not values of the config.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+CLASS_ARGUMENTS = {"id2label", "label2id", "num_labels"}
 LOADING_ARGUMENTS = ("dtype", "torch_dtype", "quantization_config")
+
+HOW_TO_MATCH = (
+    "pass ignore_mismatched_sizes=True to keep the embeddings of classes with the same name and to initialize others"
+)
 
 # Suffixes of parameter names.
 TOKEN_PARAMETERS = ("embed_tokens.weight", "lm_head.weight", "lm_head.bias")  # one row per token
@@ -51,21 +56,27 @@ def adapt_to_classes(
     Raises:
         UserError: The backbone cannot process an image of this size.
     """
-    old = source.config
-    config = copy.deepcopy(old)
-    tokenizer = Tokenizer(len(category_ids), num_bins)
+    config = copy.deepcopy(source.config)
     config.image_size, config.num_bins, config.max_objects = image_size, num_bins, max_objects
     config.noise_objects, config.dropout, config.drop_path = noise_objects, dropout, drop_path
     config.label_smoothing, config.coordinate_sigma = label_smoothing, coordinate_sigma
     config.category_ids, config.decoding = list(category_ids), decoding
     config.id2label = dict(enumerate(class_names))
     config.label2id = {name: label for label, name in enumerate(class_names)}
-    config.decoder_config.vocab_size = tokenizer.vocab_size
-    config.decoder_config.max_position_embeddings = TOKENS_PER_OBJECT * max_objects + 2
-    if hasattr(config.decoder_config, "activation_dropout"):
-        config.decoder_config.activation_dropout = dropout
-    model = type(source)(config)
+    model, report = _transfer_weights(source, config)
+    check_image_size(model)
+    return model.train(), report
 
+
+def _transfer_weights(source: PreTrainedModel, config: Pix2SeqConfig) -> tuple[PreTrainedModel, list[str]]:
+    """Builds a model with a config for other classes and the weights of a trained model, see `adapt_to_classes`."""
+    old, class_names = source.config, config.class_names
+    tokenizer = Tokenizer(len(class_names), config.num_bins)
+    config.decoder_config.vocab_size = tokenizer.vocab_size
+    config.decoder_config.max_position_embeddings = TOKENS_PER_OBJECT * config.max_objects + 2
+    if hasattr(config.decoder_config, "activation_dropout"):
+        config.decoder_config.activation_dropout = config.dropout
+    model = type(source)(config)
     kept = {label: old.class_names.index(name) for label, name in enumerate(class_names) if name in old.class_names}
     state = model.state_dict()
     with torch.no_grad():
@@ -88,8 +99,7 @@ def adapt_to_classes(
         for name in ("image_size", "num_bins", "max_objects", "noise_objects")
         if getattr(old, name) != getattr(config, name)
     ]
-    check_image_size(model)
-    return model.train(), report
+    return model, report
 
 
 def load_pretrained(load: Callable, name: str, config, match_classes: bool, **kwargs):
@@ -110,6 +120,8 @@ def load_pretrained(load: Callable, name: str, config, match_classes: bool, **kw
             or the folder holds the weights of another architecture.
     """
     hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
+    if config is None and not CLASS_ARGUMENTS & set(kwargs) and find_adapter_config_file(name, **hub):
+        return load(name, **kwargs)  # loads the model that the adapter names, and the adapter
     with_info = kwargs.pop("output_loading_info", False)
     if not isinstance(config, Pix2SeqConfig):
         not_in_config = {key: kwargs.pop(key) for key in LOADING_ARGUMENTS if key in kwargs}
@@ -119,12 +131,14 @@ def load_pretrained(load: Callable, name: str, config, match_classes: bool, **kw
     class_names = _read_class_names(config, trained)
     is_adapted = len(class_names) != len(trained.category_ids)
     is_adapted |= match_classes and class_names != trained.class_names
-    if is_adapted and not match_classes:
+    if not match_classes and is_adapted:
         raise ValueError(
             f"id2label has {len(class_names)} classes, but the model was trained with {len(trained.category_ids)}: "
-            "pass ignore_mismatched_sizes=True to keep the embeddings of classes with the same name and to initialize "
-            "the others"
+            f"{HOW_TO_MATCH}"
         )
+    moved = [new for new, old in zip(class_names, trained.class_names, strict=False) if new != old in class_names]
+    if not match_classes and moved:
+        raise ValueError(f"id2label gives {', '.join(moved[:3])} another label than in training: {HOW_TO_MATCH}")
     model, info = load(
         name,
         config=trained if is_adapted else config,
@@ -139,43 +153,34 @@ def load_pretrained(load: Callable, name: str, config, match_classes: bool, **kw
             f"contains {unexpected}"
         )
     if is_adapted:
-        model = _with_classes(model, config, class_names)
+        model = _with_classes(model, config)
     return (model, info) if with_info else model
 
 
 def _read_class_names(config: Pix2SeqConfig, trained: Pix2SeqConfig) -> tuple[str, ...]:
     """Returns the class names of a config, and makes its `label2id` the inverse of its `id2label`."""
-    config.id2label = {int(label): class_name for label, class_name in config.id2label.items()}
+    config.id2label = {int(label): class_name for label, class_name in dict(config.id2label).items()}
     if sorted(config.id2label) != list(range(len(config.id2label))):
         raise ValueError(f"id2label has the labels {sorted(config.id2label)}: 0 ... C-1 are needed for C classes")
     class_names = tuple(config.id2label[label] for label in range(len(config.id2label)))
     label2id = {class_name: label for label, class_name in enumerate(class_names)}
-    if config.label2id not in (label2id, trained.label2id):
+    if len(label2id) != len(class_names):
+        raise ValueError(f"id2label contains a name twice: {', '.join(class_names)}")
+    defaults = {f"LABEL_{label}": label for label in range(len(class_names))}
+    if config.label2id not in (label2id, trained.label2id, defaults):
         raise ValueError("label2id is not the inverse of id2label")
     config.label2id = label2id
     return class_names
 
 
-def _with_classes(source: PreTrainedModel, config: Pix2SeqConfig, class_names: tuple[str, ...]) -> PreTrainedModel:
+def _with_classes(source: PreTrainedModel, config: Pix2SeqConfig) -> PreTrainedModel:
+    """Returns a model with the classes and all other values of a config, and the weights of a trained model."""
     if any(type(parameter) is not torch.nn.Parameter or parameter.is_meta for parameter in source.parameters()):
         raise ValueError("id2label: the classes of a quantized or offloaded model cannot be changed while loading it")
-    model, report = adapt_to_classes(
-        source,
-        category_ids=tuple(range(len(class_names))),
-        class_names=class_names,
-        image_size=config.image_size,
-        num_bins=config.num_bins,
-        max_objects=config.max_objects,
-        noise_objects=config.noise_objects,
-        dropout=config.dropout,
-        drop_path=config.drop_path,
-        label_smoothing=config.label_smoothing,
-        coordinate_sigma=config.coordinate_sigma,
-        decoding=config.decoding,
-    )
+    if config.category_ids == source.config.category_ids or len(config.category_ids) != len(config.id2label):
+        config.category_ids = list(range(len(config.id2label)))  # those of the trained model belong to its classes
+    model, report = _transfer_weights(source, config)
     logger.warning(f"{'; '.join(report)}. Use Pix2SeqImageProcessor.from_model_config(model.config) with this model.")
-    if config._attn_implementation is not None:
-        model.set_attn_implementation(config._attn_implementation)
     return model.to(source.device, source.dtype).eval()
 
 

@@ -39,27 +39,30 @@ MIN_PACKED_BATCH = 4  # batch size from which packing weights pays off
 MIN_SPLIT_WEIGHTS = 2**16  # number of weights from which splitting a product pays off
 
 ACTIVATIONS = ("act_fn", "activation_fn")  # names of the activation functions
-# The modules whose computation the fused decoders repeat.
+# The modules whose computation the fused decoders repeat, and their `forward`.
 FUSED_MODULES = {
-    nn.Linear,
-    nn.LayerNorm,
-    nn.ModuleList,
-    LlamaDecoder,
-    LlamaModel,
-    LlamaDecoderLayer,
-    PrefixTrimmedLayer,
-    LlamaAttention,
-    LlamaMLP,
-    LlamaRMSNorm,
-    LlamaRotaryEmbedding,
-    nn.Embedding,
-    TransformerDecoder,
-    BlenderbotDecoderWrapper,
-    BlenderbotDecoder,
-    BlenderbotDecoderLayer,
-    BlenderbotAttention,
-    BlenderbotScaledWordEmbedding,
-    BlenderbotLearnedPositionalEmbedding,
+    module: module.forward
+    for module in (
+        nn.Linear,
+        nn.LayerNorm,
+        nn.ModuleList,
+        LlamaDecoder,
+        LlamaModel,
+        LlamaDecoderLayer,
+        PrefixTrimmedLayer,
+        LlamaAttention,
+        LlamaMLP,
+        LlamaRMSNorm,
+        LlamaRotaryEmbedding,
+        nn.Embedding,
+        TransformerDecoder,
+        BlenderbotDecoderWrapper,
+        BlenderbotDecoder,
+        BlenderbotDecoderLayer,
+        BlenderbotAttention,
+        BlenderbotScaledWordEmbedding,
+        BlenderbotLearnedPositionalEmbedding,
+    )
 }
 
 
@@ -67,7 +70,7 @@ def can_fuse(decoder: LlamaDecoder | TransformerDecoder) -> bool:
     """Returns whether a fused decoder computes what the modules of a decoder compute.
 
     This is the case in eval mode with the default attention implementation if all modules are plain, see `is_plain`,
-    and their parameters have one dtype and device.
+    their attributes are those of the config, and their parameters have one dtype and device.
     """
     return (
         not decoder.training
@@ -77,7 +80,21 @@ def can_fuse(decoder: LlamaDecoder | TransformerDecoder) -> bool:
             for name, module in decoder.named_modules()
             if not name.endswith(ACTIVATIONS)  # fused decoders call them
         )
+        and _matches_config(decoder)
         and len({(parameter.dtype, parameter.device) for parameter in decoder.parameters()}) == 1
+    )
+
+
+def _matches_config(decoder: LlamaDecoder | TransformerDecoder) -> bool:
+    """Whether attributes of modules that the fused decoders do not read have the values of the config."""
+    config, modules = decoder.config, list(decoder.modules())
+    attentions = [module for module in modules if isinstance(module, LlamaAttention | BlenderbotAttention)]
+    norms = [module for module in modules if isinstance(module, LlamaRMSNorm)]
+    num_layers = getattr(config, "decoder_layers", config.num_hidden_layers)
+    return (
+        list(dict.fromkeys(attention.layer_idx for attention in attentions)) == list(range(num_layers))
+        and all(attention.scaling == attention.head_dim**-0.5 for attention in attentions)
+        and all(norm.variance_epsilon == config.rms_norm_eps for norm in norms)
     )
 
 

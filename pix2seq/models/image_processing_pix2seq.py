@@ -1,5 +1,6 @@
 """Image processor of Pix2Seq models, with the interface of the DETR image processor of transformers."""
 
+from pathlib import Path
 from typing import Any, ClassVar, Literal, TypedDict
 
 import numpy as np
@@ -7,11 +8,14 @@ import torch
 from PIL import Image
 from transformers.image_processing_backends import TorchvisionBackend
 from transformers.image_processing_utils import BatchFeature
-from transformers.image_utils import load_image
+from transformers.image_utils import SizeDict, load_image
 
 from pix2seq.sequence import SequenceBuilder
 from pix2seq.tokenizer import Tokenizer
 from pix2seq.transforms import EvalTransform, PaddedImage, from_pil, resized_size, to_original_pixels
+
+# What transformers writes to preprocessor_config.json in addition to the arguments.
+SAVED_ATTRIBUTES = {"auto_map", "image_processor_type", "processor_class", "rescale_factor"}
 
 
 class Pix2SeqImageProcessorKwargs(TypedDict, total=False):
@@ -57,7 +61,7 @@ class Pix2SeqImageProcessor(TorchvisionBackend):
 
     model_input_names: ClassVar = ["pixel_values"]
     valid_kwargs = Pix2SeqImageProcessorKwargs
-    size: ClassVar = {"height": 640, "width": 640}
+    size: Any = {"height": 640, "width": 640}  # noqa: RUF012
     do_convert_rgb = True
     do_resize = True
     do_normalize = False
@@ -71,6 +75,9 @@ class Pix2SeqImageProcessor(TorchvisionBackend):
     labels_format: Literal["tokens", "boxes"] = "tokens"
 
     def __init__(self, image_size: int | None = None, **kwargs):
+        unknown = set(kwargs) - set(self.valid_kwargs.__annotations__) - SAVED_ATTRIBUTES
+        if unknown := {name for name in unknown if not name.startswith("_")}:
+            raise TypeError(f"unexpected keyword arguments {', '.join(sorted(unknown))}")
         super().__init__(**kwargs if image_size is None else kwargs | {"size": image_size})
         self.category_ids = list(self.category_ids)
 
@@ -93,6 +100,10 @@ class Pix2SeqImageProcessor(TorchvisionBackend):
         """Side S of the padded image, in pixels."""
         return self.size["height"]
 
+    @image_size.setter
+    def image_size(self, side: int) -> None:
+        self.size = SizeDict(height=side, width=side)
+
     def preprocess(self, images, annotations=None, **kwargs) -> BatchFeature:
         """Prepares images and, optionally, annotations for the model.
 
@@ -106,6 +117,7 @@ class Pix2SeqImageProcessor(TorchvisionBackend):
 
                 - `return_tensors`: "pt" (default), "np", or None for lists.
                 - `labels_format`: "tokens" (default), or "boxes" for labels as those of the DETR image processor.
+                - `do_resize`: If given here, also give it to `post_process_object_detection`.
                 - `device`: Device of `pixel_values`.
                 - `input_data_format`: "channels_first" or "channels_last" for arrays. Default: by the shape.
 
@@ -148,8 +160,8 @@ class Pix2SeqImageProcessor(TorchvisionBackend):
     def fetch_images(self, image_url_or_urls):
         if isinstance(image_url_or_urls, list | tuple):
             return [self.fetch_images(image) for image in image_url_or_urls]
-        if isinstance(image_url_or_urls, str):
-            return load_image(image_url_or_urls)
+        if isinstance(image_url_or_urls, str | Path):
+            return load_image(str(image_url_or_urls))
         is_grayscale = getattr(image_url_or_urls, "ndim", 3) == 2
         return image_url_or_urls[None] if is_grayscale else image_url_or_urls
 
@@ -212,7 +224,11 @@ class Pix2SeqImageProcessor(TorchvisionBackend):
         return batch
 
     def post_process_object_detection(
-        self, outputs, threshold: float = 0.5, target_sizes: torch.Tensor | list[tuple] | None = None
+        self,
+        outputs,
+        threshold: float = 0.5,
+        target_sizes: torch.Tensor | list[tuple] | None = None,
+        do_resize: bool | None = None,
     ) -> list[dict[str, torch.Tensor]]:
         """Converts the output of the model to the detections of each image.
 
@@ -221,6 +237,7 @@ class Pix2SeqImageProcessor(TorchvisionBackend):
             threshold: Detections with a higher score are returned. The model predicts an object in each of its slots,
                 most of them with a score near 0.
             target_sizes: The (height, width) of each original image, in pixels.
+            do_resize: The `do_resize` of the call that prepared the images, if it was given.
 
         Returns:
             For each image, `scores` (N,), `labels` (N,) and `boxes` (N, 4), best score first. Boxes are xyxy in pixels
@@ -233,7 +250,7 @@ class Pix2SeqImageProcessor(TorchvisionBackend):
             raise ValueError("outputs contain no boxes: call the model with pixel_values only")
         if target_sizes is not None and len(target_sizes) != len(outputs.pred_boxes):
             raise ValueError(f"{len(target_sizes)} target_sizes, but {len(outputs.pred_boxes)} images")
-        results = []
+        do_resize, results = self.do_resize if do_resize is None else do_resize, []
         for index, (boxes, labels, scores) in enumerate(
             zip(outputs.pred_boxes, outputs.pred_labels, outputs.pred_scores, strict=True)
         ):
@@ -242,7 +259,7 @@ class Pix2SeqImageProcessor(TorchvisionBackend):
             if target_sizes is not None:
                 height, width = (int(length) for length in target_sizes[index])
                 size = height, width
-                valid_size = resized_size(size, self.image_size) if self.do_resize else size
+                valid_size = resized_size(size, self.image_size) if do_resize else size
                 pixels = to_original_pixels(boxes.cpu().numpy(), self.image_size, valid_size, size)
                 boxes = torch.from_numpy(pixels).to(boxes.device)
             results.append({"scores": scores[keep], "labels": labels[keep], "boxes": boxes})
@@ -278,7 +295,7 @@ def detr_label(padded: PaddedImage, labels: np.ndarray, image_id, size: tuple[in
     return {
         "class_labels": labels,
         "boxes": boxes.astype(np.float32),
-        "image_id": np.array([image_id]),
+        **({} if image_id is None else {"image_id": np.array([image_id])}),
         "size": np.array(padded.valid_size),
         "orig_size": np.array(size),
     }

@@ -40,8 +40,8 @@ class IncrementalDecoder:
             Logits (B, R).
         """
         positions = torch.as_tensor(position, device=token_ids.device).view(1)
-        hidden_states = self.decoder.decode_step(token_ids, positions, self.visual_tokens, self.cache)
-        return self.decoder.lm_head(hidden_states)[:, vocab_slice]
+        output = self.decoder(self.visual_tokens, token_ids[:, None], cache=self.cache, positions=positions)
+        return self.decoder.lm_head(output.last_hidden_state[:, 0])[:, vocab_slice]
 
     def select_batch(self, rows: torch.Tensor) -> None:
         """Keeps only these rows of the batch."""
@@ -49,7 +49,7 @@ class IncrementalDecoder:
         self.cache.reorder_cache(rows)
 
 
-def incremental_decoder(
+def create_incremental_decoder(
     decoder: LlamaDecoder | TransformerDecoder, visual_tokens: torch.Tensor, max_length: int
 ) -> IncrementalDecoder | FusedDecoder:
     """Returns the fastest incremental decoder that computes what the modules of a decoder compute.

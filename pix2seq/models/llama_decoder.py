@@ -69,12 +69,21 @@ class LlamaDecoder(LlamaForCausalLM):
         """Returns "prefix" by default. Other implementations get a mask."""
         return super().get_correct_attn_implementation(requested_attention or "prefix", is_init_check)
 
-    def forward(self, visual_tokens: torch.Tensor, input_ids: torch.Tensor, **kwargs) -> BaseModelOutputWithPast:
+    def forward(
+        self,
+        visual_tokens: torch.Tensor,
+        input_ids: torch.Tensor,
+        cache: Cache | None = None,
+        positions: torch.Tensor | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
         """Computes the hidden states of a token sequence. It replaces the `forward` of `LlamaForCausalLM`.
 
         Args:
             visual_tokens: Visual tokens (B, N, D).
-            input_ids: Token ids (B, L).
+            input_ids: Token ids (B, L); with a cache, the next token (B, 1) of each sequence.
+            cache: The result of `prefill`, which is updated.
+            positions: With a cache, the positions (B,) or (1,) of the tokens in the sequence; BOS is at 0.
             kwargs: `output_hidden_states` and `output_attentions`, as in transformers. Their lists include the visual
                 tokens.
 
@@ -83,6 +92,18 @@ class LlamaDecoder(LlamaForCausalLM):
         """
         embeddings = self.get_input_embeddings()(input_ids).to(visual_tokens.dtype)
         num_visual, length = visual_tokens.shape[1], embeddings.shape[1]
+        if cache is not None:
+            assert positions is not None
+            keys = torch.arange(cache.get_max_length(), device=embeddings.device)
+            is_visible = keys <= num_visual + positions[:, None]
+            return self.model(
+                inputs_embeds=embeddings,
+                attention_mask=additive_mask(is_visible, embeddings.dtype)[:, None, None],
+                position_ids=1 + positions[:, None],
+                use_cache=True,
+                return_dict=True,
+                **{CACHE: cache},
+            )
         can_trim = self.training and not self._causal_prefix and not any(kwargs.values())
         output = self._run(
             torch.cat([visual_tokens, embeddings], dim=1),
@@ -123,33 +144,6 @@ class LlamaDecoder(LlamaForCausalLM):
             return_dict=True,
             **kwargs,
         )
-
-    def decode_step(
-        self, token_ids: torch.Tensor, positions: torch.Tensor, visual_tokens: torch.Tensor, cache: Cache
-    ) -> torch.Tensor:
-        """Processes one token per row.
-
-        Args:
-            token_ids: Token ids (B,).
-            positions: Positions (B,) or (1,) of the tokens in the sequence; BOS is at 0.
-            visual_tokens: Visual tokens (B, N, D).
-            cache: The result of `prefill`, which is updated.
-
-        Returns:
-            Hidden states (B, D), the input of `lm_head`.
-        """
-        num_visual, device = visual_tokens.shape[1], token_ids.device
-        embeddings = self.get_input_embeddings()(token_ids).to(visual_tokens.dtype)
-        is_visible = torch.arange(cache.get_max_length(), device=device) <= num_visual + positions[:, None]
-        output = self.model(
-            inputs_embeds=embeddings[:, None],
-            attention_mask=additive_mask(is_visible, embeddings.dtype)[:, None, None],
-            position_ids=1 + positions[:, None],
-            use_cache=True,
-            return_dict=True,
-            **{CACHE: cache},
-        )
-        return output.last_hidden_state[:, 0]
 
     @property
     def _causal_prefix(self) -> bool:

@@ -22,7 +22,7 @@ from pix2seq.models.detections import Detections, pad_detections, to_detections
 from pix2seq.models.drop_path import DropPathHook
 from pix2seq.models.fine_tuning import load_pretrained
 from pix2seq.models.fused_decoders import FusedDecoder
-from pix2seq.models.incremental_decoder import IncrementalDecoder, incremental_decoder
+from pix2seq.models.incremental_decoder import IncrementalDecoder, create_incremental_decoder
 from pix2seq.models.labels import IGNORE_INDEX, build_sequences, check_token_ids, default_token_weights, shift_right
 from pix2seq.models.llama_decoder import LlamaDecoder
 from pix2seq.models.loss import token_cross_entropy
@@ -191,6 +191,11 @@ class Pix2SeqForObjectDetection(Pix2SeqPreTrainedModel):
 
     def __init__(self, config: Pix2SeqConfig):
         super().__init__(config)
+        if sorted(config.id2label) != list(range(len(config.category_ids))):
+            raise ValueError(
+                f"id2label has the labels {sorted(config.id2label)}: must be those of the "
+                f"{len(config.category_ids)} category_ids, from 0"
+            )
         if (vocab_size := config.decoder_config.vocab_size) != self.tokenizer.vocab_size:
             raise ValueError(
                 f"decoder_config.vocab_size is {vocab_size}, but {len(config.category_ids)} classes and "
@@ -210,6 +215,9 @@ class Pix2SeqForObjectDetection(Pix2SeqPreTrainedModel):
         if config.output_bias:
             head = self.decoder.lm_head
             self.decoder.lm_head = nn.Linear(head.in_features, head.out_features, bias=True)
+        # Read by PEFT, which looks for tied weights in the outermost model.
+        embeddings = {id(m): name for name, m in self.named_modules()}[id(self.get_input_embeddings())]
+        self._tied_weights_keys = {"decoder.lm_head.weight": f"{embeddings}.weight"}
         self.post_init()
         if config.bin_init == "sine":
             self.init_bin_embeddings()
@@ -248,8 +256,18 @@ class Pix2SeqForObjectDetection(Pix2SeqPreTrainedModel):
     def get_output_embeddings(self) -> nn.Module:
         return self.decoder.lm_head
 
+    def enable_input_require_grads(self) -> None:
+        """Also lets gradients flow to the encoder if all weights before it are frozen, see `PreTrainedModel`."""
+        super().enable_input_require_grads()
+        self._require_grads_hooks.append(
+            self.projection.register_forward_hook(lambda module, inputs, output: output.requires_grad_(True))
+        )
+
     def set_attn_implementation(self, attn_implementation: str | dict, *args, **kwargs) -> None:
         """Sets the attention implementation of encoder, decoder and backbone, see `PreTrainedModel`."""
+        known = {"", *self.config.sub_configs}
+        if isinstance(attn_implementation, dict) and (unknown := set(attn_implementation) - known):
+            raise ValueError(f"attn_implementation has the keys {sorted(unknown)}: must be of {sorted(known)}")
         if attn_implementation == "sdpa" and not self.backbone.model._supports_sdpa:  # such as a ResNet
             attn_implementation = {"": "sdpa", "decoder_config": "sdpa", "backbone_config": "eager"}
         super().set_attn_implementation(attn_implementation, *args, **kwargs)
@@ -313,7 +331,7 @@ class Pix2SeqForObjectDetection(Pix2SeqPreTrainedModel):
     @property
     def max_decodable_objects(self) -> float:
         """The largest possible `max_objects`: limited by learned positions, unlimited with rotary positions."""
-        if isinstance(self.decoder, LlamaDecoder):
+        if self.config.decoder_config.model_type == "llama":
             return math.inf
         return self.config.decoder_config.max_position_embeddings // TOKENS_PER_OBJECT
 
@@ -334,9 +352,13 @@ class Pix2SeqForObjectDetection(Pix2SeqPreTrainedModel):
 
     def _encode(self, pixel_values: torch.Tensor, **kwargs) -> tuple[torch.Tensor, BaseModelOutput]:
         """Computes the visual tokens (B, N, D) of the decoder's width, and the output of the encoder."""
-        if pixel_values.ndim != 4 or pixel_values.shape[-1] != pixel_values.shape[-2]:
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != 3 or pixel_values.shape[2] != pixel_values.shape[3]:
             raise ValueError(
                 f"pixel_values have the shape {tuple(pixel_values.shape)}: square images (B, 3, S, S) are needed"
+            )
+        if pixel_values.dtype != torch.uint8 and not pixel_values.is_floating_point():
+            raise ValueError(
+                f"pixel_values have the type {pixel_values.dtype}: uint8, or normalized floats, are needed"
             )
         if pixel_values.dtype == torch.uint8:
             mean, std = (
@@ -389,8 +411,8 @@ class Pix2SeqForObjectDetection(Pix2SeqPreTrainedModel):
                 - A dict for each image, as for DETR: `class_labels` (M,) and `boxes` (M, 4), cxcywh in [0, 1] of the
                   padded square; `size`, the (height, width) of the image in the square in pixels, is optional.
                   `SequenceBuilder` builds the sequences, in training with random order and class corruption.
-            token_weights: Loss weights (B, L). Logits are not computed where the weight is 0. Default: 0 for PAD and
-                the coordinates of noise objects, else 1.
+            token_weights: Loss weights (B, L). Logits are not computed where the weight is 0. Default: those of
+                `SequenceBuilder`, 0 for PAD and the coordinates of noise objects, 0.1 for EOS, else 1.
             num_items_in_batch: Divisor of the loss. Default: the sum of `token_weights`. Pass the sum over all
                 processes and accumulation steps for a loss that does not depend on how a batch is divided.
             loss_positions: `token_weights.flatten().nonzero()[:, 0]` (T,), if known: computing it waits for the GPU.
@@ -453,17 +475,24 @@ class Pix2SeqForObjectDetection(Pix2SeqPreTrainedModel):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Returns input ids, labels and token weights, each (B, L), for the labels that `forward` accepts."""
         device, tokenizer = pixel_values.device, self.tokenizer
+        if not isinstance(labels, torch.Tensor | list | tuple):
+            raise ValueError(
+                f"labels are a {type(labels).__name__}: a tensor, or a list with an item per image, is needed"
+            )
+        if len(labels) != len(pixel_values):
+            raise ValueError(f"{len(pixel_values)} images, but labels of {len(labels)}")
         if not isinstance(labels, torch.Tensor) and all(isinstance(image, Mapping) for image in labels):
-            if input_ids is not None:
-                raise ValueError("labels are boxes and classes: input_ids are built from them and cannot be passed")
+            if input_ids is not None or token_weights is not None:
+                raise ValueError("labels are boxes: input_ids and token_weights are built from them, omit them")
             seed = int(torch.randint(2**62, ())) if self.training else None
             sequences = build_sequences(labels, self.config, pixel_values.shape[-1], seed)
             input_ids, tokens, token_weights = (torch.from_numpy(values).to(device) for values in sequences)
             return input_ids, tokens, token_weights
-        tokens = labels if isinstance(labels, torch.Tensor) else torch.stack(list(labels))
+        tokens = labels if isinstance(labels, torch.Tensor) else torch.stack([torch.as_tensor(row) for row in labels])
         is_ignored = tokens == IGNORE_INDEX
         tokens = tokens.masked_fill(is_ignored, tokenizer.pad_id)
-        check_token_ids(tokens, tokenizer)
+        check_token_ids(tokens, input_ids, None if token_weights is None else token_weights * ~is_ignored, tokenizer)
+        tokens = tokens.long()
         if token_weights is None:
             token_weights = default_token_weights(tokens, tokenizer)
         token_weights = token_weights.masked_fill(is_ignored, 0)
@@ -529,7 +558,7 @@ class Pix2SeqForObjectDetection(Pix2SeqPreTrainedModel):
 
     def prefill(self, pixel_values: torch.Tensor, max_length: int) -> IncrementalDecoder | FusedDecoder:
         """Encodes images (B, 3, S, S) and returns an incremental decoder for at most `max_length` tokens."""
-        return incremental_decoder(self.decoder, self.encode(pixel_values), max_length)
+        return create_incremental_decoder(self.decoder, self.encode(pixel_values), max_length)
 
     def decode_step(
         self,

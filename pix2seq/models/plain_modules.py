@@ -1,6 +1,7 @@
 """Decides where code may use the weights of a module instead of calling the module."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch import nn
 from torch.nn.modules import module as torch_module
@@ -8,7 +9,7 @@ from torch.nn.modules import module as torch_module
 from pix2seq.models.drop_path import DropPathHook
 
 
-def is_plain(module: nn.Module, types: Collection[type[nn.Module]]) -> bool:
+def is_plain(module: nn.Module, forwards: Mapping[Any, Callable]) -> bool:
     """Returns whether calling a module in eval mode computes what its class defines from its own parameters.
 
     Adapters, quantized layers and parametrizations have other types. Hooks, a replaced `forward` and weights that are
@@ -16,7 +17,7 @@ def is_plain(module: nn.Module, types: Collection[type[nn.Module]]) -> bool:
 
     Args:
         module: The module; its submodules are not considered.
-        types: The types whose computation is known; subclasses are not.
+        forwards: The types whose computation is known, and their `forward`; subclasses are not known.
     """
     hooks = [
         *torch_module._global_forward_hooks.values(),
@@ -25,7 +26,7 @@ def is_plain(module: nn.Module, types: Collection[type[nn.Module]]) -> bool:
         *module._forward_pre_hooks.values(),
     ]
     return (
-        type(module) in types
+        forwards.get(type(module)) is type(module).forward
         and "forward" not in vars(module)
         and all(isinstance(hook, DropPathHook) for hook in hooks)  # does nothing in eval mode
         and all(type(p) is nn.Parameter and not p.is_meta for p in module.parameters(recurse=False))

@@ -21,27 +21,41 @@ class TransformerDecoder(BlenderbotForCausalLM):
     _supports_flex_attn = False
 
     def forward(
-        self, visual_tokens: torch.Tensor, input_ids: torch.Tensor, **kwargs
+        self,
+        visual_tokens: torch.Tensor,
+        input_ids: torch.Tensor,
+        cache: EncoderDecoderCache | None = None,
+        positions: torch.Tensor | None = None,
+        **kwargs,
     ) -> BaseModelOutputWithPastAndCrossAttentions:
         """Computes the hidden states of a token sequence. It replaces the `forward` of `BlenderbotForCausalLM`.
 
         Args:
             visual_tokens: Visual tokens (B, N, D).
-            input_ids: Token ids (B, L).
+            input_ids: Token ids (B, L); with a cache, the next token (B, 1) of each sequence.
+            cache: The result of `prefill`, which is updated.
+            positions: With a cache, the positions (B,) or (1,) of the tokens in the sequence; BOS is at 0. The cache
+                counts them too.
             kwargs: `output_hidden_states` and `output_attentions`, as in transformers.
 
         Returns:
             Output of transformers with the hidden states (B, L, D), the input of `lm_head`.
         """
-        length = input_ids.shape[1]
+        length, device = input_ids.shape[1], visual_tokens.device
+        if cache is None:
+            is_visible = prefix_mask(length, length, 0, device)[None]
+        else:
+            assert positions is not None
+            keys = torch.arange(cache.self_attention_cache.get_max_length(), device=device)
+            is_visible = (keys <= positions[:, None])[:, None]
         # Given a 4-D mask, transformers creates none, which would wait for the device.
-        mask = additive_mask(prefix_mask(length, length, 0, visual_tokens.device), visual_tokens.dtype)
-        return self.model.decoder(
+        return self.model(
             input_ids=input_ids,
-            attention_mask=mask[None, None],
+            attention_mask=additive_mask(is_visible, visual_tokens.dtype)[:, None],
             encoder_hidden_states=visual_tokens,
-            use_cache=False,
+            use_cache=cache is not None,
             return_dict=True,
+            **{CACHE: cache},
             **kwargs,
         )
 
@@ -58,33 +72,3 @@ class TransformerDecoder(BlenderbotForCausalLM):
             )
             for layer in self.model.decoder.layers
         ]
-
-    def decode_step(
-        self,
-        token_ids: torch.Tensor,
-        positions: torch.Tensor,
-        visual_tokens: torch.Tensor,
-        cache: EncoderDecoderCache,
-    ) -> torch.Tensor:
-        """Processes one token per row.
-
-        Args:
-            token_ids: Token ids (B,).
-            positions: Positions (B,) or (1,) of the tokens in the sequence; BOS is at 0. The cache counts them too.
-            visual_tokens: Visual tokens (B, N, D).
-            cache: The result of `prefill`, which is updated.
-
-        Returns:
-            Hidden states (B, D), the input of `lm_head`.
-        """
-        max_length = cache.self_attention_cache.get_max_length()
-        is_visible = torch.arange(max_length, device=token_ids.device) <= positions[:, None]
-        output = self.model.decoder(
-            input_ids=token_ids[:, None],
-            attention_mask=additive_mask(is_visible, visual_tokens.dtype)[:, None, None],
-            encoder_hidden_states=visual_tokens,
-            use_cache=True,
-            return_dict=True,
-            **{CACHE: cache},
-        )
-        return output.last_hidden_state[:, 0]

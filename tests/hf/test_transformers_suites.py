@@ -143,7 +143,7 @@ class Pix2SeqModelTester:
         """Returns token ids (B, L) for teacher forcing; otherwise two objects per image, as for DETR."""
         if self.teacher_forced:
             rows = torch.arange(self.batch_size * self.num_tokens, device=torch_device)
-            return (rows % (TOKENIZER.vocab_size - 1) + 1).view(self.batch_size, self.num_tokens)
+            return (rows % (TOKENIZER.vocab_size - 2) + 2).view(self.batch_size, self.num_tokens)  # not PAD, not BOS
         return [
             {
                 "class_labels": torch.tensor([0, 2], device=torch_device),
@@ -244,6 +244,9 @@ class ModelTests(modeling_suite.ModelTesterMixin):
             eager.save_pretrained(folder)
             for option in ({}, {"attn_implementation": {"decoder_config": "sdpa", "": "sdpa"}}):
                 model = Pix2SeqForObjectDetection.from_pretrained(folder, **option).to(torch_device)
+                implementation = model.decoder.config._attn_implementation
+                default = "prefix" if self.decoder == "llama" else "sdpa"
+                assert implementation == ("sdpa" if option else default)
                 torch.testing.assert_close(model(**inputs)[name], expected, rtol=1e-4, atol=1e-5)
 
     def test_resizing_the_token_embeddings_is_refused(self):
