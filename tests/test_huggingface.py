@@ -487,7 +487,7 @@ def test_sequences_of_another_vocabulary_or_length_are_refused():
 
 def test_invalid_pixels_are_refused():
     model = new_model("llama")
-    for pixels in (images()[:, :1], images()[:, :, :32], images().long()):
+    for pixels in (images()[:, :1], images()[:, :, :32], images().long(), images().float()):
         with pytest.raises(ValueError, match="pixel_values"):
             model(pixels)
 

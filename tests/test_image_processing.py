@@ -150,12 +150,33 @@ def test_the_arguments_are_saved(tmp_path):
         ({"size": 16, "do_resize": False}, ValueError, "does not fit"),
         ({"do_rescale": True}, ValueError, "do_rescale"),
         ({"do_convert_rgb": False}, ValueError, "RGB"),
+        ({"image_mean": [0.5] * 3}, ValueError, "do_normalize"),
         ({"labels_format": "coco"}, ValueError, "labels_format"),
     ],
 )
 def test_arguments_of_a_call_that_are_refused(arguments, error, message):
     with pytest.raises(error, match=message):
         Pix2SeqImageProcessor(image_size=64)(np.zeros((16, 32, 3), np.uint8), **arguments)
+
+
+def test_invalid_images_and_annotations_are_refused():
+    processor, image = Pix2SeqImageProcessor(image_size=64), Image.new("RGB", (8, 8))
+    with pytest.raises(ValueError, match=r"nowhere\.png: no such image file"):
+        processor("nowhere.png")
+    with pytest.raises(ValueError, match="no images"):
+        processor([])
+    with pytest.raises(ValueError, match="lacks 'annotations'"):
+        processor(image, annotations={"image_id": 1})
+    with pytest.raises(ValueError, match="not finite"):
+        processor(image, annotations={"image_id": 1, "annotations": [{"bbox": [0, 0, float("nan"), 1]}]})
+    with pytest.raises(TypeError, match="do_reszie"):
+        Pix2SeqImageProcessor(do_reszie=False)
+
+
+def test_boxes_of_images_that_were_not_resized():
+    processor = Pix2SeqImageProcessor(image_size=100)
+    result = processor.post_process_object_detection(OUTPUTS, 0.5, [(50, 80), (50, 80)], do_resize=False)[0]
+    assert result["boxes"].tolist() == [[0, 0, 50, 25]]
 
 
 def test_invalid_arguments_raise():

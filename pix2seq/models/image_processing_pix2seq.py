@@ -136,6 +136,10 @@ class Pix2SeqImageProcessor(TorchvisionBackend):
                 f"unexpected keyword arguments {', '.join(sorted(unknown))}: the image processor accepts "
                 f"{', '.join(self.valid_kwargs.__annotations__)}"
             )
+        if {"image_mean", "image_std"} & set(kwargs) and not kwargs.get("do_normalize", self.do_normalize):
+            raise ValueError(
+                "image_mean and image_std need do_normalize=True: otherwise the model normalizes the pixels"
+            )
         return super().preprocess(images, annotations, **kwargs)
 
     def _standardize_kwargs(self, **kwargs) -> dict[str, Any]:
@@ -161,7 +165,10 @@ class Pix2SeqImageProcessor(TorchvisionBackend):
         if isinstance(image_url_or_urls, list | tuple):
             return [self.fetch_images(image) for image in image_url_or_urls]
         if isinstance(image_url_or_urls, str | Path):
-            return load_image(str(image_url_or_urls))
+            try:
+                return load_image(str(image_url_or_urls))
+            except ValueError:
+                raise ValueError(f"{str(image_url_or_urls)[:200]}: no such image file or URL") from None
         is_grayscale = getattr(image_url_or_urls, "ndim", 3) == 2
         return image_url_or_urls[None] if is_grayscale else image_url_or_urls
 
@@ -183,6 +190,8 @@ class Pix2SeqImageProcessor(TorchvisionBackend):
 
     def _preprocess_image_like_inputs(self, images, annotations=None, **kwargs) -> BatchFeature:
         images = self._prepare_image_like_inputs(images, input_data_format=kwargs["input_data_format"])
+        if not images:
+            raise ValueError("there are no images")
         annotations = [annotations] if isinstance(annotations, dict) else annotations
         if annotations is not None and len(annotations) != len(images):
             raise ValueError(f"{len(images)} images, but annotations of {len(annotations)}")
@@ -211,13 +220,12 @@ class Pix2SeqImageProcessor(TorchvisionBackend):
                 sequence = build_sequence(padded.boxes, labels, np.random.default_rng(0), padded.valid_fraction)
                 example |= {name: torch.as_tensor(values) for name, values in sequence.items()}
             examples.append(example)
-        data = {name: [example[name] for example in examples] for name in (examples[0] if examples else ())}
-        if data:
-            pixel_values = torch.stack(data["pixel_values"])
-            if kwargs["do_normalize"]:
-                mean, std = kwargs["image_mean"], kwargs["image_std"]
-                pixel_values = self.rescale_and_normalize(pixel_values, True, self.rescale_factor, True, mean, std)
-            data["pixel_values"] = list(pixel_values.to(kwargs["device"] or pixel_values.device))
+        data = {name: [example[name] for example in examples] for name in examples[0]}
+        pixel_values = torch.stack(data["pixel_values"])
+        if kwargs["do_normalize"]:
+            mean, std = kwargs["image_mean"], kwargs["image_std"]
+            pixel_values = self.rescale_and_normalize(pixel_values, True, self.rescale_factor, True, mean, std)
+        data["pixel_values"] = list(pixel_values.to(kwargs["device"] or pixel_values.device))
         batch = BatchFeature(data, tensor_type=kwargs["return_tensors"])
         if box_labels:
             batch["labels"] = box_labels
@@ -270,8 +278,13 @@ def read_annotation(annotation: dict, category_ids: list[int]) -> tuple[np.ndarr
     """Returns the boxes (M, 4), xyxy in pixels, and the labels (M,) of an annotation in COCO format.
 
     Raises:
-        ValueError: The category of an object is not one of `category_ids`.
+        ValueError: The category of an object is not one of `category_ids`, or a box is not finite.
     """
+    if "annotations" not in annotation:
+        raise ValueError(f"an annotation lacks 'annotations', the list of objects; found {', '.join(annotation)}")
+    for o in annotation["annotations"]:
+        if not np.isfinite(o["bbox"]).all():
+            raise ValueError(f"the box {o['bbox']} of image {annotation.get('image_id')} is not finite")
     objects = [o for o in annotation["annotations"] if not o.get("iscrowd") and min(o["bbox"][2:]) > 0]
     for o in objects:
         if o["category_id"] not in category_ids:

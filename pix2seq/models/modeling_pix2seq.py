@@ -32,6 +32,7 @@ from pix2seq.tokenizer import TOKENS_PER_OBJECT, Tokenizer
 
 logger = logging.get_logger(__name__)
 
+MAX_NORMALIZED = 50.0  # above the absolute value of any normalized pixel, below that of a pixel in 0 ... 255
 NORM_EPS = 1e-6  # of the layer norms in projection, encoder and projector, as in the authors' code
 
 # For each model type of the decoder config: the class, and the last layers of its residual branches.
@@ -359,6 +360,15 @@ class Pix2SeqForObjectDetection(Pix2SeqPreTrainedModel):
         if pixel_values.dtype != torch.uint8 and not pixel_values.is_floating_point():
             raise ValueError(
                 f"pixel_values have the type {pixel_values.dtype}: uint8, or normalized floats, are needed"
+            )
+        # Traced graphs cannot raise.
+        is_checked = (
+            pixel_values.is_floating_point() and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
+        )
+        if is_checked and pixel_values.numel() and pixel_values.abs().max() > MAX_NORMALIZED:
+            raise ValueError(
+                f"pixel_values reach {pixel_values.abs().max().item():.0f}: uint8 pixels, or floats that are normalized "
+                "as by do_normalize=True of the image processor, are needed"
             )
         if pixel_values.dtype == torch.uint8:
             mean, std = (
