@@ -362,13 +362,11 @@ class Pix2SeqForObjectDetection(Pix2SeqPreTrainedModel):
                 f"pixel_values have the type {pixel_values.dtype}: uint8, or normalized floats, are needed"
             )
         # Traced graphs cannot raise.
-        is_checked = (
-            pixel_values.is_floating_point() and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
-        )
-        if is_checked and pixel_values.numel() and pixel_values.abs().max() > MAX_NORMALIZED:
+        is_checked = not torch.compiler.is_compiling() and not torch.jit.is_tracing() and pixel_values.numel()
+        if is_checked and pixel_values.is_floating_point() and (largest := pixel_values.abs().max()) > MAX_NORMALIZED:
             raise ValueError(
-                f"pixel_values reach {pixel_values.abs().max().item():.0f}: uint8 pixels, or floats that are normalized "
-                "as by do_normalize=True of the image processor, are needed"
+                f"pixel_values reach {largest.item():.0f}: uint8 pixels, or floats that are normalized as by "
+                "do_normalize=True of the image processor, are needed"
             )
         if pixel_values.dtype == torch.uint8:
             mean, std = (
