@@ -149,6 +149,9 @@ def export_graphs(model: Pix2SeqForObjectDetection, folder: Path, opset: int) ->
         output_names=["visual_key_values"],
         opset=opset,
     )
+    # For one query per row, "eager" is faster than the operators of sdpa, which also scale all keys.
+    implementation = model.decoder.config._attn_implementation
+    model.decoder.set_attn_implementation("eager")
     _export(
         _Graph(model, decode_step),
         folder / STEP_FILE,
@@ -161,6 +164,7 @@ def export_graphs(model: Pix2SeqForObjectDetection, folder: Path, opset: int) ->
         output_names=["logits", "present_key_values"],
         opset=opset,
     )
+    model.decoder.set_attn_implementation(implementation)
 
 
 def _export(

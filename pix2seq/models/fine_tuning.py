@@ -164,7 +164,7 @@ def _read_class_names(config: Pix2SeqConfig, trained: Pix2SeqConfig) -> tuple[st
         raise ValueError(f"id2label has the labels {sorted(config.id2label)}: 0 ... C-1 are needed for C classes")
     class_names = tuple(config.id2label[label] for label in range(len(config.id2label)))
     label2id = {class_name: label for label, class_name in enumerate(class_names)}
-    if len(label2id) != len(class_names):
+    if len(label2id) != len(class_names) and class_names != trained.class_names:
         raise ValueError(f"id2label contains a name twice: {', '.join(class_names)}")
     defaults = {f"LABEL_{label}": label for label in range(len(class_names))}
     if config.label2id not in (label2id, trained.label2id, defaults):
