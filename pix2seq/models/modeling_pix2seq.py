@@ -353,21 +353,7 @@ class Pix2SeqForObjectDetection(Pix2SeqPreTrainedModel):
 
     def _encode(self, pixel_values: torch.Tensor, **kwargs) -> tuple[torch.Tensor, BaseModelOutput]:
         """Computes the visual tokens (B, N, D) of the decoder's width, and the output of the encoder."""
-        if pixel_values.ndim != 4 or pixel_values.shape[1] != 3 or pixel_values.shape[2] != pixel_values.shape[3]:
-            raise ValueError(
-                f"pixel_values have the shape {tuple(pixel_values.shape)}: square images (B, 3, S, S) are needed"
-            )
-        if pixel_values.dtype != torch.uint8 and not pixel_values.is_floating_point():
-            raise ValueError(
-                f"pixel_values have the type {pixel_values.dtype}: uint8, or normalized floats, are needed"
-            )
-        # Traced graphs cannot raise.
-        is_checked = not torch.compiler.is_compiling() and not torch.jit.is_tracing() and pixel_values.numel()
-        if is_checked and pixel_values.is_floating_point() and (largest := pixel_values.abs().max()) > MAX_NORMALIZED:
-            raise ValueError(
-                f"pixel_values reach {largest.item():.0f}: uint8 pixels, or floats that are normalized as by "
-                "do_normalize=True of the image processor, are needed"
-            )
+        check_pixels(pixel_values)
         if pixel_values.dtype == torch.uint8:
             mean, std = (
                 torch.tensor(values, device=pixel_values.device).view(3, 1, 1)
@@ -587,3 +573,24 @@ class Pix2SeqForObjectDetection(Pix2SeqPreTrainedModel):
             Logits (B, R), float32.
         """
         return incremental_decoder(token_ids, position, vocab_slice).float()
+
+
+def check_pixels(pixel_values: torch.Tensor) -> None:
+    """Checks that images are square and that their values are uint8 or normalized.
+
+    Raises:
+        ValueError: They are not.
+    """
+    if pixel_values.ndim != 4 or pixel_values.shape[1] != 3 or pixel_values.shape[2] != pixel_values.shape[3]:
+        raise ValueError(f"pixel_values have the shape {tuple(pixel_values.shape)}: (B, 3, S, S) is needed")
+    if pixel_values.dtype == torch.uint8:
+        return
+    if not pixel_values.is_floating_point():
+        raise ValueError(f"pixel_values have the type {pixel_values.dtype}: uint8, or normalized floats, are needed")
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or pixel_values.is_meta or not pixel_values.numel():
+        return  # there are no values
+    if (largest := pixel_values.abs().max()) > MAX_NORMALIZED:
+        raise ValueError(
+            f"pixel_values reach {largest.item():.0f}: uint8 pixels, or floats that are normalized as by "
+            "do_normalize=True of the image processor, are needed"
+        )
