@@ -481,6 +481,8 @@ def test_sequences_of_another_vocabulary_or_length_are_refused():
         model(**other)
     with pytest.raises(ValueError, match="input_ids"):
         model(**batch | {"input_ids": batch["input_ids"][:, :-1]})
+    with pytest.raises(ValueError, match="loss_positions need input_ids"):
+        model(images(), labels=batch["labels"], loss_positions=torch.arange(3))
     with pytest.raises(ValueError, match="omit"):
         model(images(), labels=[{}, {}], token_weights=batch["token_weights"])
 

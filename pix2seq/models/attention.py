@@ -55,8 +55,10 @@ def prefix_attention(
 
 
 def prefix_mask(num_queries: int, num_keys: int, num_visual: int, device: torch.device) -> torch.Tensor:
-    """Returns the mask (Q, K) of the last Q of K tokens, True where a token attends: causal, except that the first
-    `num_visual` tokens attend to each other."""
+    """Returns the mask (Q, K) of the last Q of K tokens, True where a token attends to another.
+
+    It is causal, except that the first `num_visual` tokens attend to each other.
+    """
     mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).tril(num_keys - num_queries)
     mask[: max(num_visual - (num_keys - num_queries), 0), :num_visual] = True
     return mask

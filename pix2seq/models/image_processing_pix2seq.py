@@ -197,6 +197,13 @@ class Pix2SeqImageProcessor(TorchvisionBackend):
             raise ValueError(f"{len(images)} images, but annotations of {len(annotations)}")
         side = kwargs["size"].height
         transform = EvalTransform(side, resize=kwargs["do_resize"])
+        build_sequence = SequenceBuilder(
+            Tokenizer(len(kwargs["category_ids"]), kwargs["num_bins"]),
+            max_objects=kwargs["max_objects"],
+            noise_objects=kwargs["noise_objects"],
+            order="none",
+            class_corruption="none",
+        )
         examples, box_labels = [], []
         for index, image in enumerate(images):
             if annotations is None:
@@ -210,13 +217,6 @@ class Pix2SeqImageProcessor(TorchvisionBackend):
                 label = detr_label(padded, labels, annotations[index].get("image_id"), tuple(image.shape[-2:]))
                 box_labels.append(BatchFeature(label, tensor_type=kwargs["return_tensors"]))
             else:
-                build_sequence = SequenceBuilder(
-                    Tokenizer(len(kwargs["category_ids"]), kwargs["num_bins"]),
-                    max_objects=kwargs["max_objects"],
-                    noise_objects=kwargs["noise_objects"],
-                    order="none",
-                    class_corruption="none",
-                )
                 sequence = build_sequence(padded.boxes, labels, np.random.default_rng(0), padded.valid_fraction)
                 example |= {name: torch.as_tensor(values) for name, values in sequence.items()}
             examples.append(example)

@@ -347,7 +347,7 @@ class Pix2SeqForObjectDetection(Pix2SeqPreTrainedModel):
             Visual tokens (B, N, D) of the decoder's width, row by row.
 
         Raises:
-            ValueError: The images are not square.
+            ValueError: The images are not square, or their values are neither uint8 nor normalized.
         """
         return self._encode(pixel_values)[0]
 
@@ -421,7 +421,7 @@ class Pix2SeqForObjectDetection(Pix2SeqPreTrainedModel):
             The output, see `Pix2SeqOutput`.
 
         Raises:
-            ValueError: Labels do not fit the model.
+            ValueError: Pixels are not valid, see `encode`, or labels do not fit the model.
         """
         config = self.config
         recorded = {
@@ -434,6 +434,8 @@ class Pix2SeqForObjectDetection(Pix2SeqPreTrainedModel):
             logger.warning_once("output_attentions: only attn_implementation='eager' computes attention weights")
         if return_boxes is None:
             return_boxes = input_ids is None if labels is None else not self.training
+        if loss_positions is not None and (input_ids is None or labels is None or token_weights is None):
+            raise ValueError("loss_positions need input_ids, labels and token_weights")
         visual_tokens, encoded = self._encode(pixel_values, **recorded)
         output = {
             "encoder_last_hidden_state": encoded.last_hidden_state,
