@@ -130,6 +130,9 @@ class ModelArguments:
         "random", "initial embeddings of the coordinate bins; sine: the fine sine embedding of their coordinate"
     )
     causal_prefix: bool = argument(False, "--decoder llama: causal attention among the visual tokens")
+    spatial_modulation: bool = argument(
+        True, "the decoder attends to the image near what is known of a box, with learned precision (SMCA)"
+    )
     image_size: int = argument(640, "side of the square input image in pixels")
     num_bins: int = argument(1000, "coordinate bins")
     max_objects: int = argument(100, "objects in a sequence, in training and in evaluation")
@@ -229,7 +232,7 @@ class AugmentationArguments:
     mix_rate: float = argument(
         0.0, "probability of scattering the noise boxes among the real objects instead of after them"
     )
-    object_order: Literal["random", "area", "distance", "none"] = argument(
+    object_order: Literal["random", "top_to_bottom", "area", "distance", "none"] = argument(
         "random", "order of the objects in a sequence"
     )
     class_corruption: Literal["none", "rand_cls", "rand_n_fake_cls", "real_n_fake_cls", "real_n_rand_n_fake_cls"] = (

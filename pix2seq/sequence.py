@@ -11,7 +11,7 @@ import numpy as np
 
 from pix2seq.tokenizer import CLASS_SLOT, NOISE_LABEL, TOKENS_PER_OBJECT, Tokenizer
 
-ObjectOrder = Literal["random", "area", "distance", "none"]
+ObjectOrder = Literal["random", "top_to_bottom", "area", "distance", "none"]
 ClassCorruption = Literal["none", "rand_cls", "rand_n_fake_cls", "real_n_fake_cls", "real_n_rand_n_fake_cls"]
 
 # For each mode, the probabilities that an input class token is the true class, a random class or NOISE.
@@ -36,8 +36,8 @@ class SequenceBuilder:
     Args:
         tokenizer: Defines the vocabulary.
         max_objects: Number of object slots. Of an image with more objects, the first ones in `order` are used.
-        order: Order of the real objects: "random" (a new permutation for every call), "area" (largest first),
-            "distance" (of the top left corner from the origin, nearest first) or "none" (as annotated).
+        order: Order of the real objects: "random" (a new permutation for every call), "top_to_bottom" (of the top left
+            corner: by y1, then by x1), "area" (largest first), "distance" (of the top left corner from the origin, nearest first) or "none" (as annotated).
         noise_objects: Whether noise objects fill the remaining slots.
         class_corruption: How class tokens of the input are replaced, see `CORRUPTION_PROBABILITIES`. The labels are
             never corrupted.
@@ -130,6 +130,8 @@ def order_objects(boxes: np.ndarray, order: ObjectOrder, rng: np.random.Generato
     """Returns the indices (N,) of the boxes (N, 4) in the given order."""
     if order == "random":
         return rng.permutation(len(boxes))
+    if order == "top_to_bottom":
+        return np.lexsort((boxes[:, 0], boxes[:, 1]))
     if order == "area":
         return np.argsort(-np.prod(boxes[:, 2:] - boxes[:, :2], axis=1), kind="stable")
     if order == "distance":

@@ -10,20 +10,21 @@ from pix2seq.generation import DecodingOptions, generate_tokens
 from pix2seq.inference.onnx_graphs import ENCODER_FILE, STEP_FILE
 from pix2seq.models import Pix2SeqConfig
 from pix2seq.models.detections import Detections, to_detections
-from pix2seq.tokenizer import Tokenizer
+from pix2seq.tokenizer import TOKENS_PER_OBJECT, Tokenizer
 
 
 @dataclass
 class OnnxDecoderState:
-    """The keys and values of a batch: of the visual tokens, and of the tokens so far. See `onnx_graphs`."""
+    """The last five tokens of a batch, and the keys and values of visual tokens and of tokens. See `onnx_graphs`."""
 
+    input_ids: np.ndarray
     visual_key_values: np.ndarray
     past_key_values: np.ndarray
 
     def select_batch(self, rows: torch.Tensor) -> None:
         """Keeps these rows of the batch."""
-        self.visual_key_values = self.visual_key_values[rows.numpy()]
-        self.past_key_values = self.past_key_values[rows.numpy()]
+        for name, values in vars(self).items():
+            setattr(self, name, values[rows.numpy()])
 
 
 class OnnxDetector:
@@ -64,7 +65,8 @@ class OnnxDetector:
         """Encodes images (B, 3, S, S) and allocates the cache of `max_length` tokens."""
         (visual_key_values,) = self.encoder.run(None, {"pixel_values": pixel_values.numpy()})
         shape = (*visual_key_values.shape[:3], max_length, visual_key_values.shape[4])
-        return OnnxDecoderState(visual_key_values, np.zeros(shape, visual_key_values.dtype))
+        input_ids = np.full((len(pixel_values), TOKENS_PER_OBJECT), self.tokenizer.pad_id)
+        return OnnxDecoderState(input_ids, visual_key_values, np.zeros(shape, visual_key_values.dtype))
 
     def decode_step(
         self,
@@ -74,6 +76,8 @@ class OnnxDetector:
         vocab_slice: slice = slice(None),
     ) -> torch.Tensor:
         """Processes one token (B,) per row; returns the logits (B, R) of R tokens of the vocabulary."""
-        inputs = {"input_ids": token_ids.numpy(), "position": np.full(len(token_ids), position)}
-        logits, incremental_decoder.past_key_values = self.step.run(None, inputs | vars(incremental_decoder))
+        state = incremental_decoder
+        state.input_ids = np.concatenate([state.input_ids[:, 1:], token_ids.numpy()[:, None]], axis=1)
+        inputs = vars(state) | {"position": np.full(len(token_ids), position)}
+        logits, state.past_key_values = self.step.run(None, inputs)
         return torch.from_numpy(logits)[:, vocab_slice]

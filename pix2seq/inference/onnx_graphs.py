@@ -16,9 +16,10 @@ from pix2seq.tokenizer import TOKENS_PER_OBJECT
 ENCODER_FILE, STEP_FILE = "encoder.onnx", "decoder_step.onnx"
 DESCRIPTION = """\
     encoder.onnx        pixel_values (B, 3, S, S) -> visual_key_values (B, L, 2 H, N, d)
-    decoder_step.onnx   input_ids (B,), position (B,), visual_key_values, past_key_values (B, L, 2 H, T, d)
+    decoder_step.onnx   input_ids (B, 5), position (B,), visual_key_values, past_key_values (B, L, 2 H, T, d)
                         -> logits (B, V), present_key_values (B, L, 2 H, T, d)
 
+input_ids are the last five tokens of each sequence, padded at the start; position is that of the last one.
 B images, S pixels, L decoder layers, H heads (the keys first, then the values), N visual tokens, T cached tokens,
 d head width, V tokens of the vocabulary. B and T are dynamic.
 """
@@ -89,7 +90,7 @@ def decode_step(
 
     Args:
         model: The model.
-        input_ids: int64 (B,), the last token.
+        input_ids: int64 (B, 5), the last five tokens, with any ids before BOS. Only the last one is new.
         position: int64 (B,), its position in the sequence; BOS is at 0. Rows may be at different positions.
         visual_key_values: (B, L, 2 H, N, d), the output of `encode`.
         past_key_values: (B, L, 2 H, T, d), of the tokens before `position`; what is behind them is ignored.
@@ -108,7 +109,7 @@ def decode_step(
         cache = EncoderDecoderCache(self_cache, cross_cache)
     # The decoder uses the shape and the dtype of the visual tokens only: their keys and values are in the cache.
     visual_tokens = visual_key_values[:, 0, 0, :, :1]
-    output = decoder(visual_tokens, input_ids[:, None], cache=cache, positions=position)
+    output = decoder(visual_tokens, input_ids, cache=cache, positions=position)
     return decoder.lm_head(output.last_hidden_state[:, 0]), torch.stack(self_cache.present, dim=1)
 
 
@@ -139,7 +140,7 @@ def export_graphs(model: Pix2SeqForObjectDetection, folder: Path, opset: int) ->
     with torch.inference_mode():
         visual_key_values = torch.zeros_like(encode(model, pixel_values))
     batch, layers, heads, _, width = visual_key_values.shape
-    input_ids = torch.full((batch,), model.tokenizer.bos_id)
+    input_ids = torch.full((batch, TOKENS_PER_OBJECT), model.tokenizer.bos_id)
     past_key_values = torch.zeros(batch, layers, heads, TOKENS_PER_OBJECT * model.config.max_objects, width)
     batch_axis, tokens_axis = torch.export.Dim("batch"), torch.export.Dim("max_tokens")
     _export(
@@ -157,7 +158,7 @@ def export_graphs(model: Pix2SeqForObjectDetection, folder: Path, opset: int) ->
         folder / STEP_FILE,
         inputs={
             "input_ids": (input_ids, {0: batch_axis}),
-            "position": (torch.zeros_like(input_ids), {0: batch_axis}),
+            "position": (torch.zeros_like(input_ids[:, 0]), {0: batch_axis}),
             "visual_key_values": (visual_key_values, {0: batch_axis}),
             "past_key_values": (past_key_values, {0: batch_axis, 3: tokens_axis}),
         },

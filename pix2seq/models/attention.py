@@ -14,6 +14,7 @@ def prefix_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None = None,
     num_visual: int = 0,
+    modulation: torch.Tensor | None = None,
     dropout: float = 0.0,
     scaling: float | None = None,
     **kwargs,
@@ -26,8 +27,9 @@ def prefix_attention(
         query: Queries (B, H, Q, d) of the last Q of K tokens.
         key: Keys (B, H', K, d). H is a multiple of H'.
         value: Values (B, H', K, d).
-        attention_mask: Mask (1, 1, Q, K) that is used instead.
-        num_visual: Number of tokens at the beginning of the K tokens that attend to each other.
+        attention_mask: Mask (B or 1, H or 1, Q, K) that is used instead.
+        num_visual: Number of tokens N at the beginning of the K tokens that attend to each other.
+        modulation: Values (B, H, K - N, N) that are added to the scores of the other tokens and the first N.
         dropout: Dropout probability of the attention weights.
         scaling: Factor of the scores. Default: d ** -0.5.
 
@@ -50,6 +52,9 @@ def prefix_attention(
         outputs.append(attend(visual_query, key[:, :, :num_visual], value[:, :, :num_visual]))
     if num_queries := token_query.shape[2]:
         mask = prefix_mask(num_queries, key.shape[2], 0, query.device) if num_queries > 1 else None
+        if modulation is not None:
+            causal = additive_mask(prefix_mask(num_queries, num_queries, 0, query.device), modulation.dtype)
+            mask = torch.cat([modulation, causal.expand(*modulation.shape[:2], -1, -1)], dim=3)
         outputs.append(attend(token_query, key, value, attn_mask=mask))
     return torch.cat(outputs, dim=2).transpose(1, 2), None
 
@@ -62,6 +67,22 @@ def prefix_mask(num_queries: int, num_keys: int, num_visual: int, device: torch.
     mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).tril(num_keys - num_queries)
     mask[: max(num_visual - (num_keys - num_queries), 0), :num_visual] = True
     return mask
+
+
+def add_modulation(mask: torch.Tensor, modulation: torch.Tensor | None) -> torch.Tensor:
+    """Adds values (B, H, L, N), if there are any, to the scores of the last L queries and the first N keys.
+
+    Args:
+        mask: Additive mask (B or 1, 1, Q, K).
+        modulation: The values.
+
+    Returns:
+        Additive mask (B, H, Q, K).
+    """
+    if modulation is None:
+        return mask
+    padding = (0, mask.shape[3] - modulation.shape[3], mask.shape[2] - modulation.shape[2], 0)
+    return mask + F.pad(modulation, padding)
 
 
 def additive_mask(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

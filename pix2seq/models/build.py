@@ -25,6 +25,7 @@ def build_model(
     position_embedding: PositionEmbeddingType = "original",
     bin_init: BinInit = "random",
     causal_prefix: bool = False,
+    spatial_modulation: bool = True,
     image_size: int = 640,
     num_bins: int = 1000,
     max_objects: int = 100,
@@ -50,6 +51,7 @@ def build_model(
         num_heads: Number of attention heads of each layer of encoder and decoder.
         mlp_size: Width of the MLPs of encoder and decoder.
         causal_prefix: Use causal attention among the visual tokens of the "llama" decoder.
+        spatial_modulation: Modulate the attention of the sequence to the visual tokens, see `SpatialModulation`.
         load_pretrained: If False, the backbone gets random weights too.
 
     Returns:
@@ -72,6 +74,7 @@ def build_model(
             max_objects=max_objects,
             dropout=dropout,
             causal_prefix=causal_prefix,
+            spatial_modulation=spatial_modulation,
         ),
         # As in the authors' code. The Llama decoder's own layers process the visual tokens instead.
         projector_mlp=decoder == "transformer",

@@ -145,6 +145,7 @@ def create_decoder_config(
     max_objects: int,
     dropout: float = 0.0,
     causal_prefix: bool = False,
+    spatial_modulation: bool = True,
 ) -> PretrainedConfig:
     """Returns the config of a decoder that is trained from scratch. The arguments are those of `build_model`."""
     common = {
@@ -154,6 +155,8 @@ def create_decoder_config(
         "pad_token_id": tokenizer.pad_id,
         "bos_token_id": tokenizer.bos_id,
         "eos_token_id": tokenizer.eos_id,
+        "spatial_modulation": spatial_modulation,
+        "num_bins": tokenizer.num_bins,
     }
     if decoder == "llama":
         return LlamaConfig(

@@ -72,7 +72,7 @@ def _transfer_weights(source: PreTrainedModel, config: Pix2SeqConfig) -> tuple[P
     """Builds a model with a config for other classes and the weights of a trained model, see `adapt_to_classes`."""
     old, class_names = source.config, config.class_names
     tokenizer = Tokenizer(len(class_names), config.num_bins)
-    config.decoder_config.vocab_size = tokenizer.vocab_size
+    config.decoder_config.vocab_size, config.decoder_config.num_bins = tokenizer.vocab_size, tokenizer.num_bins
     config.decoder_config.max_position_embeddings = TOKENS_PER_OBJECT * config.max_objects + 2
     if hasattr(config.decoder_config, "activation_dropout"):
         config.decoder_config.activation_dropout = config.dropout

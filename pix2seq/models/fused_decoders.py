@@ -30,10 +30,12 @@ from transformers.models.llama.modeling_llama import (
     LlamaRotaryEmbedding,
 )
 
-from pix2seq.models.kv_cache import StaticKVCache
+from pix2seq.models.kv_cache import StaticKVCache, aligned_length
 from pix2seq.models.llama_decoder import LlamaDecoder, PrefixTrimmedLayer, prefix_positions
 from pix2seq.models.plain_modules import is_plain
+from pix2seq.models.spatial_modulation import SpatialModulation, cell_centers
 from pix2seq.models.transformer_decoder import TransformerDecoder
+from pix2seq.tokenizer import TOKENS_PER_OBJECT
 
 MIN_PACKED_BATCH = 4  # batch size from which packing weights pays off
 MIN_SPLIT_WEIGHTS = 2**16  # number of weights from which splitting a product pays off
@@ -62,6 +64,7 @@ FUSED_MODULES = {
         BlenderbotAttention,
         BlenderbotScaledWordEmbedding,
         BlenderbotLearnedPositionalEmbedding,
+        SpatialModulation,
     )
 }
 
@@ -196,13 +199,16 @@ class FusedDecoder:
     """Base class of the fused decoders, which are used like an `IncrementalDecoder`.
 
     Args:
-        lm_head: The output layer.
+        decoder: The decoder.
+        visual_tokens: Visual tokens (B, N, D).
     """
 
     supports_cuda_graph = True
 
-    def __init__(self, lm_head: nn.Linear):
-        self.lm_head = lm_head
+    def __init__(self, decoder: LlamaDecoder | TransformerDecoder, visual_tokens: torch.Tensor):
+        self.lm_head, self.modulation = decoder.lm_head, None
+        if decoder.spatial_modulation is not None:
+            self.modulation = FusedModulation(decoder.spatial_modulation, visual_tokens)
         self.lm_heads: dict[tuple, FusedLinear] = {}  # by the slice of the vocabulary
 
     def __call__(
@@ -219,19 +225,69 @@ class FusedDecoder:
         Returns:
             Logits (B, R).
         """
-        hidden_states = self.hidden_states(token_ids, position)
+        modulation = None if self.modulation is None else self.modulation(token_ids, position)
+        hidden_states = self.hidden_states(token_ids, position, modulation)
         key = vocab_slice.start, vocab_slice.stop
         if key not in self.lm_heads:
             self.lm_heads[key] = FusedLinear.from_linears(self.lm_head, like=hidden_states, output_slice=vocab_slice)
         return self.lm_heads[key](hidden_states)
 
-    def hidden_states(self, token_ids: torch.Tensor, position: int | torch.Tensor) -> torch.Tensor:
+    def hidden_states(
+        self, token_ids: torch.Tensor, position: int | torch.Tensor, modulation: torch.Tensor | None
+    ) -> torch.Tensor:
         """Returns the hidden states (B, D) of one token per row, the input of `lm_head`."""
         raise NotImplementedError
 
     def select_batch(self, rows: torch.Tensor) -> None:
         """Keeps only these rows of the batch."""
-        raise NotImplementedError
+        if self.modulation is not None:
+            self.modulation.last_tokens = self.modulation.last_tokens[rows]
+
+
+class FusedModulation:
+    """The `SpatialModulation` of one token per row and step.
+
+    Args:
+        modulation: The module.
+        visual_tokens: Visual tokens (B, N, D).
+    """
+
+    def __init__(self, modulation: SpatialModulation, visual_tokens: torch.Tensor):
+        batch_size, num_visual = visual_tokens.shape[:2]
+        device, num_slots = visual_tokens.device, TOKENS_PER_OBJECT
+        self.last_tokens = torch.zeros(batch_size, num_slots, device=device)
+        # The tables have a row for each of the first five positions, where the reference may be unknown, and for each
+        # slot after them.
+        is_known = torch.ones(2 * num_slots, 2, 1, device=device)
+        is_known[0], is_known[1, 1] = 0, 0
+        scale = 1 / (modulation.num_bins - 1)
+        self.precision = -modulation.log_precision.float().exp().repeat(2, 1, 1)[..., None] * is_known[..., None]
+        self.weights = scale * modulation.reference_weights.float().repeat(2, 1, 1).transpose(1, 2)
+        # Positions of the cells relative to a reference of 0, in ids instead of bins: the weights have the sum 1.
+        offset = modulation.offset.float().repeat(2, 1, 1)[..., None] - scale * modulation.first_bin_id
+        self.cells = cell_centers(num_visual, device) - offset
+
+    def __call__(self, token_ids: torch.Tensor, position: int | torch.Tensor) -> torch.Tensor:
+        """Returns values (B, H, 1, N), see `SpatialModulation`.
+
+        Args:
+            token_ids: Token ids (B,).
+            position: Position of the tokens in the sequence, an int or a 0-d tensor.
+        """
+        num_slots = TOKENS_PER_OBJECT
+        if isinstance(position, int):
+            row: int | torch.Tensor = position if position < num_slots else num_slots + position % num_slots
+        else:
+            row = torch.where(position < num_slots, position, num_slots + position % num_slots).view(1)
+        # In place, so that a CUDA graph finds the tokens where it has left them.
+        self.last_tokens.copy_(torch.cat([self.last_tokens[:, 1:], token_ids[:, None].float()], dim=1))
+        weights, cells, precision = (
+            table[row] if isinstance(row, int) else table[row][0]
+            for table in (self.weights, self.cells, self.precision)
+        )
+        scores = (cells - (self.last_tokens @ weights)[..., None, None]).square_().mul_(precision)
+        y, x = scores.unbind(1)  # (B, H, side)
+        return (y[..., None] + x[..., None, :]).flatten(2).unsqueeze(2)
 
 
 @dataclass
@@ -275,7 +331,7 @@ class FusedLlamaDecoder(FusedDecoder):
     """
 
     def __init__(self, decoder: LlamaDecoder, visual_tokens: torch.Tensor, max_length: int):
-        super().__init__(decoder.lm_head)
+        super().__init__(decoder, visual_tokens)
         model, config = decoder.model, decoder.config
         attention, dtype, device = model.layers[0].self_attn, compute_dtype(visual_tokens), visual_tokens.device
         self.head_dim = attention.head_dim
@@ -289,7 +345,7 @@ class FusedLlamaDecoder(FusedDecoder):
             num_layers=len(self.layers),
             batch_size=len(visual_tokens),
             num_heads=attention.k_proj.out_features // self.head_dim,
-            max_length=self.num_visual + max_length,
+            max_length=aligned_length(self.num_visual + max_length, device),
             head_dim=self.head_dim,
             dtype=dtype,
             device=device,
@@ -317,7 +373,9 @@ class FusedLlamaDecoder(FusedDecoder):
         )
         return cos, sin
 
-    def hidden_states(self, token_ids: torch.Tensor, position: int | torch.Tensor) -> torch.Tensor:
+    def hidden_states(
+        self, token_ids: torch.Tensor, position: int | torch.Tensor, modulation: torch.Tensor | None
+    ) -> torch.Tensor:
         cache_positions = self.kv_cache.positions(self.num_visual + position)
         hidden_states = self.embeddings[token_ids]
         if isinstance(position, torch.Tensor):
@@ -328,12 +386,14 @@ class FusedLlamaDecoder(FusedDecoder):
             qkv = torch.addcmul(qkv * cos, qkv.roll(self.head_dim // 2, dims=-1), sin)
             query, keys_and_values = qkv[:, : self.num_heads], qkv[:, self.num_heads :]
             self.kv_cache.update(index, cache_positions, keys_and_values)
-            hidden_states = hidden_states + layer.o_proj(self.kv_cache.attend(index, query, cache_positions))
+            attended = self.kv_cache.attend(index, query, cache_positions, modulation)
+            hidden_states = hidden_states + layer.o_proj(attended)
             gate, up = layer.gate_up_proj(self.norm(hidden_states)).chunk(2, dim=-1)
             hidden_states = hidden_states + layer.down_proj(layer.act_fn(gate) * up)
         return self.norm(hidden_states) * self.norm_weight
 
     def select_batch(self, rows: torch.Tensor) -> None:
+        super().select_batch(rows)
         self.kv_cache.select_batch(rows)
 
 
@@ -379,7 +439,7 @@ class FusedTransformerDecoder(FusedDecoder):
     """
 
     def __init__(self, decoder: TransformerDecoder, visual_tokens: torch.Tensor, max_length: int):
-        super().__init__(decoder.lm_head)
+        super().__init__(decoder, visual_tokens)
         self.decoder = decoder.model.decoder
         attention = self.decoder.layers[0].self_attn
         self.num_heads, self.head_dim = attention.num_heads, attention.head_dim
@@ -394,12 +454,14 @@ class FusedTransformerDecoder(FusedDecoder):
                 dtype=compute_dtype(visual_tokens),
                 device=visual_tokens.device,
             )
-            for length in (max_length, visual_tokens.shape[1])
+            for length in (aligned_length(max_length, visual_tokens.device), visual_tokens.shape[1])
         )
         for index, (keys, values) in enumerate(decoder.cross_key_values(visual_tokens)):
             self.cross_cache.prefill(index, keys, values)
 
-    def hidden_states(self, token_ids: torch.Tensor, position: int | torch.Tensor) -> torch.Tensor:
+    def hidden_states(
+        self, token_ids: torch.Tensor, position: int | torch.Tensor, modulation: torch.Tensor | None
+    ) -> torch.Tensor:
         decoder, cache_positions = self.decoder, self.self_cache.positions(position)
         if isinstance(position, torch.Tensor):
             position = position.view(1)
@@ -411,12 +473,13 @@ class FusedTransformerDecoder(FusedDecoder):
             hidden_states = hidden_states + layer.out_proj(self.self_cache.attend(index, query, cache_positions))
             query = layer.cross_q_proj(_layer_norm(hidden_states, layer.cross_attn_norm))
             query = query.unflatten(1, (self.num_heads, self.head_dim))
-            hidden_states = hidden_states + layer.cross_out_proj(self.cross_cache.attend(index, query))
+            hidden_states = hidden_states + layer.cross_out_proj(self.cross_cache.attend(index, query, None, modulation))
             inner = layer.activation_fn(layer.fc1(_layer_norm(hidden_states, layer.mlp_norm)))
             hidden_states = hidden_states + layer.fc2(inner)
         return _layer_norm(hidden_states, decoder.layer_norm)
 
     def select_batch(self, rows: torch.Tensor) -> None:
+        super().select_batch(rows)
         self.self_cache.select_batch(rows)
         self.cross_cache.select_batch(rows)
 

@@ -23,6 +23,11 @@ class CachePositions:
     mask: torch.Tensor | None = None
 
 
+def aligned_length(length: int, device: torch.device) -> int:
+    """Rounds up the length of a cache that attention reads under a mask."""
+    return -(-length // MASK_ALIGNMENT) * MASK_ALIGNMENT if device.type == "cuda" else length
+
+
 class StaticKVCache:
     """Keys and values of each layer, in tensors (2, B, H, T, d) that are allocated once. Keys come first.
 
@@ -30,7 +35,7 @@ class StaticKVCache:
         num_layers: Number of layers.
         batch_size: Number of rows B.
         num_heads: Number of key-value heads H.
-        max_length: Number of tokens T; rounded up to a multiple of `MASK_ALIGNMENT` on a GPU.
+        max_length: Number of tokens T.
         head_dim: Width d of a head.
         dtype: Dtype of keys and values.
         device: Device of keys and values.
@@ -46,8 +51,6 @@ class StaticKVCache:
         dtype: torch.dtype,
         device: torch.device,
     ):
-        if device.type == "cuda":
-            max_length = -(-max_length // MASK_ALIGNMENT) * MASK_ALIGNMENT
         shape = 2, batch_size, num_heads, max_length, head_dim
         # Zeros, because attention also multiplies the values of masked tokens, which must not be NaN.
         self.layers = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
@@ -83,7 +86,13 @@ class StaticKVCache:
         else:
             cache.index_copy_(3, positions.index.view(1), new.unsqueeze(3).to(cache.dtype))
 
-    def attend(self, layer: int, query: torch.Tensor, positions: CachePositions | None = None) -> torch.Tensor:
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        positions: CachePositions | None = None,
+        modulation: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Computes attention of the current token over the cached tokens of a layer.
 
         Args:
@@ -91,6 +100,7 @@ class StaticKVCache:
             query: Queries (B, H', d). H' is a multiple of H.
             positions: Position of the current token, which attends to the tokens up to itself. Without it, it attends
                 to the whole cache.
+            modulation: Values (B, H', 1, n) that are added to the scores of the first n tokens.
 
         Returns:
             The concatenated outputs (B, H' d) of the heads.
@@ -99,10 +109,13 @@ class StaticKVCache:
         keys, values = cache.unbind()
         query, is_grouped = query.unsqueeze(2), query.shape[1] != self.num_heads
         mask = None if positions is None else positions.mask
+        if modulation is not None:
+            modulation = F.pad(modulation.to(query.dtype), (0, keys.shape[2] - modulation.shape[3]))
+            mask = modulation if mask is None else mask + modulation
         if mask is not None:
-            if query.dtype == keys.dtype == torch.float32 and not is_grouped:
-                return _single_query_attention(query, keys, values, mask)
             mask = mask.expand(*query.shape[:2], -1, -1)
+            if query.is_cuda and query.dtype == keys.dtype == torch.float32 and not is_grouped:
+                return _single_query_attention(query, keys, values, mask)
         return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, enable_gqa=is_grouped).flatten(1)
 
     def select_batch(self, rows: torch.Tensor) -> None:
@@ -113,11 +126,11 @@ class StaticKVCache:
 def _single_query_attention(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor
 ) -> torch.Tensor:
-    """Attention of one query per row and head, (B, H, 1, d) -> (B, H d), under a mask (1, T).
+    """Attention of one query per row and head, (B, H, 1, d) -> (B, H d), under a mask (B, H, 1, T).
 
     In float32 this is several times faster than the CUDA kernels of scaled_dot_product_attention.
     """
     shape, scale = query.shape, query.shape[-1] ** -0.5
-    query, keys, values = (tensor.flatten(0, 1) for tensor in (query, keys, values))
-    scores = torch.baddbmm(mask.expand(len(query), 1, -1), query, keys.transpose(1, 2), alpha=scale)
+    query, keys, values, mask = (tensor.flatten(0, 1) for tensor in (query, keys, values, mask))
+    scores = torch.baddbmm(mask, query, keys.transpose(1, 2), alpha=scale)
     return torch.bmm(scores.softmax(-1), values).view(shape[0], -1)

@@ -8,7 +8,8 @@ from transformers.cache_utils import Cache, DynamicCache, StaticCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel
 
-from pix2seq.models.attention import additive_mask, prefix_mask
+from pix2seq.models.attention import add_modulation, additive_mask, prefix_mask
+from pix2seq.models.spatial_modulation import SpatialModulation
 
 # The name of the cache argument of transformers' models, which depends on the version.
 CACHE = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
@@ -53,7 +54,8 @@ class LlamaDecoder(LlamaForCausalLM):
     """Self-attention over the concatenation of visual tokens and token sequence.
 
     Visual tokens attend to all visual tokens. With `causal_prefix` in the config, they attend only to the ones before
-    them, as in a language model. The default attention implementation is "prefix".
+    them, as in a language model. With `spatial_modulation`, the attention of the sequence to the visual tokens is
+    modulated, see `SpatialModulation`. The default attention implementation is "prefix".
     """
 
     config: LlamaConfig
@@ -63,7 +65,13 @@ class LlamaDecoder(LlamaForCausalLM):
     def __init__(self, config: LlamaConfig):
         super().__init__(config)
         self.model.layers[-1] = PrefixTrimmedLayer(config, config.num_hidden_layers - 1)
+        self.spatial_modulation = SpatialModulation.from_config(config)
         self.post_init()
+
+    def _init_weights(self, module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, SpatialModulation):
+            module.reset_parameters()
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         """Returns "prefix" by default. Other implementations get a mask."""
@@ -81,33 +89,39 @@ class LlamaDecoder(LlamaForCausalLM):
 
         Args:
             visual_tokens: Visual tokens (B, N, D).
-            input_ids: Token ids (B, L); with a cache, the next token (B, 1) of each sequence.
+            input_ids: Token ids (B, L); with a cache, the last tokens (B, 5) of each sequence. Only the last one is
+                processed, the others are for the spatial modulation.
             cache: The result of `prefill`, which is updated.
-            positions: With a cache, the positions (B,) or (1,) of the tokens in the sequence; BOS is at 0.
+            positions: With a cache, the positions (B,) or (1,) of the last tokens in the sequence; BOS is at 0.
             kwargs: `output_hidden_states` and `output_attentions`, as in transformers. Their lists include the visual
                 tokens.
 
         Returns:
             Output of transformers with the hidden states (B, L, D), the input of `lm_head`.
         """
-        embeddings = self.get_input_embeddings()(input_ids).to(visual_tokens.dtype)
-        num_visual, length = visual_tokens.shape[1], embeddings.shape[1]
+        num_visual, length = visual_tokens.shape[1], input_ids.shape[1]
+        modulation = None
+        if self.spatial_modulation is not None:
+            modulation = self.spatial_modulation(input_ids, num_visual, positions).to(visual_tokens.dtype)
         if cache is not None:
             assert positions is not None
+            embeddings = self.get_input_embeddings()(input_ids[:, -1:]).to(visual_tokens.dtype)
             keys = torch.arange(cache.get_max_length(), device=embeddings.device)
-            is_visible = keys <= num_visual + positions[:, None]
+            is_visible = (keys <= num_visual + positions[:, None])[:, None, None]
             return self.model(
                 inputs_embeds=embeddings,
-                attention_mask=additive_mask(is_visible, embeddings.dtype)[:, None, None],
+                attention_mask=add_modulation(additive_mask(is_visible, embeddings.dtype), modulation),
                 position_ids=1 + positions[:, None],
                 use_cache=True,
                 return_dict=True,
                 **{CACHE: cache},
             )
+        embeddings = self.get_input_embeddings()(input_ids).to(visual_tokens.dtype)
         can_trim = self.training and not self._causal_prefix and not any(kwargs.values())
         output = self._run(
             torch.cat([visual_tokens, embeddings], dim=1),
             num_visual,
+            modulation,
             num_trimmed=num_visual if can_trim else 0,
             use_cache=False,
             **kwargs,
@@ -128,19 +142,23 @@ class LlamaDecoder(LlamaForCausalLM):
         self._run(visual_tokens, visual_tokens.shape[1], use_cache=True, **{CACHE: cache})
         return cache
 
-    def _run(self, inputs_embeds: torch.Tensor, num_visual: int, **kwargs) -> BaseModelOutputWithPast:
+    def _run(
+        self, inputs_embeds: torch.Tensor, num_visual: int, modulation: torch.Tensor | None = None, **kwargs
+    ) -> BaseModelOutputWithPast:
         """Runs the model on N visual tokens and a sequence, (B, N + L, D)."""
         length, device = inputs_embeds.shape[1], inputs_embeds.device
         num_bidirectional = 0 if self._causal_prefix else num_visual
         mask = None
-        if self.config._attn_implementation != "prefix":
+        if self.config._attn_implementation != "prefix" or (modulation is not None and not num_bidirectional):
             mask = additive_mask(prefix_mask(length, length, num_bidirectional, device), inputs_embeds.dtype)
-            mask = mask[None, None]
+            mask = add_modulation(mask[None, None], modulation)
+            modulation = None
         return self.model(
             inputs_embeds=inputs_embeds,
             attention_mask=mask,
             position_ids=prefix_positions(num_visual, length - num_visual, device),
             num_visual=num_bidirectional,
+            modulation=modulation,
             return_dict=True,
             **kwargs,
         )

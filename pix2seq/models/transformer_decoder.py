@@ -7,18 +7,30 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 
 from pix2seq.models.attention import additive_mask, prefix_mask
 from pix2seq.models.llama_decoder import CACHE
+from pix2seq.models.spatial_modulation import SpatialModulation
 
 
 class TransformerDecoder(BlenderbotForCausalLM):
     """Self-attention over the token sequence, cross-attention to the visual tokens, MLP: the decoder of the paper.
 
     Blenderbot has the architecture of the authors' code: layer norm before each block and after the last one, GELU,
-    learned positions, token embeddings shared with the output layer.
+    learned positions, token embeddings shared with the output layer. With `spatial_modulation` in the config, its
+    cross-attention is modulated, see `SpatialModulation`.
     """
 
     config: BlenderbotConfig
     _supports_flash_attn = False  # they accept no mask
     _supports_flex_attn = False
+
+    def __init__(self, config: BlenderbotConfig):
+        super().__init__(config)
+        self.spatial_modulation = SpatialModulation.from_config(config)
+        self.post_init()
+
+    def _init_weights(self, module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, SpatialModulation):
+            module.reset_parameters()
 
     def forward(
         self,
@@ -32,27 +44,32 @@ class TransformerDecoder(BlenderbotForCausalLM):
 
         Args:
             visual_tokens: Visual tokens (B, N, D).
-            input_ids: Token ids (B, L); with a cache, the next token (B, 1) of each sequence.
+            input_ids: Token ids (B, L); with a cache, the last tokens (B, 5) of each sequence. Only the last one is
+                processed, the others are for the spatial modulation.
             cache: The result of `prefill`, which is updated.
-            positions: With a cache, the positions (B,) or (1,) of the tokens in the sequence; BOS is at 0. The cache
-                counts them too.
+            positions: With a cache, the positions (B,) or (1,) of the last tokens in the sequence; BOS is at 0. The
+                cache counts them too.
             kwargs: `output_hidden_states` and `output_attentions`, as in transformers.
 
         Returns:
             Output of transformers with the hidden states (B, L, D), the input of `lm_head`.
         """
-        length, device = input_ids.shape[1], visual_tokens.device
+        length, device, modulation = input_ids.shape[1], visual_tokens.device, None
+        if self.spatial_modulation is not None:
+            modulation = self.spatial_modulation(input_ids, visual_tokens.shape[1], positions).to(visual_tokens.dtype)
         if cache is None:
             is_visible = prefix_mask(length, length, 0, device)[None]
         else:
             assert positions is not None
             keys = torch.arange(cache.self_attention_cache.get_max_length(), device=device)
             is_visible = (keys <= positions[:, None])[:, None]
+            input_ids = input_ids[:, -1:]
         # Given a 4-D mask, transformers creates none, which would wait for the device.
         return self.model(
             input_ids=input_ids,
             attention_mask=additive_mask(is_visible, visual_tokens.dtype)[:, None],
             encoder_hidden_states=visual_tokens,
+            encoder_attention_mask=modulation,
             use_cache=cache is not None,
             return_dict=True,
             **{CACHE: cache},
