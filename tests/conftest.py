@@ -87,6 +87,7 @@ def make_model():
             "pad_token_id": tokenizer.pad_id,
             "bos_token_id": tokenizer.bos_id,
             "eos_token_id": tokenizer.eos_id,
+            "spatial_modulation": True,
         } | (decoder or {})
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)

@@ -103,6 +103,7 @@ class Pix2SeqConfig(PretrainedConfig):
             decoder_config = AutoConfig.for_model(**{"model_type": "llama"} | decoder_config)
         self.backbone_config: PretrainedConfig = backbone_config
         self.decoder_config: PretrainedConfig = decoder_config
+        self.decoder_config.num_bins = num_bins  # which the spatial modulation needs
         self.tie_word_embeddings = getattr(self.decoder_config, "tie_word_embeddings", False)
         self.backbone_dilated = backbone_dilated
         self.projector_mlp = projector_mlp
@@ -156,7 +157,6 @@ def create_decoder_config(
         "bos_token_id": tokenizer.bos_id,
         "eos_token_id": tokenizer.eos_id,
         "spatial_modulation": spatial_modulation,
-        "num_bins": tokenizer.num_bins,
     }
     if decoder == "llama":
         return LlamaConfig(

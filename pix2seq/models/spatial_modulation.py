@@ -65,13 +65,12 @@ class SpatialModulation(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Initializes parameters and buffers, like `_init_weights` of transformers."""
-        like = {"device": self.offset.device}
-        init.copy_(self.reference_weights, torch.tensor(_REFERENCE_WEIGHTS, **like))
-        precision = torch.logspace(math.log10(_MIN_PRECISION), math.log10(_MAX_PRECISION), self.num_heads, **like)
-        init.copy_(self.log_precision, (torch.tensor(_INITIAL_FACTORS, **like)[..., None] * precision).log())
-        offsets = torch.tensor(_INITIAL_OFFSETS, **like)
+        init.copy_(self.reference_weights, torch.tensor(_REFERENCE_WEIGHTS))
+        precision = torch.logspace(math.log10(_MIN_PRECISION), math.log10(_MAX_PRECISION), self.num_heads)
+        init.copy_(self.log_precision, (torch.tensor(_INITIAL_FACTORS)[..., None] * precision).log())
+        offsets = torch.tensor(_INITIAL_OFFSETS)
         offsets = offsets.repeat(-(-self.num_heads // len(offsets)))[: self.num_heads]
-        init.copy_(self.offset, torch.tensor(_HAS_INITIAL_OFFSET, **like)[..., None] * offsets)
+        init.copy_(self.offset, torch.tensor(_HAS_INITIAL_OFFSET)[..., None] * offsets)
 
     def forward(self, input_ids: torch.Tensor, num_visual: int, positions: torch.Tensor | None = None) -> torch.Tensor:
         """Computes what is added to attention scores.

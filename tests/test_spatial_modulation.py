@@ -1,0 +1,114 @@
+import math
+
+import pytest
+import torch
+
+from pix2seq.models.fused_decoders import FusedModulation
+from pix2seq.models.spatial_modulation import SpatialModulation
+from tests.test_architectures import build
+
+NUM_BINS, VOCAB_SIZE, SIDE = 11, 20, 8
+FIRST_BIN = VOCAB_SIZE - NUM_BINS
+BOS, CLASS = 1, 5
+
+
+@pytest.fixture
+def modulation():
+    torch.manual_seed(0)
+    modulation = SpatialModulation(num_heads=2, num_bins=NUM_BINS, vocab_size=VOCAB_SIZE)
+    for parameter in modulation.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return modulation
+
+
+def tokens(*values) -> torch.Tensor:
+    """Token ids (1, L): floats are coordinates."""
+    return torch.tensor([[FIRST_BIN + round(10 * v) if isinstance(v, float) else v for v in values]])
+
+
+def expected(modulation: SpatialModulation, slot: int, y: float | None, x: float | None) -> torch.Tensor:
+    """The values (H, N) around a reference point; None where it is unknown."""
+    values = torch.zeros(2, SIDE, SIDE)
+    for head in range(2):
+        for row in range(SIDE):
+            for column in range(SIDE):
+                for axis, reference, cell in ((0, y, row), (1, x, column)):
+                    if reference is not None:
+                        precision = math.exp(modulation.log_precision[slot, axis, head])
+                        distance = (cell + 0.5) / SIDE - reference - modulation.offset[slot, axis, head].item()
+                        values[head, row, column] -= precision * distance**2
+    return values.flatten(1)
+
+
+def test_the_reference_is_what_is_known_of_the_box(modulation):
+    input_ids = tokens(BOS, 0.1, 0.2, 0.5, 0.8, CLASS, 0.3, 0.6, 0.7, 0.9)
+    references = [
+        (None, None),  # nothing precedes the first object
+        (0.1, None),
+        (0.1, 0.2),
+        (0.3, 0.2),  # the center in y
+        (0.3, 0.5),  # the center
+        (0.1, 0.2),  # the corner of the previous object
+        (0.3, 0.2),  # y1 and the x1 of the previous object
+        (0.3, 0.6),
+        (0.5, 0.6),
+        (0.5, 0.75),
+    ]
+    values = modulation(input_ids, num_visual=SIDE**2)
+    assert values.shape == (1, 2, 10, SIDE**2)
+    for position, (y, x) in enumerate(references):
+        torch.testing.assert_close(values[0, :, position], expected(modulation, position % 5, y, x))
+
+
+def test_one_step_equals_the_whole_sequence(modulation):
+    torch.manual_seed(1)
+    input_ids = torch.randint(FIRST_BIN, VOCAB_SIZE, (3, 17))
+    whole = modulation(input_ids, num_visual=SIDE**2)
+    fused = FusedModulation(modulation, visual_tokens=torch.zeros(3, SIDE**2, 4))
+    on_device = FusedModulation(modulation, visual_tokens=torch.zeros(3, SIDE**2, 4))
+    for position in range(17):
+        last_five = torch.nn.functional.pad(input_ids, (4, 0), value=7)[:, position : position + 5]
+        step = modulation(last_five, SIDE**2, positions=torch.tensor([position]))
+        torch.testing.assert_close(step[:, :, 0], whole[:, :, position])
+        for decoder, index in ((fused, position), (on_device, torch.tensor(position))):
+            values = decoder(input_ids[:, position], index)
+            torch.testing.assert_close(values[:, :, 0], whole[:, :, position], rtol=1e-4, atol=1e-4)
+
+
+def test_rows_at_different_positions(modulation):
+    input_ids = tokens(BOS, 0.1, 0.2, 0.5, 0.8, CLASS)
+    whole = modulation(input_ids, SIDE**2)
+    padded = torch.nn.functional.pad(input_ids[0], (4, 0))
+    values = modulation(torch.stack([padded[2:7], padded[5:10]]), SIDE**2, positions=torch.tensor([2, 5]))
+    torch.testing.assert_close(values[:, :, 0], whole[0][:, [2, 5]].transpose(0, 1))
+
+
+def test_visual_tokens_must_form_a_square(modulation):
+    with pytest.raises(ValueError, match="60 visual tokens do not form a square"):
+        modulation(tokens(BOS), num_visual=60)
+
+
+@pytest.mark.parametrize("decoder", ["llama", "transformer"])
+def test_attention_moves_to_the_reference(decoder):
+    """With a high precision, the output depends only on the visual token at the reference point."""
+    model = build(decoder=decoder, decoder_layers=1).eval()
+    modulation = model.decoder.spatial_modulation
+    with torch.no_grad():
+        modulation.log_precision.fill_(8.0)
+        modulation.offset.zero_()
+    side = 4
+    first_bin = model.tokenizer.first_bin_id
+    visual_tokens = torch.randn(1, side**2, 16)
+    input_ids = torch.tensor([[BOS, first_bin + 7, first_bin + 12]])  # 7/19 and 12/19: row 1, column 2
+    changed = {}
+    for cell in range(side**2):
+        other = visual_tokens.clone()
+        other[0, cell] += 1
+        difference = [model.decoder(tokens, input_ids).last_hidden_state[0, -1] for tokens in (visual_tokens, other)]
+        changed[cell] = (difference[0] - difference[1]).abs().max().item() > 1e-5
+    assert [cell for cell, is_changed in changed.items() if is_changed] == [1 * side + 2]
+
+
+def test_a_model_without_modulation_has_no_parameters_of_it():
+    assert build(decoder="llama", spatial_modulation=False).decoder.spatial_modulation is None
+    assert build(decoder="transformer").decoder.spatial_modulation is not None
