@@ -288,6 +288,7 @@ def random_model(args: argparse.Namespace, decoder: str) -> Pix2SeqForObjectDete
         image_size=args.image_size,
         max_objects=args.num_objects,
         decoder=decoder,
+        spatial_modulation=False,  # `generate` of transformers knows none
         category_ids=tuple(range(80)),
         class_names=tuple(map(str, range(80))),
     ).eval()

@@ -36,8 +36,9 @@ class SequenceBuilder:
     Args:
         tokenizer: Defines the vocabulary.
         max_objects: Number of object slots. Of an image with more objects, the first ones in `order` are used.
-        order: Order of the real objects: "random" (a new permutation for every call), "top_to_bottom" (of the top left
-            corner: by y1, then by x1), "area" (largest first), "distance" (of the top left corner from the origin, nearest first) or "none" (as annotated).
+        order: Order of the real objects: "random" (a new permutation for every call), "top_to_bottom" (of the top
+            left corner: by y1, then by x1), "area" (largest first), "distance" (of the top left corner from the
+            origin, nearest first) or "none" (as annotated).
         noise_objects: Whether noise objects fill the remaining slots.
         class_corruption: How class tokens of the input are replaced, see `CORRUPTION_PROBABILITIES`. The labels are
             never corrupted.

@@ -102,10 +102,6 @@ def test_the_folder_loads_as_config_and_image_processor(exported):
     assert AutoImageProcessor.from_pretrained(exported[1]).image_size == 64
 
 
-def last_five(ids: np.ndarray, position: int) -> np.ndarray:
-    return np.pad(ids, (4, 0))[position : position + 5]
-
-
 def test_rows_may_be_at_different_positions(exported):
     """A server can add an image to a batch while others are being decoded."""
     detector = OnnxDetector(exported[1])
@@ -115,9 +111,10 @@ def test_rows_may_be_at_different_positions(exported):
     state = detector.prefill(pixel_values(2), 10)
     for position in range(6):  # the second row starts two tokens later
         positions = np.array([position, max(position - 2, 0)])
-        windows = np.stack([last_five(ids[:, row], positions[row]) for row in range(2)])
-        inputs = vars(state) | {"input_ids": windows, "position": positions}
-        row_logits, state.past_key_values = detector.step.run(None, inputs)
+        if position == 2:
+            state.past_tokens[1] = 0
+        inputs = {"input_ids": ids[positions, [0, 1]], "position": positions, **vars(state)}
+        row_logits, state.past_key_values, state.past_tokens, state.past_coverage = detector.step.run(None, inputs)
         np.testing.assert_allclose(row_logits[0], logits[position][0], atol=1e-5)
         np.testing.assert_allclose(row_logits[1], logits[positions[1]][1], atol=1e-5)
 
@@ -128,13 +125,14 @@ def test_graph_functions_match_the_incremental_decoder(make_model, decoder):
     ids = torch.randint(5, 50, (7, 3), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         state, visual_key_values = model.prefill(pixel_values(3), 7), onnx_graphs.encode(model, pixel_values(3))
-        past_key_values = torch.zeros(*visual_key_values.shape[:3], 7, visual_key_values.shape[4])
+        past = [
+            torch.zeros(*visual_key_values.shape[:3], 7, visual_key_values.shape[4]),
+            torch.zeros(3, 5, dtype=torch.long),
+            torch.zeros(3, visual_key_values.shape[3]),
+        ]
         for position, input_ids in enumerate(ids):
             positions = torch.full((3,), position)
-            windows = torch.stack([torch.from_numpy(last_five(ids[:, row].numpy(), position)) for row in range(3)])
-            logits, past_key_values = onnx_graphs.decode_step(
-                model, windows, positions, visual_key_values, past_key_values
-            )
+            logits, *past = onnx_graphs.decode_step(model, input_ids, positions, visual_key_values, *past)
             torch.testing.assert_close(logits, model.decode_step(input_ids, position, state), rtol=1e-4, atol=1e-4)
 
 

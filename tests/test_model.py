@@ -108,7 +108,9 @@ def test_causal_prefix(causal):
 @pytest.mark.parametrize("causal_prefix", [False, True])
 def test_the_llama_decoder_equals_llama_with_a_mask(make_model, causal_prefix):
     """Hidden states and gradients, although attention is computed in two parts and the last layer is trimmed."""
-    model = scale_weights(make_model(decoder={"causal_prefix": causal_prefix, "spatial_modulation": False}), 0.5).train()
+    model = scale_weights(
+        make_model(decoder={"causal_prefix": causal_prefix, "spatial_modulation": False}), 0.5
+    ).train()
     input_ids, num_visual = token_ids(2), 5
     visual_tokens = torch.randn(2, num_visual, 16, requires_grad=True)
     plain = LlamaForCausalLM(copy.deepcopy(model.decoder.config)).train()

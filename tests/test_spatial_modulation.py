@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pix2seq.models.fused_decoders import FusedModulation
-from pix2seq.models.spatial_modulation import SpatialModulation
+from pix2seq.models.spatial_modulation import DecodedBoxes, SpatialModulation
 from tests.test_architectures import build
 
 NUM_BINS, VOCAB_SIZE, SIDE = 11, 20, 8
@@ -26,22 +26,31 @@ def tokens(*values) -> torch.Tensor:
     return torch.tensor([[FIRST_BIN + round(10 * v) if isinstance(v, float) else v for v in values]])
 
 
-def expected(modulation: SpatialModulation, slot: int, y: float | None, x: float | None) -> torch.Tensor:
-    """The values (H, N) around a reference point; None where it is unknown."""
+def expected(modulation: SpatialModulation, slot: int, y: float | None, x: float | None, boxes=()) -> torch.Tensor:
+    """The values (H, N) around a reference point; None where it is unknown. Boxes of earlier objects are yxyx."""
     values = torch.zeros(2, SIDE, SIDE)
     for head in range(2):
         for row in range(SIDE):
             for column in range(SIDE):
-                for axis, reference, cell in ((0, y, row), (1, x, column)):
+                cells = (row + 0.5) / SIDE, (column + 0.5) / SIDE
+                for axis, reference in enumerate((y, x)):
                     if reference is not None:
                         precision = math.exp(modulation.log_precision[slot, axis, head])
-                        distance = (cell + 0.5) / SIDE - reference - modulation.offset[slot, axis, head].item()
+                        distance = cells[axis] - reference - modulation.offset[slot, axis, head].item()
                         values[head, row, column] -= precision * distance**2
+                covered = [
+                    math.exp(
+                        -sum(((cells[a] - (box[a] + box[a + 2]) / 2) / (box[a + 2] - box[a]) * 2) ** 2 for a in (0, 1))
+                    )
+                    for box in boxes
+                ]
+                values[head, row, column] -= modulation.coverage_weight[slot, head].item() * max(covered, default=0)
     return values.flatten(1)
 
 
-def test_the_reference_is_what_is_known_of_the_box(modulation):
-    input_ids = tokens(BOS, 0.1, 0.2, 0.5, 0.8, CLASS, 0.3, 0.6, 0.7, 0.9)
+def test_the_values_depend_on_what_is_known_of_the_boxes(modulation):
+    first, second = (0.1, 0.2, 0.5, 0.8), (0.3, 0.6, 0.7, 0.9)
+    input_ids = tokens(BOS, *first, CLASS, *second, CLASS)
     references = [
         (None, None),  # nothing precedes the first object
         (0.1, None),
@@ -53,34 +62,44 @@ def test_the_reference_is_what_is_known_of_the_box(modulation):
         (0.3, 0.6),
         (0.5, 0.6),
         (0.5, 0.75),
+        (0.3, 0.6),
     ]
     values = modulation(input_ids, num_visual=SIDE**2)
-    assert values.shape == (1, 2, 10, SIDE**2)
+    assert values.shape == (1, 2, 11, SIDE**2)
     for position, (y, x) in enumerate(references):
-        torch.testing.assert_close(values[0, :, position], expected(modulation, position % 5, y, x))
+        boxes = (first, second)[: position // 5]
+        torch.testing.assert_close(values[0, :, position], expected(modulation, position % 5, y, x, boxes))
 
 
 def test_one_step_equals_the_whole_sequence(modulation):
     torch.manual_seed(1)
     input_ids = torch.randint(FIRST_BIN, VOCAB_SIZE, (3, 17))
     whole = modulation(input_ids, num_visual=SIDE**2)
-    fused = FusedModulation(modulation, visual_tokens=torch.zeros(3, SIDE**2, 4))
-    on_device = FusedModulation(modulation, visual_tokens=torch.zeros(3, SIDE**2, 4))
+    visual_tokens = torch.zeros(3, SIDE**2, 4)
+    decoded = DecodedBoxes.empty(visual_tokens)
+    with_int, with_tensor = FusedModulation(modulation, visual_tokens), FusedModulation(modulation, visual_tokens)
     for position in range(17):
-        last_five = torch.nn.functional.pad(input_ids, (4, 0), value=7)[:, position : position + 5]
-        step = modulation(last_five, SIDE**2, positions=torch.tensor([position]))
-        torch.testing.assert_close(step[:, :, 0], whole[:, :, position])
-        for decoder, index in ((fused, position), (on_device, torch.tensor(position))):
-            values = decoder(input_ids[:, position], index)
+        token_ids, index = input_ids[:, position], torch.tensor(position)
+        for values in (
+            modulation(token_ids[:, None], SIDE**2, index[None], decoded),
+            with_int(token_ids, position),
+            with_tensor(token_ids, index),
+        ):
             torch.testing.assert_close(values[:, :, 0], whole[:, :, position], rtol=1e-4, atol=1e-4)
 
 
 def test_rows_at_different_positions(modulation):
-    input_ids = tokens(BOS, 0.1, 0.2, 0.5, 0.8, CLASS)
+    """As in an exported model, whose rows need not start at the same time."""
+    input_ids = torch.randint(FIRST_BIN, VOCAB_SIZE, (2, 17), generator=torch.Generator().manual_seed(2))
     whole = modulation(input_ids, SIDE**2)
-    padded = torch.nn.functional.pad(input_ids[0], (4, 0))
-    values = modulation(torch.stack([padded[2:7], padded[5:10]]), SIDE**2, positions=torch.tensor([2, 5]))
-    torch.testing.assert_close(values[:, :, 0], whole[0][:, [2, 5]].transpose(0, 1))
+    decoded = DecodedBoxes.empty(torch.zeros(2, SIDE**2, 4))
+    for position in range(17):
+        if position == 3:
+            decoded.last_tokens[1] = 0  # the second row starts now
+        positions = torch.tensor([position, max(position - 3, 0)])
+        values = modulation(input_ids[[0, 1], positions][:, None], SIDE**2, positions, decoded)
+        for row in range(2):
+            torch.testing.assert_close(values[row, :, 0], whole[row, :, positions[row]])
 
 
 def test_visual_tokens_must_form_a_square(modulation):

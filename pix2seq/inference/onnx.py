@@ -15,11 +15,12 @@ from pix2seq.tokenizer import TOKENS_PER_OBJECT, Tokenizer
 
 @dataclass
 class OnnxDecoderState:
-    """The last five tokens of a batch, and the keys and values of visual tokens and of tokens. See `onnx_graphs`."""
+    """The inputs of the step that depend on the image and on earlier tokens. See `onnx_graphs`."""
 
-    input_ids: np.ndarray
     visual_key_values: np.ndarray
     past_key_values: np.ndarray
+    past_tokens: np.ndarray
+    past_coverage: np.ndarray
 
     def select_batch(self, rows: torch.Tensor) -> None:
         """Keeps these rows of the batch."""
@@ -65,8 +66,13 @@ class OnnxDetector:
         """Encodes images (B, 3, S, S) and allocates the cache of `max_length` tokens."""
         (visual_key_values,) = self.encoder.run(None, {"pixel_values": pixel_values.numpy()})
         shape = (*visual_key_values.shape[:3], max_length, visual_key_values.shape[4])
-        input_ids = np.full((len(pixel_values), TOKENS_PER_OBJECT), self.tokenizer.pad_id)
-        return OnnxDecoderState(input_ids, visual_key_values, np.zeros(shape, visual_key_values.dtype))
+        batch_size, num_visual = len(visual_key_values), visual_key_values.shape[3]
+        return OnnxDecoderState(
+            visual_key_values,
+            past_key_values=np.zeros(shape, np.float32),
+            past_tokens=np.zeros((batch_size, TOKENS_PER_OBJECT), np.int64),
+            past_coverage=np.zeros((batch_size, num_visual), np.float32),
+        )
 
     def decode_step(
         self,
@@ -77,7 +83,7 @@ class OnnxDetector:
     ) -> torch.Tensor:
         """Processes one token (B,) per row; returns the logits (B, R) of R tokens of the vocabulary."""
         state = incremental_decoder
-        state.input_ids = np.concatenate([state.input_ids[:, 1:], token_ids.numpy()[:, None]], axis=1)
-        inputs = vars(state) | {"position": np.full(len(token_ids), position)}
-        logits, state.past_key_values = self.step.run(None, inputs)
+        inputs = {"input_ids": token_ids.numpy(), "position": np.full(len(token_ids), position)}
+        outputs = self.step.run(None, inputs | vars(state))
+        logits, state.past_key_values, state.past_tokens, state.past_coverage = outputs
         return torch.from_numpy(logits)[:, vocab_slice]

@@ -11,15 +11,17 @@ from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from pix2seq.errors import UserError
 from pix2seq.models import Pix2SeqForObjectDetection
 from pix2seq.models.llama_decoder import LlamaDecoder
+from pix2seq.models.spatial_modulation import DecodedBoxes
 from pix2seq.tokenizer import TOKENS_PER_OBJECT
 
 ENCODER_FILE, STEP_FILE = "encoder.onnx", "decoder_step.onnx"
 DESCRIPTION = """\
     encoder.onnx        pixel_values (B, 3, S, S) -> visual_key_values (B, L, 2 H, N, d)
-    decoder_step.onnx   input_ids (B, 5), position (B,), visual_key_values, past_key_values (B, L, 2 H, T, d)
-                        -> logits (B, V), present_key_values (B, L, 2 H, T, d)
+    decoder_step.onnx   input_ids (B,), position (B,), visual_key_values, past_key_values (B, L, 2 H, T, d),
+                        past_tokens (B, 5), past_coverage (B, N)
+                        -> logits (B, V), present_key_values, present_tokens, present_coverage
 
-input_ids are the last five tokens of each sequence, padded at the start; position is that of the last one.
+past_* are the present_* of the step before; at first, they are 0.
 B images, S pixels, L decoder layers, H heads (the keys first, then the values), N visual tokens, T cached tokens,
 d head width, V tokens of the vocabulary. B and T are dynamic.
 """
@@ -85,18 +87,22 @@ def decode_step(
     position: torch.Tensor,
     visual_key_values: torch.Tensor,
     past_key_values: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    past_tokens: torch.Tensor,
+    past_coverage: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Decodes one token in each row.
 
     Args:
         model: The model.
-        input_ids: int64 (B, 5), the last five tokens, with any ids before BOS. Only the last one is new.
+        input_ids: int64 (B,), the last token.
         position: int64 (B,), its position in the sequence; BOS is at 0. Rows may be at different positions.
         visual_key_values: (B, L, 2 H, N, d), the output of `encode`.
         past_key_values: (B, L, 2 H, T, d), of the tokens before `position`; what is behind them is ignored.
+        past_tokens: int64 (B, 5), the tokens before it, and zeros before BOS.
+        past_coverage: (B, N), see `DecodedBoxes`; zeros before the first token.
 
     Returns:
-        The logits of the next token (B, V), and `past_key_values` with those of this token at its position.
+        The logits of the next token (B, V), and the inputs from `past_key_values` on, updated by this token.
     """
     decoder = model.decoder
     if isinstance(decoder, LlamaDecoder):
@@ -109,8 +115,13 @@ def decode_step(
         cache = EncoderDecoderCache(self_cache, cross_cache)
     # The decoder uses the shape and the dtype of the visual tokens only: their keys and values are in the cache.
     visual_tokens = visual_key_values[:, 0, 0, :, :1]
-    output = decoder(visual_tokens, input_ids, cache=cache, positions=position)
-    return decoder.lm_head(output.last_hidden_state[:, 0]), torch.stack(self_cache.present, dim=1)
+    decoded = DecodedBoxes(past_tokens.clone(), past_coverage.clone())
+    output = decoder(visual_tokens, input_ids[:, None], cache=cache, positions=position, decoded=decoded)
+    logits, present_key_values = (
+        decoder.lm_head(output.last_hidden_state[:, 0]),
+        torch.stack(self_cache.present, dim=1),
+    )
+    return logits, present_key_values, decoded.last_tokens, decoded.coverage
 
 
 class _Graph(nn.Module):
@@ -140,7 +151,8 @@ def export_graphs(model: Pix2SeqForObjectDetection, folder: Path, opset: int) ->
     with torch.inference_mode():
         visual_key_values = torch.zeros_like(encode(model, pixel_values))
     batch, layers, heads, _, width = visual_key_values.shape
-    input_ids = torch.full((batch, TOKENS_PER_OBJECT), model.tokenizer.bos_id)
+    input_ids = torch.full((batch,), model.tokenizer.bos_id)
+    decoded = DecodedBoxes.empty(visual_key_values[:, 0, 0])
     past_key_values = torch.zeros(batch, layers, heads, TOKENS_PER_OBJECT * model.config.max_objects, width)
     batch_axis, tokens_axis = torch.export.Dim("batch"), torch.export.Dim("max_tokens")
     _export(
@@ -158,11 +170,13 @@ def export_graphs(model: Pix2SeqForObjectDetection, folder: Path, opset: int) ->
         folder / STEP_FILE,
         inputs={
             "input_ids": (input_ids, {0: batch_axis}),
-            "position": (torch.zeros_like(input_ids[:, 0]), {0: batch_axis}),
+            "position": (torch.zeros_like(input_ids), {0: batch_axis}),
             "visual_key_values": (visual_key_values, {0: batch_axis}),
             "past_key_values": (past_key_values, {0: batch_axis, 3: tokens_axis}),
+            "past_tokens": (decoded.last_tokens, {0: batch_axis}),
+            "past_coverage": (decoded.coverage, {0: batch_axis}),
         },
-        output_names=["logits", "present_key_values"],
+        output_names=["logits", *(f"present_{name}" for name in ("key_values", "tokens", "coverage"))],
         opset=opset,
     )
     model.decoder.set_attn_implementation(implementation)

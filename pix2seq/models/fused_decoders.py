@@ -33,7 +33,7 @@ from transformers.models.llama.modeling_llama import (
 from pix2seq.models.kv_cache import StaticKVCache, aligned_length
 from pix2seq.models.llama_decoder import LlamaDecoder, PrefixTrimmedLayer, prefix_positions
 from pix2seq.models.plain_modules import is_plain
-from pix2seq.models.spatial_modulation import SpatialModulation, cell_centers
+from pix2seq.models.spatial_modulation import DecodedBoxes, SpatialModulation, cell_centers
 from pix2seq.models.transformer_decoder import TransformerDecoder
 from pix2seq.tokenizer import TOKENS_PER_OBJECT
 
@@ -241,7 +241,7 @@ class FusedDecoder:
     def select_batch(self, rows: torch.Tensor) -> None:
         """Keeps only these rows of the batch."""
         if self.modulation is not None:
-            self.modulation.last_tokens = self.modulation.last_tokens[rows]
+            self.modulation.decoded.select_batch(rows)
 
 
 class FusedModulation:
@@ -253,9 +253,9 @@ class FusedModulation:
     """
 
     def __init__(self, modulation: SpatialModulation, visual_tokens: torch.Tensor):
-        batch_size, num_visual = visual_tokens.shape[:2]
+        self.num_visual = visual_tokens.shape[1]
         device, num_slots = visual_tokens.device, TOKENS_PER_OBJECT
-        self.last_tokens = torch.zeros(batch_size, num_slots, device=device)
+        self.module, self.decoded = modulation, DecodedBoxes.empty(visual_tokens)
         # The tables have a row for each of the first five positions, where the reference may be unknown, and for each
         # slot after them.
         is_known = torch.ones(2 * num_slots, 2, 1, device=device)
@@ -265,7 +265,8 @@ class FusedModulation:
         self.weights = scale * modulation.reference_weights.float().repeat(2, 1, 1).transpose(1, 2)
         # Positions of the cells relative to a reference of 0, in ids instead of bins: the weights have the sum 1.
         offset = modulation.offset.float().repeat(2, 1, 1)[..., None] - scale * modulation.first_bin_id
-        self.cells = cell_centers(num_visual, device) - offset
+        self.cells = cell_centers(self.num_visual, device) - offset
+        self.coverage_weight = modulation.coverage_weight.float().repeat(2, 1)[..., None]
 
     def __call__(self, token_ids: torch.Tensor, position: int | torch.Tensor) -> torch.Tensor:
         """Returns values (B, H, 1, N), see `SpatialModulation`.
@@ -279,15 +280,24 @@ class FusedModulation:
             row: int | torch.Tensor = position if position < num_slots else num_slots + position % num_slots
         else:
             row = torch.where(position < num_slots, position, num_slots + position % num_slots).view(1)
-        # In place, so that a CUDA graph finds the tokens where it has left them.
-        self.last_tokens.copy_(torch.cat([self.last_tokens[:, 1:], token_ids[:, None].float()], dim=1))
-        weights, cells, precision = (
+        self.decoded.append(token_ids)
+        self._update_coverage(position)
+        weights, cells, precision, coverage_weight = (
             table[row] if isinstance(row, int) else table[row][0]
-            for table in (self.weights, self.cells, self.precision)
+            for table in (self.weights, self.cells, self.precision, self.coverage_weight)
         )
-        scores = (cells - (self.last_tokens @ weights)[..., None, None]).square_().mul_(precision)
+        scores = (cells - (self.decoded.last_tokens.float() @ weights)[..., None, None]).square_().mul_(precision)
         y, x = scores.unbind(1)  # (B, H, side)
-        return (y[..., None] + x[..., None, :]).flatten(2).unsqueeze(2)
+        values = (y[..., None] + x[..., None, :]).flatten(2)  # (B, H, N)
+        return torch.addcmul(values, self.decoded.coverage[:, None], coverage_weight, value=-1).unsqueeze(2)
+
+    def _update_coverage(self, position: int | torch.Tensor) -> None:
+        is_complete = (position % TOKENS_PER_OBJECT == 0) & (position > 0)
+        if is_complete is False:
+            return
+        covered = self.module.covered(self.module.coordinates(self.decoded.last_tokens[:, :4]), self.num_visual)
+        coverage = self.decoded.coverage
+        coverage.copy_(torch.maximum(coverage, covered * is_complete))
 
 
 @dataclass
@@ -473,7 +483,9 @@ class FusedTransformerDecoder(FusedDecoder):
             hidden_states = hidden_states + layer.out_proj(self.self_cache.attend(index, query, cache_positions))
             query = layer.cross_q_proj(_layer_norm(hidden_states, layer.cross_attn_norm))
             query = query.unflatten(1, (self.num_heads, self.head_dim))
-            hidden_states = hidden_states + layer.cross_out_proj(self.cross_cache.attend(index, query, None, modulation))
+            hidden_states = hidden_states + layer.cross_out_proj(
+                self.cross_cache.attend(index, query, None, modulation)
+            )
             inner = layer.activation_fn(layer.fc1(_layer_norm(hidden_states, layer.mlp_norm)))
             hidden_states = hidden_states + layer.fc2(inner)
         return _layer_norm(hidden_states, decoder.layer_norm)

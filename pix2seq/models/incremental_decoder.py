@@ -4,8 +4,8 @@ import torch
 
 from pix2seq.models.fused_decoders import FusedDecoder, FusedLlamaDecoder, FusedTransformerDecoder, can_fuse
 from pix2seq.models.llama_decoder import LlamaDecoder
+from pix2seq.models.spatial_modulation import DecodedBoxes
 from pix2seq.models.transformer_decoder import TransformerDecoder
-from pix2seq.tokenizer import TOKENS_PER_OBJECT
 
 FUSED_DECODERS = {LlamaDecoder: FusedLlamaDecoder, TransformerDecoder: FusedTransformerDecoder}
 
@@ -26,8 +26,7 @@ class IncrementalDecoder:
     def __init__(self, decoder: LlamaDecoder | TransformerDecoder, visual_tokens: torch.Tensor, max_length: int):
         self.decoder, self.visual_tokens = decoder, visual_tokens
         self.cache = decoder.prefill(visual_tokens, max_length)
-        pad_id = decoder.config.pad_token_id
-        self.last_tokens = torch.full((len(visual_tokens), TOKENS_PER_OBJECT), pad_id, device=visual_tokens.device)
+        self.decoded = DecodedBoxes.empty(visual_tokens)
 
     def __call__(
         self, token_ids: torch.Tensor, position: int | torch.Tensor, vocab_slice: slice = slice(None)
@@ -43,13 +42,15 @@ class IncrementalDecoder:
             Logits (B, R).
         """
         positions = torch.as_tensor(position, device=token_ids.device).view(1)
-        self.last_tokens = torch.cat([self.last_tokens[:, 1:], token_ids[:, None]], dim=1)
-        output = self.decoder(self.visual_tokens, self.last_tokens, cache=self.cache, positions=positions)
+        output = self.decoder(
+            self.visual_tokens, token_ids[:, None], cache=self.cache, positions=positions, decoded=self.decoded
+        )
         return self.decoder.lm_head(output.last_hidden_state[:, 0])[:, vocab_slice]
 
     def select_batch(self, rows: torch.Tensor) -> None:
         """Keeps only these rows of the batch."""
-        self.visual_tokens, self.last_tokens = self.visual_tokens[rows], self.last_tokens[rows]
+        self.visual_tokens = self.visual_tokens[rows]
+        self.decoded.select_batch(rows)
         self.cache.reorder_cache(rows)
 
 

@@ -9,7 +9,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel
 
 from pix2seq.models.attention import add_modulation, additive_mask, prefix_mask
-from pix2seq.models.spatial_modulation import SpatialModulation
+from pix2seq.models.spatial_modulation import DecodedBoxes, SpatialModulation
 
 # The name of the cache argument of transformers' models, which depends on the version.
 CACHE = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
@@ -83,16 +83,17 @@ class LlamaDecoder(LlamaForCausalLM):
         input_ids: torch.Tensor,
         cache: Cache | None = None,
         positions: torch.Tensor | None = None,
+        decoded: DecodedBoxes | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """Computes the hidden states of a token sequence. It replaces the `forward` of `LlamaForCausalLM`.
 
         Args:
             visual_tokens: Visual tokens (B, N, D).
-            input_ids: Token ids (B, L); with a cache, the last tokens (B, 5) of each sequence. Only the last one is
-                processed, the others are for the spatial modulation.
+            input_ids: Token ids (B, L); with a cache, the next token (B, 1) of each sequence.
             cache: The result of `prefill`, which is updated.
-            positions: With a cache, the positions (B,) or (1,) of the last tokens in the sequence; BOS is at 0.
+            positions: With a cache, the positions (B,) or (1,) of the tokens in the sequence; BOS is at 0.
+            decoded: With a cache, the state of the spatial modulation, which is updated.
             kwargs: `output_hidden_states` and `output_attentions`, as in transformers. Their lists include the visual
                 tokens.
 
@@ -102,10 +103,10 @@ class LlamaDecoder(LlamaForCausalLM):
         num_visual, length = visual_tokens.shape[1], input_ids.shape[1]
         modulation = None
         if self.spatial_modulation is not None:
-            modulation = self.spatial_modulation(input_ids, num_visual, positions).to(visual_tokens.dtype)
+            modulation = self.spatial_modulation(input_ids, num_visual, positions, decoded).to(visual_tokens.dtype)
         if cache is not None:
             assert positions is not None
-            embeddings = self.get_input_embeddings()(input_ids[:, -1:]).to(visual_tokens.dtype)
+            embeddings = self.get_input_embeddings()(input_ids).to(visual_tokens.dtype)
             keys = torch.arange(cache.get_max_length(), device=embeddings.device)
             is_visible = (keys <= num_visual + positions[:, None])[:, None, None]
             return self.model(

@@ -7,7 +7,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 
 from pix2seq.models.attention import additive_mask, prefix_mask
 from pix2seq.models.llama_decoder import CACHE
-from pix2seq.models.spatial_modulation import SpatialModulation
+from pix2seq.models.spatial_modulation import DecodedBoxes, SpatialModulation
 
 
 class TransformerDecoder(BlenderbotForCausalLM):
@@ -38,17 +38,18 @@ class TransformerDecoder(BlenderbotForCausalLM):
         input_ids: torch.Tensor,
         cache: EncoderDecoderCache | None = None,
         positions: torch.Tensor | None = None,
+        decoded: DecodedBoxes | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPastAndCrossAttentions:
         """Computes the hidden states of a token sequence. It replaces the `forward` of `BlenderbotForCausalLM`.
 
         Args:
             visual_tokens: Visual tokens (B, N, D).
-            input_ids: Token ids (B, L); with a cache, the last tokens (B, 5) of each sequence. Only the last one is
-                processed, the others are for the spatial modulation.
+            input_ids: Token ids (B, L); with a cache, the next token (B, 1) of each sequence.
             cache: The result of `prefill`, which is updated.
-            positions: With a cache, the positions (B,) or (1,) of the last tokens in the sequence; BOS is at 0. The
+            positions: With a cache, the positions (B,) or (1,) of the tokens in the sequence; BOS is at 0. The
                 cache counts them too.
+            decoded: With a cache, the state of the spatial modulation, which is updated.
             kwargs: `output_hidden_states` and `output_attentions`, as in transformers.
 
         Returns:
@@ -56,14 +57,14 @@ class TransformerDecoder(BlenderbotForCausalLM):
         """
         length, device, modulation = input_ids.shape[1], visual_tokens.device, None
         if self.spatial_modulation is not None:
-            modulation = self.spatial_modulation(input_ids, visual_tokens.shape[1], positions).to(visual_tokens.dtype)
+            modulation = self.spatial_modulation(input_ids, visual_tokens.shape[1], positions, decoded)
+            modulation = modulation.to(visual_tokens.dtype)
         if cache is None:
             is_visible = prefix_mask(length, length, 0, device)[None]
         else:
             assert positions is not None
             keys = torch.arange(cache.self_attention_cache.get_max_length(), device=device)
             is_visible = (keys <= positions[:, None])[:, None]
-            input_ids = input_ids[:, -1:]
         # Given a 4-D mask, transformers creates none, which would wait for the device.
         return self.model(
             input_ids=input_ids,
