@@ -75,7 +75,9 @@ def encode(model: Pix2SeqForObjectDetection, pixel_values: torch.Tensor) -> torc
     """
     visual_tokens = model.encode(pixel_values)
     if isinstance(model.decoder, LlamaDecoder):
-        layers = [(layer.keys, layer.values) for layer in model.decoder.encode_prefix(visual_tokens).layers]
+        layers: list[tuple[torch.Tensor, ...]] = [
+            (layer.keys, layer.values) for layer in model.decoder.encode_prefix(visual_tokens).layers
+        ]
     else:
         layers = model.decoder.cross_key_values(visual_tokens)
     return torch.stack([torch.cat(key_values, dim=1) for key_values in layers], dim=1)

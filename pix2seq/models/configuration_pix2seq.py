@@ -103,7 +103,7 @@ class Pix2SeqConfig(PretrainedConfig):
             decoder_config = AutoConfig.for_model(**{"model_type": "llama"} | decoder_config)
         self.backbone_config: PretrainedConfig = backbone_config
         self.decoder_config: PretrainedConfig = decoder_config
-        self.decoder_config.num_bins = num_bins  # which the spatial modulation needs
+        self.decoder_config.update({"num_bins": num_bins})  # which the spatial modulation needs
         self.tie_word_embeddings = getattr(self.decoder_config, "tie_word_embeddings", False)
         self.backbone_dilated = backbone_dilated
         self.projector_mlp = projector_mlp

@@ -36,7 +36,7 @@ MAX_NORMALIZED = 50.0  # above the absolute value of any normalized pixel, below
 NORM_EPS = 1e-6  # of the layer norms in projection, encoder and projector, as in the authors' code
 
 # For each model type of the decoder config: the class, and the last layers of its residual branches.
-DECODERS = {
+DECODERS: dict[str, tuple[type[LlamaDecoder] | type[TransformerDecoder], tuple[str, ...]]] = {
     "llama": (LlamaDecoder, ("self_attn.o_proj", "mlp.down_proj")),
     "blenderbot": (TransformerDecoder, ("self_attn.out_proj", "encoder_attn.out_proj", "fc2")),
 }

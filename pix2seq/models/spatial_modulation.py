@@ -81,6 +81,8 @@ class SpatialModulation(nn.Module):
         vocab_size: Number of tokens of the vocabulary.
     """
 
+    reference_weights: torch.Tensor
+
     def __init__(self, num_heads: int, num_bins: int, vocab_size: int):
         super().__init__()
         self.num_heads, self.num_bins, self.first_bin_id = num_heads, num_bins, vocab_size - num_bins
