@@ -104,11 +104,12 @@ class ModelArguments:
         "Hugging Face vision model (ResNet, ViT, DINOv2, DINOv3, ConvNeXt, Swin, timm): hub name or local folder "
         '(pretrained weights), or an inline config such as "{model_type: resnet}" (random weights)',
     )
-    backbone_stage: Literal["c3", "c4", "c5", "dc5"] = argument(
+    backbone_stage: Literal["c3", "c4", "c5", "dc5", "p3", "p4"] = argument(
         "c5",
         "last stage used of a hierarchical backbone, of stride 8, 16 or 32; dc5: a ResNet of stride 16 with a dilated "
-        "last stage",
+        "last stage; p3, p4: a feature pyramid of c3, c4 and c5, at stride 8 or 16",
     )
+    neck_layers: int = argument(0, "3x3 convolutions between backbone and encoder")
     decoder: Literal["llama", "transformer"] = argument(
         "llama",
         "llama: decoder-only, the visual tokens are its prefix; transformer: the decoder of the paper, with "
@@ -149,7 +150,7 @@ class ModelArguments:
     def __post_init__(self):
         check_value(self, "num_bins", self.num_bins >= 2, "at least 2")
         check_at_least(self, 1, "hidden_size", "decoder_layers", "num_heads", "mlp_size", "image_size", "max_objects")
-        check_at_least(self, 0, "encoder_layers")
+        check_at_least(self, 0, "encoder_layers", "neck_layers")
         for name in ("dropout", "drop_path", "label_smoothing"):
             check_value(self, name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")
         check_value(self, "coordinate_sigma", 0 <= self.coordinate_sigma <= 100, "0 to 100")

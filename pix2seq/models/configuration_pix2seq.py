@@ -22,6 +22,9 @@ class Pix2SeqConfig(PretrainedConfig):
             `model_type` is a `LlamaConfig`. Its `vocab_size` is that of the tokenizer. Defaults to a Llama of 6 layers
             with the widths of the encoder layers, see `create_decoder_config`.
         backbone_dilated: Dilate the last stage of a ResNet instead of striding it (DC5).
+        pyramid_level: If the backbone returns several feature maps, the index of the one at whose stride they are
+            fused, see `FeaturePyramid`.
+        neck_layers: Number of residual convolutions between backbone and encoder, see `FeaturePyramid`.
         projector_mlp: Add an MLP block to the projector between encoder and decoder, as the authors do.
         output_bias: Add a bias to the output layer, whose weights are tied to the token embeddings.
         hidden_size: Width of the encoder layers.
@@ -58,6 +61,8 @@ class Pix2SeqConfig(PretrainedConfig):
         backbone_config: dict | PretrainedConfig | None = None,
         decoder_config: dict | PretrainedConfig | None = None,
         backbone_dilated: bool = False,
+        pyramid_level: int = 0,
+        neck_layers: int = 0,
         projector_mlp: bool = False,
         output_bias: bool = False,
         hidden_size: int = 256,
@@ -106,6 +111,8 @@ class Pix2SeqConfig(PretrainedConfig):
         self.decoder_config.update({"num_bins": num_bins})  # which the spatial modulation needs
         self.tie_word_embeddings = getattr(self.decoder_config, "tie_word_embeddings", False)
         self.backbone_dilated = backbone_dilated
+        self.pyramid_level = pyramid_level
+        self.neck_layers = neck_layers
         self.projector_mlp = projector_mlp
         self.output_bias = output_bias
         self.hidden_size = hidden_size

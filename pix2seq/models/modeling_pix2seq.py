@@ -20,6 +20,7 @@ from pix2seq.models.backbone import VisionBackbone
 from pix2seq.models.configuration_pix2seq import Pix2SeqConfig
 from pix2seq.models.detections import Detections, pad_detections, to_detections
 from pix2seq.models.drop_path import DropPathHook
+from pix2seq.models.feature_pyramid import FeaturePyramid
 from pix2seq.models.fine_tuning import load_pretrained
 from pix2seq.models.fused_decoders import FusedDecoder
 from pix2seq.models.incremental_decoder import IncrementalDecoder, create_incremental_decoder
@@ -178,7 +179,7 @@ class Pix2SeqEncoder(Pix2SeqPreTrainedModel):
 class Pix2SeqForObjectDetection(Pix2SeqPreTrainedModel):
     """Pix2Seq (arXiv 2109.10852): predicts the objects of an image as a token sequence, five tokens per object.
 
-        pixels -> backbone -> projection + position embedding -> encoder layers -> projector -> decoder
+        pixels -> backbone (-> pyramid) -> projection + position embedding -> encoder layers -> projector -> decoder
 
     `forward` computes the loss in training, `detect` the objects at inference.
 
@@ -204,9 +205,14 @@ class Pix2SeqForObjectDetection(Pix2SeqPreTrainedModel):
             )
         width = config.hidden_size
         self.backbone = VisionBackbone(config.backbone_config, config.backbone_dilated)
+        self.pyramid = None
+        num_channels = self.backbone.num_channels
+        if config.neck_layers or len(num_channels) > 1:
+            self.pyramid = FeaturePyramid(num_channels, config.pyramid_level, width, config.neck_layers)
+            num_channels = [width]
         self.projection = nn.Sequential(  # from the channels of the backbone to the width of the encoder
             nn.Dropout(config.dropout),
-            nn.Linear(self.backbone.num_channels, width),
+            nn.Linear(num_channels[-1], width),
             nn.LayerNorm(width, eps=NORM_EPS),
         )
         self.encoder = Pix2SeqEncoder(config)
@@ -361,7 +367,8 @@ class Pix2SeqForObjectDetection(Pix2SeqPreTrainedModel):
             )
             # Data loaders return channels-last memory; `contiguous` converts it on the device.
             pixel_values = ((pixel_values.contiguous() / 255 - mean) / std).to(self.dtype)
-        features = self.backbone(pixel_values)  # (B, C, h, w)
+        feature_maps = self.backbone(pixel_values)  # each (B, C_i, h_i, w_i)
+        features = feature_maps[-1] if self.pyramid is None else self.pyramid(feature_maps)
         height, width = features.shape[-2:]
         hidden_states = self.projection(features.flatten(2).transpose(1, 2))
         encoded = self.encoder(
