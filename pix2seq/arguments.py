@@ -21,7 +21,7 @@ MAY_CHANGE_ON_RESUME = {
     *("root", "train_images", "train_json", "train_shards", "val_images", "val_json", "follow_links"),
     *("max_unreadable", "batch_size", "gradient_accumulation_steps"),
     *("num_epochs", "max_steps", "log_every", "eval_every", "sample_every", "ckpt_every", "eval_batch_size"),
-    *("max_skipped_steps", "compile", "gradient_checkpointing"),
+    *("early_stopping_patience", "max_skipped_steps", "compile", "gradient_checkpointing"),
 }
 
 # Model arguments that may differ from those of the model that fine-tuning starts from. The others define its
@@ -189,6 +189,11 @@ class DataArguments:
         "share of the training images that may be missing or broken; each of them is replaced by another image, and "
         "training stops if there are more",
     )
+    repeat_threshold: float = argument(
+        0.0,
+        "repeat images with rare classes in an epoch: with a class that a share f of the images contains, "
+        "sqrt(threshold / f) times (LVIS: 0.001; 0: off)",
+    )
     num_workers: int = argument(4, "data loading workers of each training process")
 
     def __post_init__(self):
@@ -205,6 +210,7 @@ class DataArguments:
             raise ValueError(f"--root and --{given[0]} exclude each other: specify the dataset in one way")
         if self.train_shards and (self.train_images or self.train_json):
             raise ValueError("--train_shards and --train_json exclude each other: specify the training set in one way")
+        check_value(self, "repeat_threshold", 0 <= self.repeat_threshold <= 1, "0 to 1")
         check_value(self, "max_unreadable", 0 <= self.max_unreadable <= 1, "0 to 1")
         check_at_least(self, 0, "num_workers", "overfit")
 
@@ -353,6 +359,9 @@ class LoggingArguments:
     )
     log_every: int = argument(50, "steps between rows of metrics.jsonl")
     eval_every: int = argument(5000, "steps between evaluations (0: only at the end)")
+    early_stopping_patience: int = argument(
+        0, "end training after this many evaluations in a row without a new best AP (0: off); best/ has the best model"
+    )
     eval_batch_size: int = argument(64, "images per process in evaluation")
     sample_every: int = argument(1000, "steps between images of predictions (0: never)")
     ckpt_every: int = argument(1000, "steps between checkpoints (0: only at the end)")
@@ -366,7 +375,9 @@ class LoggingArguments:
             self.output_dir = str(Path("runs") / self.project_name)
         self.report_to = [name for name in self.report_to if name != "none"]
         check_at_least(self, 1, "log_every", "eval_batch_size")
-        check_at_least(self, 0, "eval_every", "sample_every", "ckpt_every")
+        check_at_least(self, 0, "eval_every", "sample_every", "ckpt_every", "early_stopping_patience")
+        valid = self.eval_every > 0 or self.early_stopping_patience == 0
+        check_value(self, "early_stopping_patience", valid, "0 with --eval_every 0: it counts evaluations in training")
         check_value(self, "keep_last", self.keep_last >= 2, "at least 2: a damaged checkpoint must have a predecessor")
 
 

@@ -17,7 +17,7 @@ import torch
 
 from pix2seq.argument_parser import parse, run_command
 from pix2seq.arguments import MODEL_DEFAULTS, TrainArguments, argument, check_at_least, check_value
-from pix2seq.data.coco import read_coco
+from pix2seq.data.coco import Annotations, load_annotations, read_coco
 from pix2seq.models import build_model
 from pix2seq.output_paths import check_output_file
 from pix2seq.tokenizer import TOKENS_PER_OBJECT
@@ -70,6 +70,14 @@ def dataset_size(args: PlanArguments) -> tuple[int, int, int]:
     return train_images, val_images, classes
 
 
+def sampled_images(args: PlanArguments, num_images: int) -> Annotations | int:
+    """The annotations of the training images if the length of an epoch depends on them, otherwise their number."""
+    if not args.repeat_threshold or args.root == COCO:
+        return num_images
+    annotations = load_annotations(find_splits(args)[0], None, args.follow_links)
+    return annotations.subset(range(num_images)) if args.overfit else annotations
+
+
 def plan(args: PlanArguments) -> dict:
     """Computes all numbers of the estimate, by name. Raises UserError for arguments that cannot be trained with."""
     num_images, num_val, num_classes = dataset_size(args)
@@ -82,7 +90,7 @@ def plan(args: PlanArguments) -> dict:
         )
     prepare_for_training(args, model, 1, torch.device("meta"))
     parameter_groups(model, args.lr, args.lr, args.weight_decay, args.layer_decay)  # validates --layer_decay
-    sampler = step_sampler(args, num_images, 0, args.num_gpus)
+    sampler = step_sampler(args, sampled_images(args, num_images), 0, args.num_gpus)
     steps = args.max_steps or math.ceil(args.num_epochs * sampler.steps_per_epoch)
     sequence_length = TOKENS_PER_OBJECT * args.max_objects + (0 if args.noise_objects else 1)
     num_real = min(COCO_OBJECTS_PER_IMAGE, args.max_objects)

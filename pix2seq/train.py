@@ -125,8 +125,10 @@ def train(context: TrainContext) -> int:
     context.accelerator.wait_for_everyone()
     if not saved:
         raise SaveError(f"{folder.path}: the last checkpoint or final/ could not be written")
+    if context.early_stop_reason:
+        folder.log(f"stopped at step {context.step} of {context.max_steps}: {context.early_stop_reason}")
     folder.log(f"finished: {folder.path}; best AP {context.state.best_ap:.4f} in best/, last model in final/")
-    folder.status("finished", context.step)
+    folder.status("finished", context.step, context.early_stop_reason)
     context.accelerator.end_training()
     return 0
 
@@ -306,6 +308,8 @@ def log_metrics(context: TrainContext, grad_norm: torch.Tensor, bar: tqdm) -> No
     meter.restart()
     context.folder.metrics(context.step, row)
     context.folder.status("running", context.step)
+    if hint := context.plateau.update(row | {"step": context.step}):
+        context.folder.log(hint)
     bar.set_postfix(loss=f"{row['train/loss']:.3f}", acc_class=f"{row['train/acc_class']:.2f}")
     if bar.disable:
         context.folder.log(
@@ -329,8 +333,11 @@ def evaluate_if_due(context: TrainContext) -> None:
                 continue
             if context.is_finished:
                 context.folder.log(metrics_table(metrics))
-            if metrics["AP"] > state.best_ap and export_model(context, "best", model):
-                state.best_ap = metrics["AP"]
+            if metrics["AP"] > state.best_ap:
+                state.best_step = context.step
+                if export_model(context, "best", model):
+                    state.best_ap = metrics["AP"]
+        context.count_evaluation()
     state.last_evaluated_step = context.step
 
 

@@ -87,6 +87,8 @@ def test_default_output_dir_follows_the_project_name():
         (["--batch_size", "four"], ["--batch_size", "four"]),
         (["--lr_scheduler", "cos"], ["--lr_scheduler", "cosine"]),
         (["--mixed_precision", "fp8"], ["--mixed_precision", "bf16"]),
+        (["--repeat_threshold", "2"], ["--repeat_threshold 2.0", "0 to 1"]),
+        (["--early_stopping_patience", "3", "--eval_every", "0"], ["--early_stopping_patience 3", "--eval_every 0"]),
         (["--keep_last", "1"], ["--keep_last 1", "at least 2"]),
         (["--hidden_size", "100"], ["--hidden_size 100", "multiple of 16"]),
         (["--scale_min", "3"], ["--scale_min 3.0", "--scale_max"]),

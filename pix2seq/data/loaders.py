@@ -8,6 +8,7 @@ import numpy as np
 from torch.utils.data import DataLoader, Sampler, default_collate
 
 from pix2seq.data.datasets import EvalDataset, TrainDataset
+from pix2seq.data.repeat_factors import draw_epoch, epoch_length
 
 
 @dataclass
@@ -19,7 +20,7 @@ class StepSampler(Sampler):
     into micro-batches and processes.
 
     Args:
-        num_images: Number of images of an epoch.
+        num_images: Number of images.
         batch_size: Size of a micro-batch.
         accumulation: Micro-batches per optimizer step and process.
         rank: Rank of this process.
@@ -27,6 +28,8 @@ class StepSampler(Sampler):
         seed: Seed of the order.
         start_step: First optimizer step.
         repetition: Consecutive samples of each image, numbered as `copy` (batch repetition, Hoffer et al. 2020).
+        factors: How often each image occurs in an epoch on average, see `repeat_factors`; None for once. The samples
+            of an image are numbered as `copy` over all its occurrences in an epoch.
     """
 
     num_images: int
@@ -37,6 +40,12 @@ class StepSampler(Sampler):
     seed: int = 0
     start_step: int = 0
     repetition: int = 1
+    factors: np.ndarray | None = None
+
+    @property
+    def images_per_epoch(self) -> int:
+        """Images of an epoch, counted as often as they occur."""
+        return self.num_images if self.factors is None else epoch_length(self.factors)
 
     @property
     def samples_per_step(self) -> int:
@@ -46,23 +55,33 @@ class StepSampler(Sampler):
     @property
     def steps_per_epoch(self) -> float:
         """Optimizer steps per epoch, not rounded."""
-        return self.num_images * self.repetition / self.samples_per_step
+        return self.images_per_epoch * self.repetition / self.samples_per_step
 
     def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
         micro_batch = self.start_step * self.accumulation
+        images_per_epoch = self.images_per_epoch
         orders: dict[int, np.ndarray] = {}
         while True:
             first = (micro_batch * self.world_size + self.rank) * self.batch_size
             keys = []
             for position in range(first, first + self.batch_size):
                 image, copy = divmod(position, self.repetition)
-                epoch, offset = divmod(image, self.num_images)
+                epoch, offset = divmod(image, images_per_epoch)
                 if epoch not in orders:
                     orders = {e: order for e, order in orders.items() if e >= epoch - 1}
-                    orders[epoch] = np.random.default_rng((self.seed, epoch)).permutation(self.num_images)
-                keys.append((epoch, int(orders[epoch][offset]), copy))
+                    orders[epoch] = self._order(epoch)
+                index, occurrence = orders[epoch][offset].tolist()
+                keys.append((epoch, index, occurrence * self.repetition + copy))
             yield keys
             micro_batch += 1
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """Index and number of the occurrence of each image of an epoch, (images_per_epoch, 2)."""
+        rng = np.random.default_rng((self.seed, epoch))
+        counts = np.ones(self.num_images, np.int64) if self.factors is None else draw_epoch(self.factors, rng)
+        images = np.repeat(np.arange(self.num_images), counts)
+        occurrences = np.arange(len(images)) - np.repeat(np.cumsum(counts) - counts, counts)
+        return np.stack([images, occurrences], axis=1)[rng.permutation(len(images))]
 
 
 def collate(examples: list[dict]) -> dict:

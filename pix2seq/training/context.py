@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 
 from pix2seq.arguments import TrainArguments
 from pix2seq.data import StepSampler, TrainDataset
@@ -12,6 +13,7 @@ from pix2seq.models import Pix2SeqForObjectDetection
 from pix2seq.tokenizer import Tokenizer
 from pix2seq.training.distributed import gather_full_model
 from pix2seq.training.evaluator import TrainingEvaluator
+from pix2seq.training.plateau import PlateauHint
 from pix2seq.training.preemption import StopRequest
 from pix2seq.training.run_folder import RunFolder
 from pix2seq.training.trainer_state import TrainerState
@@ -33,6 +35,7 @@ class TrainContext:
         state: optimizer, schedule and counters.
         stop: true after a stop signal to this process.
         unreadable: training images that are missing or broken, on all processes.
+        plateau: hints at the plateau of x1.
     """
 
     args: TrainArguments
@@ -46,6 +49,7 @@ class TrainContext:
     state: TrainerState
     stop: StopRequest
     unreadable: UnreadableImages
+    plateau: PlateauHint
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -74,8 +78,22 @@ class TrainContext:
 
     @property
     def is_finished(self) -> bool:
-        """Whether all steps are taken."""
-        return self.step == self.max_steps
+        """Whether all steps are taken, or training was stopped early."""
+        return self.step == self.max_steps or bool(self.early_stop_reason)
+
+    @property
+    def early_stop_reason(self) -> str:
+        """Why training stopped before its last step, or ""."""
+        patience, count = self.args.early_stopping_patience, self.state.evaluations_since_best
+        if self.step == self.max_steps or not 0 < patience <= count:
+            return ""
+        return f"no new best AP in {count} evaluations (--early_stopping_patience {patience})"
+
+    def count_evaluation(self) -> None:
+        """Counts the evaluations since the best AP. All processes call this together, and stop at the same step."""
+        since_best = 0 if self.state.best_step == self.step else self.state.evaluations_since_best + 1
+        # Only the main process knows the AP.
+        self.state.evaluations_since_best = broadcast_object_list([since_best])[0]
 
     def is_due(self, every: int) -> bool:
         """Whether something that happens every so many steps (0: never) is due after the current step."""

@@ -1,7 +1,16 @@
 """Datasets of a training run, from its arguments."""
 
 from pix2seq.arguments import TrainArguments
-from pix2seq.data import Annotations, EvalDataset, Split, StepSampler, TrainDataset, find_split, load_annotations
+from pix2seq.data import (
+    Annotations,
+    EvalDataset,
+    Split,
+    StepSampler,
+    TrainDataset,
+    find_split,
+    load_annotations,
+    repeat_factors,
+)
 from pix2seq.data.issues import count_by_kind
 from pix2seq.errors import UserError
 from pix2seq.sequence import SequenceBuilder
@@ -50,8 +59,13 @@ def load_data(args: TrainArguments) -> tuple[TrainDataset, EvalDataset[Annotatio
     return train_set, EvalDataset(val, EvalTransform(args.image_size))
 
 
-def step_sampler(args: TrainArguments, num_images: int, rank: int, world_size: int) -> StepSampler:
-    """The order of the training images of one process."""
+def step_sampler(args: TrainArguments, images: Annotations | int, rank: int, world_size: int) -> StepSampler:
+    """The order of the training images, or of so many images, of one process."""
+    num_images, factors = images if isinstance(images, int) else len(images), None
+    if args.repeat_threshold:
+        if isinstance(images, int):
+            raise UserError("--repeat_threshold: needs the annotations of the training images (--root)")
+        factors = repeat_factors(images, args.repeat_threshold)
     return StepSampler(
         num_images=num_images,
         batch_size=args.batch_size,
@@ -60,4 +74,5 @@ def step_sampler(args: TrainArguments, num_images: int, rank: int, world_size: i
         world_size=world_size,
         seed=args.seed,
         repetition=args.batch_repetition,
+        factors=factors,
     )

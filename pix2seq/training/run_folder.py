@@ -179,16 +179,19 @@ class RunFolder:
         image.save(folder / f"{name}_{step:08d}.png")
         self.trackers.log_image(f"samples/{name}", step, image)
 
-    def rewind_metrics(self, step: int, keep_evaluation: bool = True) -> None:
+    def rewind_metrics(self, step: int, keep_evaluation: bool = True) -> list[dict]:
         """Removes the rows of metrics.jsonl that a run resumed at `step` writes again.
 
         Args:
             step: step the run is resumed at.
             keep_evaluation: whether the evaluation of that step is kept.
+
+        Returns:
+            The rows that are kept; none on ranks other than the main one.
         """
         path = self.path / "metrics.jsonl"
         if not self.is_main or not path.exists():
-            return
+            return []
         rows = []
         for line in path.read_text().splitlines():
             with contextlib.suppress(ValueError):  # the line that a killed process was writing
@@ -200,6 +203,7 @@ class RunFolder:
         temporary = self.path / ".metrics.jsonl"
         temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
         temporary.replace(path)
+        return rows
 
 
 def git_commit() -> str | None:

@@ -30,6 +30,7 @@ from pix2seq.training.datasets import load_data, step_sampler
 from pix2seq.training.evaluator import TrainingEvaluator
 from pix2seq.training.metrics import Meter
 from pix2seq.training.optimizer import learning_rate_schedule, parameter_groups
+from pix2seq.training.plateau import PlateauHint
 from pix2seq.training.preemption import StopRequest
 from pix2seq.training.run_folder import RunFolder
 from pix2seq.training.trainer_state import TRAINER_FILE, TrainerState
@@ -63,7 +64,7 @@ def build_context(
             raise UserError(f"--resume {checkpoint}: its classes differ from those of {annotations.split.json}")
     meter = Meter(accelerator.device, mfu_factor(args, model, annotations, accelerator.device, folder))
     prepare_for_training(args, model, accelerator.num_processes, accelerator.device)
-    sampler = step_sampler(args, len(annotations), accelerator.process_index, accelerator.num_processes)
+    sampler = step_sampler(args, annotations, accelerator.process_index, accelerator.num_processes)
     max_steps = args.max_steps or math.ceil(args.num_epochs * sampler.steps_per_epoch)
     optimizer = build_optimizer(args, model)
     # The scheduler is not prepared by Accelerate, which would step it once per process.
@@ -124,6 +125,7 @@ def build_context(
         state=state,
         stop=stop,
         unreadable=unreadable,
+        plateau=PlateauHint(args.num_bins, plateau_remedies(args)),
     )
 
 
@@ -143,8 +145,14 @@ def restore_state(
     if state.step > max_steps:
         raise UserError(f"--resume {checkpoint}: its step {state.step} is beyond --max_steps {max_steps}")
     if not (folder.path / "best").exists():  # the checkpoint is from another run folder
-        state.best_ap = -math.inf
+        state.best_ap, state.evaluations_since_best = -math.inf, 0
     folder.log(f"resumed from {checkpoint}")
+
+
+def plateau_remedies(args: TrainArguments) -> list[str]:
+    """Flags that the run does not use and that end the plateau of x1 earlier."""
+    remedies = [] if args.spatial_modulation else ["--spatial_modulation"]
+    return remedies if args.object_order == "top_to_bottom" else [*remedies, "--object_order top_to_bottom"]
 
 
 def create_model(args: TrainArguments, categories: Categories, folder: RunFolder) -> Pix2SeqForObjectDetection:
@@ -234,7 +242,9 @@ def create_run_folder(context: TrainContext) -> None:
         folder.write_config(to_yaml(args), accelerator.device, accelerator.num_processes)
     except OSError as error:
         raise UserError(f"--output_dir {args.output_dir}: cannot be written to ({error.strerror})") from None
-    folder.rewind_metrics(context.step, keep_evaluation=context.state.last_evaluated_step == context.step)
+    keep_evaluation = context.state.last_evaluated_step == context.step
+    for row in folder.rewind_metrics(context.step, keep_evaluation):
+        context.plateau.update(row)
     folder.status("running", context.step)
     # TensorBoard accepts plain values only.
     flags = {k: v if isinstance(v, int | float) else str(v) for k, v in yaml.safe_load(to_yaml(args)).items()}
@@ -252,6 +262,11 @@ def log_summary(context: TrainContext) -> None:
     for name, dataset in (("train", context.train_set), ("val", context.evaluator.val_set)):
         for line in dataset.annotations.summary(args.max_objects):
             folder.log(f"{name + ':':6} {line}")
+    if (factors := context.sampler.factors) is not None:
+        folder.log(
+            f"--repeat_threshold {args.repeat_threshold:g}: {(factors > 1).sum()} images are repeated, up to "
+            f"{factors.max():.1f} times; an epoch has {context.sampler.images_per_epoch} images"
+        )
     for line in sorted(context.unreadable.lines):
         folder.log(f"replaced by another image: {line}")
     folder.log(

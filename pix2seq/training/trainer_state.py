@@ -12,7 +12,10 @@ from pix2seq.training.distributed import load_optimizer_state_dict, optimizer_st
 from pix2seq.training.metrics import Meter
 
 TRAINER_FILE = "trainer.pt"
-COUNTERS = ("step", "last_evaluated_step", "best_ap", "num_skipped", "num_consecutive_skipped")
+COUNTERS = (
+    *("step", "last_evaluated_step", "best_ap", "best_step", "evaluations_since_best"),
+    *("num_skipped", "num_consecutive_skipped"),
+)
 
 
 @dataclass
@@ -30,7 +33,9 @@ class TrainerState:
         ema_model: exponential moving average of the weights, or None.
         step: optimizer steps taken.
         last_evaluated_step: last step whose evaluation and samples, if due, are complete.
-        best_ap: highest AP so far.
+        best_ap: highest AP so far, of the model in best/.
+        best_step: step of the last evaluation with a new best AP.
+        evaluations_since_best: evaluations after that one.
         num_skipped: steps not taken because their loss or gradient was not finite.
         num_consecutive_skipped: consecutive skipped steps up to now; the fp16 loss scaler's are not counted.
     """
@@ -46,6 +51,8 @@ class TrainerState:
     step: int = 0
     last_evaluated_step: int = 0
     best_ap: float = -math.inf
+    best_step: int = 0
+    evaluations_since_best: int = 0
     num_skipped: int = 0
     num_consecutive_skipped: int = 0
 
@@ -90,7 +97,7 @@ class TrainerState:
         if state_dict["images_digest"] != self.images_digest:
             raise UserError("--resume: the ids or file names of the training images differ from the checkpoint's")
         for name in COUNTERS:
-            setattr(self, name, state_dict[name])
+            setattr(self, name, state_dict.get(name, 0))  # older checkpoints lack some
         load_optimizer_state_dict(model, self._torch_optimizer, state_dict["optimizer"])
         self.scheduler.load_state_dict(state_dict["scheduler"])
         # The schedule depends on --max_steps, which may be larger now, so the rate is computed anew.
