@@ -54,7 +54,7 @@ def test_convolutions_without_a_pyramid():
 
 
 def test_a_backbone_with_too_few_stages():
-    with pytest.raises(UserError, match="--backbone_stage p4: .*fewer than 4 stages; c5 works with any backbone"):
+    with pytest.raises(UserError, match=r"--backbone_stage p4: .*fewer than 4 stages; c5 works with any backbone"):
         build(backbone=BACKBONES["resnet"], backbone_stage="p4")
-    with pytest.raises(UserError, match="--backbone_stage p3: .*only one feature map; c5 works with any backbone"):
+    with pytest.raises(UserError, match=r"--backbone_stage p3: .*only one feature map; c5 works with any backbone"):
         build(backbone=BACKBONES["vit"], backbone_stage="p3")
