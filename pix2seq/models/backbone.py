@@ -55,8 +55,8 @@ def resolve_backbone(name: str, stage: Stage = "c5") -> BackboneSpec:
     """Reads the config of a backbone.
 
     Args:
-        name: A hub name or local folder of a pretrained model, "efficientnet-lite0" (or 1, 2), or an inline config such
-            as "{model_type: resnet}".
+        name: A hub name or local folder of a pretrained model, "efficientnet-lite0" (or 1, 2), or an inline config
+            such as "{model_type: resnet}".
         stage: Last stage to use.
 
     Raises:
@@ -136,7 +136,7 @@ def _timm_stage_index(config: TimmBackboneConfig, name: str, stage: Stage) -> in
     import timm  # an optional dependency
 
     try:
-        model = timm.create_model(config.backbone, features_only=True, output_stride=config.output_stride)
+        model: Any = timm.create_model(config.backbone, features_only=True, output_stride=config.output_stride)
     except Exception as error:  # unknown models, and those without feature maps, raise any type of exception
         raise UserError(f"--backbone {name}: cannot be built as a vision model ({error})") from None
     # All feature maps; those that timm returns by default may be fewer.
