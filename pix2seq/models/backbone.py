@@ -140,7 +140,7 @@ def _timm_stage_index(config: TimmBackboneConfig, name: str, stage: Stage, strid
     import timm  # an optional dependency
 
     try:
-        model = timm.create_model(config.backbone, features_only=True, output_stride=config.output_stride)
+        model: Any = timm.create_model(config.backbone, features_only=True, output_stride=config.output_stride)
     except Exception as error:  # unknown models, and those without feature maps, raise any type of exception
         raise UserError(f"--backbone {name}: cannot be built as a vision model ({error})") from None
     # All feature maps; those that timm returns by default may be fewer.

@@ -43,7 +43,7 @@ def build_model(
     Args:
         category_ids: Category id in the annotation file of each label.
         class_names: Class name of each label.
-        backbone: Hub name, local folder or inline config, see `resolve_backbone`.
+        backbone: Hub name, local folder, EfficientNet-Lite name or inline config, see `resolve_backbone`.
         backbone_stage: Last stage of the backbone to use, "c3", "c4", "c5" or "dc5"; or the level of a feature
             pyramid, "p3" or "p4".
         decoder: "llama" (visual tokens are the prefix of a decoder-only model) or "transformer" (cross-attention, as
