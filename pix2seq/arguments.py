@@ -135,9 +135,11 @@ class ModelArguments:
     spatial_modulation: bool = argument(
         True, "the decoder attends to the image near what is known of a box, with learned precision (SMCA)"
     )
-    image_size: int = argument(640, "side of the square input image in pixels")
-    num_bins: int = argument(1000, "coordinate bins")
-    max_objects: int = argument(100, "objects in a sequence, in training and in evaluation")
+    image_size: int = argument(640, "side of the square input image in pixels (0: from the sizes of the objects)")
+    num_bins: int = argument(1000, "coordinate bins (0: one per pixel, at most 1000)")
+    max_objects: int = argument(
+        100, "objects in a sequence, in training and in evaluation (0: as many as a training image has)"
+    )
     noise_objects: bool = argument(
         True, "sequence augmentation: fill sequences with noise objects; without it, sequences end with EOS"
     )
@@ -149,9 +151,9 @@ class ModelArguments:
     )
 
     def __post_init__(self):
-        check_value(self, "num_bins", self.num_bins >= 2, "at least 2")
-        check_at_least(self, 1, "hidden_size", "decoder_layers", "num_heads", "mlp_size", "image_size", "max_objects")
-        check_at_least(self, 0, "encoder_layers", "neck_layers")
+        check_value(self, "num_bins", self.num_bins != 1, "at least 2, or 0")
+        check_at_least(self, 1, "hidden_size", "decoder_layers", "num_heads", "mlp_size")
+        check_at_least(self, 0, "encoder_layers", "neck_layers", "image_size", "num_bins", "max_objects")
         for name in ("dropout", "drop_path", "label_smoothing"):
             check_value(self, name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")
         check_value(self, "coordinate_sigma", 0 <= self.coordinate_sigma <= 100, "0 to 100")

@@ -22,7 +22,7 @@ from pix2seq.models import build_model
 from pix2seq.output_paths import check_output_file
 from pix2seq.tokenizer import TOKENS_PER_OBJECT
 from pix2seq.training.cost import GPUS, model_step_cost
-from pix2seq.training.datasets import find_splits, step_sampler
+from pix2seq.training.datasets import find_splits, set_sizes, step_sampler
 from pix2seq.training.optimizer import parameter_groups
 from pix2seq.training.setup import prepare_for_training
 
@@ -71,8 +71,9 @@ def dataset_size(args: PlanArguments) -> tuple[int, int, int]:
 
 
 def sampled_images(args: PlanArguments, num_images: int) -> Annotations | int:
-    """The annotations of the training images if the length of an epoch depends on them, otherwise their number."""
-    if not args.repeat_threshold or args.root == COCO:
+    """The annotations of the training images if arguments depend on them, otherwise their number."""
+    needed = args.repeat_threshold or 0 in (args.image_size, args.num_bins, args.max_objects)
+    if not needed or args.root == COCO:
         return num_images
     annotations = load_annotations(find_splits(args)[0], None, args.follow_links)
     return annotations.subset(range(num_images)) if args.overfit else annotations
@@ -81,6 +82,8 @@ def sampled_images(args: PlanArguments, num_images: int) -> Annotations | int:
 def plan(args: PlanArguments) -> dict:
     """Computes all numbers of the estimate, by name. Raises UserError for arguments that cannot be trained with."""
     num_images, num_val, num_classes = dataset_size(args)
+    images = sampled_images(args, num_images)
+    set_sizes(args, images)
     with torch.device("meta"):
         model = build_model(
             category_ids=tuple(range(num_classes)),
@@ -90,7 +93,7 @@ def plan(args: PlanArguments) -> dict:
         )
     prepare_for_training(args, model, 1, torch.device("meta"))
     parameter_groups(model, args.lr, args.lr, args.weight_decay, args.layer_decay)  # validates --layer_decay
-    sampler = step_sampler(args, sampled_images(args, num_images), 0, args.num_gpus)
+    sampler = step_sampler(args, images, 0, args.num_gpus)
     steps = args.max_steps or math.ceil(args.num_epochs * sampler.steps_per_epoch)
     sequence_length = TOKENS_PER_OBJECT * args.max_objects + (0 if args.noise_objects else 1)
     num_real = min(COCO_OBJECTS_PER_IMAGE, args.max_objects)

@@ -8,6 +8,7 @@ from pix2seq.data.coco import Annotations, Categories, load_annotations
 from pix2seq.data.datasets import EvalDataset, TrainDataset
 from pix2seq.data.layouts import Split, find_split
 from pix2seq.data.loaders import StepSampler, eval_loader, train_loader
+from pix2seq.data.recommended_sizes import recommended_sizes
 from pix2seq.data.repeat_factors import repeat_factors
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "eval_loader",
     "find_split",
     "load_annotations",
+    "recommended_sizes",
     "repeat_factors",
     "train_loader",
 ]

@@ -9,6 +9,7 @@ from pix2seq.data import (
     TrainDataset,
     find_split,
     load_annotations,
+    recommended_sizes,
     repeat_factors,
 )
 from pix2seq.data.issues import count_by_kind
@@ -25,12 +26,16 @@ def find_splits(args: TrainArguments) -> tuple[Split, Split | None]:
 
 
 def load_data(args: TrainArguments) -> tuple[TrainDataset, EvalDataset[Annotations]]:
-    """Reads the annotations and builds the training and the validation dataset."""
+    """Reads the annotations and builds the training and the validation dataset.
+
+    Sets the arguments that are 0 and depend on the dataset, see `set_sizes`.
+    """
     train_split, val_split = find_splits(args)
     train = load_annotations(train_split, None, args.follow_links)
     if not train.trainable.any():
         issues = f" ({count_by_kind(train.issues)})" if train.issues else ""
         raise UserError(f"{train.split.json}: has no objects to train on{issues}")
+    set_sizes(args, train)
     if val_split is None:
         train = val = train.subset(range(min(args.overfit, len(train))))
     else:
@@ -57,6 +62,22 @@ def load_data(args: TrainArguments) -> tuple[TrainDataset, EvalDataset[Annotatio
     colors = ColorAugmentation(args.color_jitter, args.grayscale, args.photometric_distortion)
     train_set = TrainDataset(train, transform, sequence_builder, args.seed, colors if colors else None)
     return train_set, EvalDataset(val, EvalTransform(args.image_size))
+
+
+def set_sizes(args: TrainArguments, images: Annotations | int) -> None:
+    """Replaces --image_size, --num_bins and --max_objects of 0 by values that suit the training images.
+
+    Raises:
+        UserError: There are no annotations, but only the number of images.
+    """
+    unknown = [name for name in ("image_size", "num_bins", "max_objects") if getattr(args, name) == 0]
+    if not unknown:
+        return
+    if isinstance(images, int):
+        raise UserError(f"--{unknown[0]} 0: needs the annotations of the training images (--root)")
+    sizes = recommended_sizes(images, args.image_size)
+    for name in unknown:
+        setattr(args, name, sizes[name])
 
 
 def step_sampler(args: TrainArguments, images: Annotations | int, rank: int, world_size: int) -> StepSampler:
