@@ -46,7 +46,7 @@ class SequenceBuilder:
         eos_weight: Loss weight of EOS.
         box_jitter: Maximum shift of each edge of a real box, as a fraction of the box's width or height.
         mix_rate: Probability that the noise objects of an image are mixed into the real ones instead of following
-            them. Near-duplicates still follow all real objects.
+            them. Near-duplicates still follow all real objects. A fixed order then applies to the mixture.
     """
 
     tokenizer: Tokenizer
@@ -99,11 +99,28 @@ class SequenceBuilder:
         weights[num_real:, :CLASS_SLOT] = 0.0
         weights[num_real:, CLASS_SLOT] = self.noise_weight
         if self.mix_rate and rng.random() < self.mix_rate:
-            mixed = _mixed_order(num_real, is_duplicate, rng)
+            mixed = self._mixed_order(np.concatenate([boxes, noise]), num_real, is_duplicate, rng)
             targets, weights = targets[mixed], weights[mixed]
         inputs = targets.copy()
         inputs[:, CLASS_SLOT] = self._corrupt_classes(targets[:, CLASS_SLOT], rng)
         return self._shift(inputs.reshape(-1), targets.reshape(-1), weights.reshape(-1))
+
+    def _mixed_order(
+        self, boxes: np.ndarray, num_real: int, is_duplicate: np.ndarray, rng: np.random.Generator
+    ) -> np.ndarray:
+        """Indices that mix noise objects into the real ones, which keep their order. Near-duplicates come last.
+
+        With a fixed order, the noise objects take part in it: otherwise their place would give them away.
+        """
+        noise = num_real + np.arange(len(is_duplicate))
+        mixed = np.concatenate([np.arange(num_real), noise[~is_duplicate]])
+        if self.order in ("random", "none"):
+            positions = rng.permutation(len(mixed))
+            positions = np.concatenate([np.sort(positions[:num_real]), positions[num_real:]])
+            mixed = mixed[np.argsort(positions)]
+        else:
+            mixed = mixed[order_objects(boxes[mixed], self.order, rng)]
+        return np.concatenate([mixed, noise[is_duplicate]])
 
     def _corrupt_classes(self, classes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         keep, random, _ = CORRUPTION_PROBABILITIES[self.class_corruption]
@@ -164,15 +181,6 @@ def noise_boxes(boxes: np.ndarray, count: int, rng: np.random.Generator) -> tupl
     duplicates = _jitter_edges(_sample_evenly(boxes, num_duplicates, rng), 0.1, rng)
     order = rng.permutation(count)
     return np.clip(np.concatenate([others, duplicates]), 0.0, 1.0)[order], order >= num_others
-
-
-def _mixed_order(num_real: int, is_duplicate: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Indices that mix noise objects into the real ones, which keep their order. Near-duplicates come last."""
-    noise = num_real + np.arange(len(is_duplicate))
-    mixed = np.concatenate([np.arange(num_real), noise[~is_duplicate]])
-    positions = rng.permutation(len(mixed))
-    positions = np.concatenate([np.sort(positions[:num_real]), positions[num_real:]])
-    return np.concatenate([mixed[np.argsort(positions)], noise[is_duplicate]])
 
 
 def _shifted_boxes(boxes: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
