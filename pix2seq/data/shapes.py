@@ -6,12 +6,15 @@ no image is in both. Some shapes overlap, and some images are empty.
 
 import argparse
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 from pix2seq.argument_parser import LineErrorParser, path, run_command
+from pix2seq.data.rich_shapes import KINDS, draw_rich_image
 from pix2seq.errors import UserError
 from pix2seq.output_paths import prepare_output_folder, report_write_errors
 from pix2seq.progress import progress
@@ -25,8 +28,35 @@ _SUPERSAMPLING = 2
 _MINIMUM = {"num_train": 1, "num_val": 1, "size": 8, "max_shapes": 1, "seed": 0}
 
 
+@dataclass(frozen=True)
+class Style:
+    """A kind of drawings.
+
+    Args:
+        draw_image: Draws an image from a random generator, its size and the largest number of objects.
+        kinds: Class names.
+        category_ids: Their category ids.
+        size: Default side of the images in pixels.
+        max_shapes: Default of the largest number of objects in an image.
+        extension: File name extension, which determines the image format.
+    """
+
+    draw_image: Callable
+    kinds: tuple[str, ...]
+    category_ids: tuple[int, ...]
+    size: int
+    max_shapes: int
+    extension: str
+
+
 def draw_dataset(
-    folder: str | Path, num_train: int = 8000, num_val: int = 200, size: int = 64, max_shapes: int = 4, seed: int = 0
+    folder: str | Path,
+    num_train: int = 8000,
+    num_val: int = 200,
+    size: int | None = None,
+    max_shapes: int | None = None,
+    seed: int = 0,
+    style: str = "plain",
 ) -> Path:
     """Draws images/{train,val}2017 and annotations/instances_{train,val}2017.json.
 
@@ -36,9 +66,10 @@ def draw_dataset(
         folder: Folder to write to.
         num_train: Number of training images.
         num_val: Number of validation images.
-        size: Side of the images in pixels.
-        max_shapes: Largest number of objects in an image.
+        size: Side of the images in pixels. Default: that of the style.
+        max_shapes: Largest number of objects in an image. Default: that of the style.
         seed: Seed of the random generator.
+        style: One of `STYLES`: "plain", or "rich", see `rich_shapes`.
 
     Returns:
         The folder.
@@ -47,11 +78,13 @@ def draw_dataset(
         UserError: A number is too small, or the folder cannot be written to or has files that are not of a shapes
             dataset.
     """
-    folder = Path(folder)
-    recipe = {"num_train": num_train, "num_val": num_val, "size": size, "max_shapes": max_shapes, "seed": seed}
+    folder, drawn = Path(folder), STYLES[style]
+    size, max_shapes = drawn.size if size is None else size, drawn.max_shapes if max_shapes is None else max_shapes
+    recipe: dict = {"num_train": num_train, "num_val": num_val, "size": size, "max_shapes": max_shapes, "seed": seed}
     for name, value in recipe.items():
         if value < _MINIMUM[name]:
             raise UserError(f"--{name} {value}: must be at least {_MINIMUM[name]}")
+    recipe |= {} if style == "plain" else {"style": style}
     recipe_file = folder / "shapes.json"
     with report_write_errors(folder, "folder"):
         if _read_recipe(recipe_file) == recipe:
@@ -61,7 +94,7 @@ def draw_dataset(
             raise UserError(f"folder {folder}: is not empty and has no shapes dataset; name another folder")
         recipe_file.write_text("null")  # an unfinished dataset
         for stream, (split, count) in enumerate((("train", num_train), ("val", num_val))):
-            _draw_split(folder, split, count, size=size, max_shapes=max_shapes, seeds=(seed, stream))
+            _draw_split(folder, split, count, size=size, max_shapes=max_shapes, seeds=(seed, stream), style=drawn)
         recipe_file.write_text(json.dumps(recipe))
     return folder
 
@@ -75,31 +108,32 @@ def _read_recipe(file: Path) -> dict | None:
 
 
 def _draw_split(
-    folder: Path, split: str, num_images: int, *, size: int, max_shapes: int, seeds: tuple[int, int]
+    folder: Path, split: str, num_images: int, *, size: int, max_shapes: int, seeds: tuple[int, int], style: Style
 ) -> None:
     images_folder = folder / "images" / f"{split}2017"
     images_folder.mkdir(parents=True, exist_ok=True)
-    for old in images_folder.glob(f"{'[0-9]' * 6}.png"):  # of an earlier dataset, which may have more images
-        old.unlink()
+    for old in images_folder.glob("[0-9]" * 6 + ".*"):  # of an earlier dataset, which may have more images
+        if old.suffix in (".png", ".jpg"):
+            old.unlink()
     images: list[dict] = []
     annotations: list[dict] = []
     for index in progress(range(num_images), f"drawing {split}"):
-        image, objects = draw_image(np.random.default_rng((*seeds, index)), size, max_shapes)
-        file_name = f"{index:06d}.png"
-        image.save(images_folder / file_name)
+        image, objects = style.draw_image(np.random.default_rng((*seeds, index)), size, max_shapes)
+        file_name = f"{index:06d}.{style.extension}"
+        image.save(images_folder / file_name, quality=90)
         images.append({"id": index + 1, "file_name": file_name, "width": size, "height": size})
         for label, (x1, y1, x2, y2) in objects:
             annotations.append(
                 {
                     "id": len(annotations) + 1,
                     "image_id": index + 1,
-                    "category_id": CATEGORY_IDS[label],
+                    "category_id": style.category_ids[label],
                     "bbox": [x1, y1, x2 - x1, y2 - y1],
                     "area": (x2 - x1) * (y2 - y1),
                     "iscrowd": 0,
                 }
             )
-    categories = [{"id": i, "name": name} for i, name in zip(CATEGORY_IDS, SHAPES, strict=True)]
+    categories = [{"id": i, "name": name} for i, name in zip(style.category_ids, style.kinds, strict=True)]
     (folder / "annotations").mkdir(exist_ok=True)
     (folder / "annotations" / f"instances_{split}2017.json").write_text(
         json.dumps({"images": images, "annotations": annotations, "categories": categories})
@@ -173,14 +207,21 @@ def _draw_shape(draw: ImageDraw.ImageDraw, name: str, box, color) -> None:
         draw.rectangle((x1, y1 + third_y, x2, y2 - third_y), fill=color)
 
 
+STYLES = {
+    "plain": Style(draw_image, SHAPES, CATEGORY_IDS, size=64, max_shapes=4, extension="png"),
+    "rich": Style(draw_rich_image, KINDS, tuple(range(1, 1 + len(KINDS))), size=256, max_shapes=18, extension="jpg"),
+}
+
+
 def main(argv: list[str] | None = None, program: str = "pix2seq shapes") -> int:
     """Parses the command line and draws the dataset; returns the exit code."""
     parser = LineErrorParser(prog=program, description="Draw the shapes dataset as a COCO-layout folder.")
     parser.add_argument("folder", type=path, help="folder to write to")
     parser.add_argument("--num_train", type=int, default=8000, help="number of training images")
     parser.add_argument("--num_val", type=int, default=200, help="number of validation images")
-    parser.add_argument("--size", type=int, default=64, help="side of an image in pixels")
-    parser.add_argument("--max_shapes", type=int, default=4, help="largest number of objects in an image")
+    parser.add_argument("--style", choices=STYLES, default="plain", help="rich: textures, occlusion, many objects")
+    parser.add_argument("--size", type=int, help="side of an image in pixels (default: 64; rich: 256)")
+    parser.add_argument("--max_shapes", type=int, help="largest number of objects in an image (default: 4; rich: 18)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random generator")
     return run_command(run_shapes, parser.parse_args(argv), program=program)
 
