@@ -392,9 +392,15 @@ class SamplingArguments:
 
     top_p: float = argument(0.4, "nucleus sampling; 0 is greedy decoding")
     temperature: float = argument(1.0, "sampling temperature")
+    expectation_radius: int = argument(
+        0, "a coordinate is the probability-weighted mean of the bins up to this far from the decoded bin"
+    )
+    box_score_power: float = argument(
+        0.0, "multiply scores by the product of the probabilities of the four coordinates to this power"
+    )
 
     def __post_init__(self):
-        _check_decoding({"top_p": self.top_p, "temperature": self.temperature})
+        _check_decoding({field.name: getattr(self, field.name) for field in fields(SamplingArguments)})
 
 
 @dataclass
@@ -418,6 +424,10 @@ class TrainArguments(
         for group in TrainArguments.__bases__:
             group.__post_init__(self)
         check_value(self, "mix_rate", self.noise_objects or not self.mix_rate, "0 with --no_noise_objects")
+
+    def decoding(self) -> dict:
+        """The decoding options that the model's config stores."""
+        return {field.name: getattr(self, field.name) for field in fields(SamplingArguments)} | {"seed": self.seed}
 
 
 def model_arguments(checkpoint: str) -> dict:

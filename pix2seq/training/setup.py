@@ -106,9 +106,7 @@ def build_context(
         ground_truth=load_ground_truth(
             val_set.annotations.split.json, val_set.annotations.image_ids, annotations.categories
         ),
-        options=DecodingOptions(
-            max_objects=args.max_objects, top_p=args.top_p, temperature=args.temperature, seed=args.seed
-        ),
+        options=DecodingOptions(max_objects=args.max_objects, **args.decoding()),
         batch_size=args.eval_batch_size,
         num_workers=args.num_workers,
         stop=stop,
@@ -160,7 +158,7 @@ def create_model(args: TrainArguments, categories: Categories, folder: RunFolder
     values = {name: getattr(args, name) for name in MODEL_DEFAULTS} | {
         "category_ids": categories.ids,
         "class_names": categories.names,
-        "decoding": {"top_p": args.top_p, "temperature": args.temperature, "seed": args.seed},
+        "decoding": args.decoding(),
     }
     if args.init_from is None:
         return build_model(**values)
