@@ -287,6 +287,8 @@ def test_fixed_orders():
     assert object_order(boxes, "area") == [1, 2, 0]
     assert object_order(boxes, "distance") == [2, 0, 1]
     assert object_order(boxes, "none") == [0, 1, 2]
+    boxes[:, :2] = [[0.3, 0.2], [0.1, 0.4], [0.1, 0.2]]  # x1, y1
+    assert object_order(boxes, "top_to_bottom") == [2, 0, 1]
 
 
 def test_random_order_draws_every_permutation():
@@ -332,6 +334,19 @@ def test_mixed_noise_objects_keep_their_weights_and_the_order_of_real_objects(mi
         assert (weights[labels < 0] == [0, 0, 0, 0, 0.5]).all()
         num_mixed += (labels[:3] < 0).any()
     assert low <= num_mixed <= high  # if all noise objects are near-duplicates, none is mixed in
+
+
+def test_noise_objects_take_part_in_a_fixed_order():
+    build = SequenceBuilder(Tokenizer(1, 1000), 12, order="top_to_bottom", mix_rate=1.0)
+    boxes = np.array([[0.1, 0.1, 0.2, 0.2], [0.1, 0.4, 0.5, 0.5], [0.5, 0.8, 0.9, 0.9]])
+    first_is_noise = 0
+    for seed in range(50):
+        decoded, labels = build.tokenizer.decode(build(boxes, np.zeros(3, int), rng(seed))["labels"])
+        last_real = np.flatnonzero(labels == 0)[-1]
+        y1 = decoded[: last_real + 1, 1]  # near-duplicates follow
+        assert (np.diff(y1) >= 0).all()
+        first_is_noise += labels[0] < 0
+    assert 10 <= first_is_noise <= 40
 
 
 def test_near_duplicates_follow_the_real_objects_when_mixed():
