@@ -33,8 +33,8 @@ def write_dataset(root, boxes_of_images, size=(640, 480)):
     ("side", "image_size"),
     [
         (300, 256),  # large objects
-        (40, 256),  # exactly 16 pixels at 256
-        (32, 320),
+        (50, 256),  # exactly 20 pixels at 256
+        (40, 320),
         (4, 640),  # at most 640
     ],
 )
@@ -44,7 +44,7 @@ def test_the_image_size_follows_from_the_size_of_the_objects(tmp_path, side, ima
 
 
 def test_a_few_small_objects_do_not_matter(tmp_path):
-    annotations = write_dataset(tmp_path, [[[0, 0, 100, 100]] * 19 + [[0, 0, 4, 4]]])
+    annotations = write_dataset(tmp_path, [[[0, 0, 100, 100]] * 39 + [[0, 0, 4, 4]]])
     assert recommended_sizes(annotations)["image_size"] == 256
 
 
@@ -70,7 +70,7 @@ def test_images_of_unknown_size(tmp_path):
 
 
 def test_plan_uses_the_sizes_of_the_dataset(tmp_path):
-    write_dataset(tmp_path, [[[0, 0, 32, 32]] * 7])
+    write_dataset(tmp_path, [[[0, 0, 40, 40]] * 7])
     tiny = {"backbone": "{model_type: resnet, depths: [1], hidden_sizes: [8], embedding_size: 8, layer_type: basic}"}
     args = PlanArguments(root=str(tmp_path), image_size=0, num_bins=0, max_objects=0, **tiny)
     assert plan(args)["sequence_tokens_per_image"] == 5 * 10

@@ -5,15 +5,15 @@ import numpy as np
 from pix2seq.data.coco import Annotations
 
 MIN_IMAGE_SIZE, MAX_IMAGE_SIZE, IMAGE_SIZE_STEP = 256, 640, 32
-SMALL_OBJECT_SHARE, MIN_OBJECT_SIDE = 0.1, 16.0
+SMALL_OBJECT_SHARE, MIN_OBJECT_SIDE = 0.05, 20.0
 MAX_OBJECTS_STEP, MAX_NUM_BINS = 5, 1000
 
 
 def recommended_sizes(annotations: Annotations, image_size: int = 0) -> dict[str, int]:
     """Derives sizes from the annotations of the training images.
 
-    - `image_size`: the smallest multiple of 32 from 256 to 640 at which nine of ten objects have a side (the square
-      root of their area) of at least 16 pixels, the stride of many feature maps.
+    - `image_size`: the smallest multiple of 32 from 256 to 640 at which 19 of 20 objects have a side (the square root
+      of their area) of at least 20 pixels, somewhat more than the stride of many feature maps.
     - `num_bins`: one bin per pixel, at most 1000.
     - `max_objects`: the largest number of objects in an image, rounded up to a multiple of 5.
 
