@@ -1,5 +1,7 @@
 """Writes the metrics of finished runs by step: a record, a figure and the tables of a page.
 
+Runs that the record contains already, and that are not named, are kept.
+
 python -m benchmarks.curves runs/demo runs/overfit --output docs/results/curves.json \
     --figure images/curves.png --page docs/what-to-expect.md
 
@@ -92,7 +94,8 @@ def main() -> None:
     parser.add_argument("--figure", type=Path, help="PNG file to write")
     parser.add_argument("--page", type=Path, help="Markdown file whose tables to fill")
     args = parser.parse_args()
-    runs = {run.name: curves(run) for run in args.runs}
+    runs = json.loads(args.output.read_text())["runs"] if args.output.exists() else {}
+    runs |= {run.name: curves(run) for run in args.runs}
     args.output.write_text(json.dumps({"runs": runs}) + "\n")  # one line: thousands of numbers
     if args.figure:
         learning_curves({name: run["curves"] for name, run in runs.items()}, PANELS).save(args.figure)
