@@ -199,6 +199,7 @@ def test_the_figure_is_drawn_for_unusual_names_and_boxes(tmp_path, shapes_root):
     content["annotations"][1]["bbox"] = [0, 0, 1e30, 1e30]
     (tmp_path / "odd.json").write_text(json.dumps(content))
     flags = ["--train_images", str(shapes_root / "images/train2017"), "--train_json", str(tmp_path / "odd.json")]
+    flags += ["--max_objects", "0"]
     assert main(["check", *flags, "--overfit", "99", "--output_dir", str(tmp_path / "out")]) == 0
     report = json.loads((tmp_path / "out/data/check.json").read_text())
     assert [issue["kind"] for issue in report["issues"]] == ["beyond-edge"] * 2

@@ -47,6 +47,15 @@ def test_other_recorded_runs_are_not(name, every):
     assert messages(recorded_rows(name, every), RUNS[name]["flags"]["num_bins"]) == []
 
 
+def test_a_run_whose_error_falls_is_not_on_the_plateau():
+    falling = [110, 105, 100, 95, 85, 75, 65, 55, 50, 45, 40]  # bins of 320
+    rows = [
+        {"step": 50 * number} | dict(zip(METRICS, (12, x1, 8, 8, 0.95), strict=True))
+        for number, x1 in enumerate(falling, 1)
+    ]
+    assert messages(rows, 320) == []
+
+
 def test_the_end_of_the_plateau_is_logged_once():
     """The blood cells, continued with the errors of the demo in its last steps."""
     rows = recorded_rows("bccd", 50)

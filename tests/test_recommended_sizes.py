@@ -63,6 +63,11 @@ def test_a_given_image_size_determines_the_bins(tmp_path):
     assert recommended_sizes(annotations, 480)["num_bins"] == 480
 
 
+def test_a_dataset_without_objects(tmp_path):
+    sizes = recommended_sizes(write_dataset(tmp_path, [[], []]))
+    assert sizes == {"image_size": 256, "num_bins": 256, "max_objects": 5}
+
+
 def test_images_of_unknown_size(tmp_path):
     annotations = write_dataset(tmp_path, [[[0, 0, 50, 50]]])
     annotations.sizes = np.zeros_like(annotations.sizes)

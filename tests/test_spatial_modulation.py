@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from pix2seq.models.fused_decoders import FusedModulation
+from pix2seq.models.fused_modulation import FusedModulation
 from pix2seq.models.spatial_modulation import DecodedBoxes, SpatialModulation
 from tests.test_architectures import build
 
@@ -77,7 +77,7 @@ def test_one_step_equals_the_whole_sequence(modulation):
     whole = modulation(input_ids, num_visual=SIDE**2)
     visual_tokens = torch.zeros(3, SIDE**2, 4)
     decoded = DecodedBoxes.empty(visual_tokens)
-    with_int, with_tensor = FusedModulation(modulation, visual_tokens), FusedModulation(modulation, visual_tokens)
+    with_int, with_tensor = (FusedModulation(modulation, visual_tokens, torch.float32) for _ in range(2))
     for position in range(17):
         token_ids, index = input_ids[:, position], torch.tensor(position)
         for values in (

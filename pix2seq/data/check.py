@@ -18,6 +18,7 @@ from pix2seq.data.image_files import FORMATS_OF_SUFFIX, BadImageError, ImageFile
 from pix2seq.data.issues import ERROR, WARNING, DatasetIssue, sanitize
 from pix2seq.data.layouts import Split
 from pix2seq.data.overview_figure import SplitSummary, dataset_overview
+from pix2seq.data.recommended_sizes import recommended_sizes
 from pix2seq.errors import UserError
 from pix2seq.progress import progress
 from pix2seq.visualization import CELL, color_of, draw_boxes, enlarge
@@ -80,7 +81,7 @@ def check_dataset(
         train: Training split.
         val: Validation split, None if there is none or if it equals `train`.
         follow_links: Whether to open images behind symbolic links that leave the folder of images.
-        max_objects: Largest number of objects in a token sequence, drawn in the figure.
+        max_objects: Largest number of objects in a token sequence, drawn in the figure; 0 for the recommended one.
         num_workers: Processes that decode images.
 
     Returns:
@@ -272,4 +273,5 @@ def _draw_figure(loaded: dict[str, Annotations], max_objects: int) -> Image.Imag
         )
         for name, annotations in loaded.items()
     }
+    max_objects = max_objects or recommended_sizes(train)["max_objects"]
     return dataset_overview(train.categories.names, splits, examples, max_objects)

@@ -18,7 +18,7 @@ def recommended_sizes(annotations: Annotations, image_size: int = 0) -> dict[str
     - `max_objects`: the largest number of objects in an image, rounded up to a multiple of 5.
 
     Args:
-        annotations: The training images, at least one of them with an object to train on.
+        annotations: The training images.
         image_size: The image size, if it is known.
 
     Returns:
@@ -27,7 +27,7 @@ def recommended_sizes(annotations: Annotations, image_size: int = 0) -> dict[str
     counts = np.diff(annotations.offsets)
     image_of_object = np.repeat(np.arange(len(annotations)), counts)[annotations.trainable]
     boxes, longest = annotations.boxes[annotations.trainable], annotations.sizes.max(axis=1)[image_of_object]
-    num_objects = np.bincount(image_of_object).max()
+    num_objects = max(1, np.bincount(image_of_object, minlength=1).max())
     has_size = longest > 0
     sides = np.sqrt(np.prod(boxes[has_size, 2:] - boxes[has_size, :2], axis=1)) / longest[has_size]
     small = np.quantile(sides, SMALL_OBJECT_SHARE) if len(sides) else 1.0

@@ -25,7 +25,7 @@ CATEGORY_IDS = (1, 3, 7, 11)
 
 _COLORS = ((230, 60, 50), (60, 170, 70), (60, 100, 230), (240, 200, 40), (190, 70, 210), (40, 200, 210))
 _SUPERSAMPLING = 2
-_MINIMUM = {"num_train": 1, "num_val": 1, "size": 8, "max_shapes": 1, "seed": 0}
+_MINIMUM = {"num_train": 1, "num_val": 1, "max_shapes": 1, "seed": 0}
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class Style:
         kinds: Class names.
         category_ids: Their category ids.
         size: Default side of the images in pixels.
+        min_size: Smallest side.
         max_shapes: Default of the largest number of objects in an image.
         extension: File name extension, which determines the image format.
     """
@@ -45,6 +46,7 @@ class Style:
     kinds: tuple[str, ...]
     category_ids: tuple[int, ...]
     size: int
+    min_size: int
     max_shapes: int
     extension: str
 
@@ -78,12 +80,15 @@ def draw_dataset(
         UserError: A number is too small, or the folder cannot be written to or has files that are not of a shapes
             dataset.
     """
+    if style not in STYLES:
+        raise UserError(f"--style {style}: must be one of {', '.join(STYLES)}")
     folder, drawn = Path(folder), STYLES[style]
     size, max_shapes = drawn.size if size is None else size, drawn.max_shapes if max_shapes is None else max_shapes
     recipe: dict = {"num_train": num_train, "num_val": num_val, "size": size, "max_shapes": max_shapes, "seed": seed}
     for name, value in recipe.items():
-        if value < _MINIMUM[name]:
-            raise UserError(f"--{name} {value}: must be at least {_MINIMUM[name]}")
+        minimum = drawn.min_size if name == "size" else _MINIMUM[name]
+        if value < minimum:
+            raise UserError(f"--{name} {value}: must be at least {minimum}")
     recipe |= {} if style == "plain" else {"style": style}
     recipe_file = folder / "shapes.json"
     with report_write_errors(folder, "folder"):
@@ -208,8 +213,10 @@ def _draw_shape(draw: ImageDraw.ImageDraw, name: str, box, color) -> None:
 
 
 STYLES = {
-    "plain": Style(draw_image, SHAPES, CATEGORY_IDS, size=64, max_shapes=4, extension="png"),
-    "rich": Style(draw_rich_image, KINDS, tuple(range(1, 1 + len(KINDS))), size=256, max_shapes=18, extension="jpg"),
+    "plain": Style(draw_image, SHAPES, CATEGORY_IDS, size=64, min_size=8, max_shapes=4, extension="png"),
+    "rich": Style(
+        draw_rich_image, KINDS, tuple(range(1, 1 + len(KINDS))), size=256, min_size=96, max_shapes=18, extension="jpg"
+    ),
 }
 
 

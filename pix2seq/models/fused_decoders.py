@@ -30,12 +30,12 @@ from transformers.models.llama.modeling_llama import (
     LlamaRotaryEmbedding,
 )
 
+from pix2seq.models.fused_modulation import FusedModulation
 from pix2seq.models.kv_cache import StaticKVCache, aligned_length
 from pix2seq.models.llama_decoder import LlamaDecoder, PrefixTrimmedLayer, prefix_positions
 from pix2seq.models.plain_modules import is_plain
-from pix2seq.models.spatial_modulation import DecodedBoxes, SpatialModulation, cell_centers
+from pix2seq.models.spatial_modulation import SpatialModulation
 from pix2seq.models.transformer_decoder import TransformerDecoder
-from pix2seq.tokenizer import TOKENS_PER_OBJECT
 
 MIN_PACKED_BATCH = 4  # batch size from which packing weights pays off
 MIN_SPLIT_WEIGHTS = 2**16  # number of weights from which splitting a product pays off
@@ -208,7 +208,7 @@ class FusedDecoder:
     def __init__(self, decoder: LlamaDecoder | TransformerDecoder, visual_tokens: torch.Tensor):
         self.lm_head, self.modulation = decoder.lm_head, None
         if decoder.spatial_modulation is not None:
-            self.modulation = FusedModulation(decoder.spatial_modulation, visual_tokens)
+            self.modulation = FusedModulation(decoder.spatial_modulation, visual_tokens, compute_dtype(visual_tokens))
         self.lm_heads: dict[tuple, FusedLinear] = {}  # by the slice of the vocabulary
 
     def __call__(
@@ -242,62 +242,6 @@ class FusedDecoder:
         """Keeps only these rows of the batch."""
         if self.modulation is not None:
             self.modulation.decoded.select_batch(rows)
-
-
-class FusedModulation:
-    """The `SpatialModulation` of one token per row and step.
-
-    Args:
-        modulation: The module.
-        visual_tokens: Visual tokens (B, N, D).
-    """
-
-    def __init__(self, modulation: SpatialModulation, visual_tokens: torch.Tensor):
-        self.num_visual = visual_tokens.shape[1]
-        device, num_slots = visual_tokens.device, TOKENS_PER_OBJECT
-        self.module, self.decoded = modulation, DecodedBoxes.empty(visual_tokens)
-        # The tables have a row for each of the first five positions, where the reference may be unknown, and for each
-        # slot after them.
-        is_known = torch.ones(2 * num_slots, 2, 1, device=device)
-        is_known[0], is_known[1, 1] = 0, 0
-        scale = 1 / (modulation.num_bins - 1)
-        self.precision = -modulation.log_precision.float().exp().repeat(2, 1, 1)[..., None] * is_known[..., None]
-        self.weights = scale * modulation.reference_weights.float().repeat(2, 1, 1).transpose(1, 2)
-        # Positions of the cells relative to a reference of 0, in ids instead of bins: the weights have the sum 1.
-        offset = modulation.offset.float().repeat(2, 1, 1)[..., None] - scale * modulation.first_bin_id
-        self.cells = cell_centers(self.num_visual, device) - offset
-        self.coverage_weight = modulation.coverage_weight.float().repeat(2, 1)[..., None]
-
-    def __call__(self, token_ids: torch.Tensor, position: int | torch.Tensor) -> torch.Tensor:
-        """Returns values (B, H, 1, N), see `SpatialModulation`.
-
-        Args:
-            token_ids: Token ids (B,).
-            position: Position of the tokens in the sequence, an int or a 0-d tensor.
-        """
-        num_slots = TOKENS_PER_OBJECT
-        if isinstance(position, int):
-            row: int | torch.Tensor = position if position < num_slots else num_slots + position % num_slots
-        else:
-            row = torch.where(position < num_slots, position, num_slots + position % num_slots).view(1)
-        self.decoded.append(token_ids)
-        self._update_coverage(position)
-        weights, cells, precision, coverage_weight = (
-            table[row] if isinstance(row, int) else table[row][0]
-            for table in (self.weights, self.cells, self.precision, self.coverage_weight)
-        )
-        scores = (cells - (self.decoded.last_tokens.float() @ weights)[..., None, None]).square_().mul_(precision)
-        y, x = scores.unbind(1)  # (B, H, side)
-        values = (y[..., None] + x[..., None, :]).flatten(2)  # (B, H, N)
-        return torch.addcmul(values, self.decoded.coverage[:, None], coverage_weight, value=-1).unsqueeze(2)
-
-    def _update_coverage(self, position: int | torch.Tensor) -> None:
-        is_complete = (position % TOKENS_PER_OBJECT == 0) & (position > 0)
-        if is_complete is False:
-            return
-        covered = self.module.covered(self.module.coordinates(self.decoded.last_tokens[:, :4]), self.num_visual)
-        coverage = self.decoded.coverage
-        coverage.copy_(torch.maximum(coverage, covered * is_complete))
 
 
 @dataclass
@@ -386,7 +330,7 @@ class FusedLlamaDecoder(FusedDecoder):
     def hidden_states(
         self, token_ids: torch.Tensor, position: int | torch.Tensor, modulation: torch.Tensor | None
     ) -> torch.Tensor:
-        cache_positions = self.kv_cache.positions(self.num_visual + position)
+        cache_positions = self.kv_cache.positions(self.num_visual + position, modulation)
         hidden_states = self.embeddings[token_ids]
         if isinstance(position, torch.Tensor):
             position = position.view(1)
@@ -396,7 +340,7 @@ class FusedLlamaDecoder(FusedDecoder):
             qkv = torch.addcmul(qkv * cos, qkv.roll(self.head_dim // 2, dims=-1), sin)
             query, keys_and_values = qkv[:, : self.num_heads], qkv[:, self.num_heads :]
             self.kv_cache.update(index, cache_positions, keys_and_values)
-            attended = self.kv_cache.attend(index, query, cache_positions, modulation)
+            attended = self.kv_cache.attend(index, query, cache_positions)
             hidden_states = hidden_states + layer.o_proj(attended)
             gate, up = layer.gate_up_proj(self.norm(hidden_states)).chunk(2, dim=-1)
             hidden_states = hidden_states + layer.down_proj(layer.act_fn(gate) * up)
@@ -484,7 +428,7 @@ class FusedTransformerDecoder(FusedDecoder):
             query = layer.cross_q_proj(_layer_norm(hidden_states, layer.cross_attn_norm))
             query = query.unflatten(1, (self.num_heads, self.head_dim))
             hidden_states = hidden_states + layer.cross_out_proj(
-                self.cross_cache.attend(index, query, None, modulation)
+                self.cross_cache.attend(index, query, mask=modulation)
             )
             inner = layer.activation_fn(layer.fc1(_layer_norm(hidden_states, layer.mlp_norm)))
             hidden_states = hidden_states + layer.fc2(inner)

@@ -15,7 +15,8 @@ class CachePositions:
     Args:
         index: Position of the current token, an int or a 0-d tensor.
         length: Number of cached tokens that attention reads.
-        mask: Additive mask (1, length) that hides the tokens after the current one, or None.
+        mask: What is added to the attention scores, of a shape that expands to (B, H', 1, length), or None. It hides
+            the tokens after the current one, if they are among those that are read.
     """
 
     index: int | torch.Tensor
@@ -57,19 +58,25 @@ class StaticKVCache:
         self.num_heads = num_heads
         self._causal_mask: torch.Tensor | None = None
 
-    def positions(self, index: int | torch.Tensor) -> CachePositions:
+    def positions(self, index: int | torch.Tensor, modulation: torch.Tensor | None = None) -> CachePositions:
         """Returns what `update` and `attend` need for the token at a position, the same for all rows.
 
-        With an int, attention reads the tokens up to this position. With a 0-d tensor, whose value only the device
-        knows, it reads the whole cache under a mask.
+        Args:
+            index: The position. With an int, attention reads the tokens up to it. With a 0-d tensor, whose value only
+                the device knows, it reads the whole cache under a mask.
+            modulation: Values (B, H', 1, n) that are added to the attention scores of the first n tokens.
         """
         if isinstance(index, int):
-            return CachePositions(index, index + 1)
+            mask = None if modulation is None else F.pad(modulation, (0, index + 1 - modulation.shape[3]))
+            return CachePositions(index, index + 1, mask)
         length, like = self.layers[0].shape[3], self.layers[0]
         if self._causal_mask is None:
             # An additive mask: attention would convert a boolean one in every layer.
             self._causal_mask = like.new_full((length, length), -torch.inf).triu(1)
-        return CachePositions(index, length, self._causal_mask[index.view(1)])
+        mask = self._causal_mask[index.view(1)]
+        if modulation is not None:
+            mask = mask + F.pad(modulation, (0, length - modulation.shape[3]))
+        return CachePositions(index, length, mask)
 
     def prefill(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Stores keys and values (B, H, n, d) of the first n tokens of a layer."""
@@ -91,7 +98,7 @@ class StaticKVCache:
         layer: int,
         query: torch.Tensor,
         positions: CachePositions | None = None,
-        modulation: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Computes attention of the current token over the cached tokens of a layer.
 
@@ -100,7 +107,7 @@ class StaticKVCache:
             query: Queries (B, H', d). H' is a multiple of H.
             positions: Position of the current token, which attends to the tokens up to itself. Without it, it attends
                 to the whole cache.
-            modulation: Values (B, H', 1, n) that are added to the scores of the first n tokens.
+            mask: What is added to the scores of the whole cache, of a shape that expands to (B, H', 1, T).
 
         Returns:
             The concatenated outputs (B, H' d) of the heads.
@@ -108,10 +115,7 @@ class StaticKVCache:
         cache = self.layers[layer] if positions is None else self.layers[layer].narrow(3, 0, positions.length)
         keys, values = cache.unbind()
         query, is_grouped = query.unsqueeze(2), query.shape[1] != self.num_heads
-        mask = None if positions is None else positions.mask
-        if modulation is not None:
-            modulation = F.pad(modulation.to(query.dtype), (0, keys.shape[2] - modulation.shape[3]))
-            mask = modulation if mask is None else mask + modulation
+        mask = mask if positions is None else positions.mask
         if mask is not None:
             mask = mask.expand(*query.shape[:2], -1, -1)
             if query.is_cuda and query.dtype == keys.dtype == torch.float32 and not is_grouped:

@@ -1,0 +1,67 @@
+"""Spatial modulation of the fused decoders, which process one token per step."""
+
+import torch
+
+from pix2seq.models.spatial_modulation import DecodedBoxes, SpatialModulation, cell_centers
+from pix2seq.tokenizer import TOKENS_PER_OBJECT
+
+
+class FusedModulation:
+    """Computes the `SpatialModulation` of one token per row and step, from tables.
+
+    The steps can be captured as a CUDA graph.
+
+    Args:
+        modulation: The module.
+        visual_tokens: Visual tokens (B, N, D).
+        dtype: Dtype of the values.
+    """
+
+    def __init__(self, modulation: SpatialModulation, visual_tokens: torch.Tensor, dtype: torch.dtype):
+        self.num_visual = visual_tokens.shape[1]
+        device, num_slots = visual_tokens.device, TOKENS_PER_OBJECT
+        self.module, self.decoded = modulation, DecodedBoxes.empty(visual_tokens)
+        self.dtype = dtype
+        # The tables have a row for each of the first five positions, where the reference may be unknown, and for each
+        # slot after them.
+        is_known = torch.ones(2 * num_slots, 2, 1, device=device)
+        is_known[0], is_known[1, 1] = 0, 0
+        scale = 1 / (modulation.num_bins - 1)
+        self.precision = -modulation.log_precision.float().exp().repeat(2, 1, 1)[..., None] * is_known[..., None]
+        self.weights = scale * modulation.reference_weights.float().repeat(2, 1, 1).transpose(1, 2)
+        # Positions of the cells relative to a reference of 0, in ids instead of bins: the weights have the sum 1.
+        offset = modulation.offset.float().repeat(2, 1, 1)[..., None] - scale * modulation.first_bin_id
+        self.cells = cell_centers(self.num_visual, device) - offset
+        self.coverage_weight = modulation.coverage_weight.float().repeat(2, 1)[..., None]
+
+    def __call__(self, token_ids: torch.Tensor, position: int | torch.Tensor) -> torch.Tensor:
+        """Returns values (B, H, 1, N), see `SpatialModulation`.
+
+        Args:
+            token_ids: Token ids (B,).
+            position: Position of the tokens in the sequence, an int or a 0-d tensor.
+        """
+        num_slots = TOKENS_PER_OBJECT
+        if isinstance(position, int):
+            row: int | torch.Tensor = position if position < num_slots else num_slots + position % num_slots
+        else:
+            row = torch.where(position < num_slots, position, num_slots + position % num_slots).view(1)
+        self.decoded.append(token_ids)
+        self._update_coverage(position)
+        weights, cells, precision, coverage_weight = (
+            table[row] if isinstance(row, int) else table[row][0]
+            for table in (self.weights, self.cells, self.precision, self.coverage_weight)
+        )
+        scores = (cells - (self.decoded.last_tokens.float() @ weights)[..., None, None]).square_().mul_(precision)
+        y, x = scores.unbind(1)  # (B, H, side)
+        values = (y[..., None] + x[..., None, :]).flatten(2)  # (B, H, N)
+        values = torch.addcmul(values, self.decoded.coverage[:, None], coverage_weight, value=-1)
+        return values.to(self.dtype).unsqueeze(2)
+
+    def _update_coverage(self, position: int | torch.Tensor) -> None:
+        is_complete = (position % TOKENS_PER_OBJECT == 0) & (position > 0)
+        if is_complete is False:
+            return
+        covered = self.module.covered(self.module.coordinates(self.decoded.last_tokens[:, :4]), self.num_visual)
+        coverage = self.decoded.coverage
+        coverage.copy_(torch.maximum(coverage, covered * is_complete))
