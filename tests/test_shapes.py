@@ -49,6 +49,12 @@ def test_datasets_are_reproducible(tmp_path):
     assert not image_hashes(first) & image_hashes(draw_dataset(tmp_path / "c", **RECIPE, seed=2))
 
 
+def test_images_are_those_of_earlier_versions():
+    image, objects = draw_image(np.random.default_rng((0, 0, 2)), 64, 4)
+    assert objects == [(0, (32.0, 27.5, 47.5, 42.5)), (0, (15.5, 36.0, 34.5, 53.5)), (0, (9.5, 1.0, 40.0, 28.5))]
+    assert hashlib.sha256(image.tobytes()).hexdigest().startswith("b5832ca9ee1f978b869ba45f0b53e01f")
+
+
 def test_no_image_is_in_both_splits(shapes_root):
     train, val = (image_hashes(shapes_root / f"images/{split}2017") for split in ("train", "val"))
     assert (len(train), len(val)) == (12, 5)

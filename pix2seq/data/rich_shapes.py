@@ -12,11 +12,12 @@ from PIL import Image, ImageDraw, ImageFilter
 KINDS = ("ellipse", "rectangle", "triangle", "cross", "ring", "star", "blob")
 FILLS = ("plain", "gradient", "stripes", "noise", "outline")
 
-MIN_SIZE, MAX_SIZE = 0.04, 0.5  # mean side of the objects of an image, relative to the image
+MIN_SIZE, MAX_SIZE = 0.04, 0.59  # mean side of the objects of an image, relative to the image
+MIN_PIXELS = 10  # mean side below which the kinds look alike
 MIN_VISIBLE = 0.6  # share of each object that is inside the image and not hidden by others
 MAX_FILLED = 0.7  # share of the image that the boxes may have together
 MAX_ATTEMPTS = 15  # to place an object
-MIN_CONTRAST = 60  # between the color of an object and the mean color of the background, in one channel of 255
+MIN_CONTRAST = 60  # between the colors of an object and the mean color of the background, in one channel of 255
 _CROSS = np.array([(1, 3), (1, 1), (3, 1), (3, -1), (1, -1), (1, -3)]) / 3
 _SUPERSAMPLING = 2  # of the masks
 
@@ -41,12 +42,14 @@ class Appearance:
 
     @classmethod
     def draw(cls, rng: np.random.Generator, background: np.ndarray) -> "Appearance":
-        """Draws a random appearance whose first color differs from the color (3,) of the background."""
-        fill = FILLS[rng.integers(len(FILLS))]
+        """Draws a random appearance whose colors differ from the color (3,) of the background."""
+        kind = int(rng.integers(len(KINDS)))
+        fills = FILLS[:-1] if KINDS[kind] == "ellipse" else FILLS  # the outline of an ellipse is a ring
         colors = rng.integers(0, 256, (2, 3)).astype(np.float32)
-        while np.abs(colors[0] - background).max() < MIN_CONTRAST:
-            colors[0] = rng.integers(0, 256, 3)
-        return cls(int(rng.integers(len(KINDS))), fill, colors, bool(rng.random() < 0.3), int(rng.integers(2**31)))
+        while (np.abs(colors - background).max(axis=1) < MIN_CONTRAST).any():
+            colors = rng.integers(0, 256, (2, 3)).astype(np.float32)
+        fill = fills[rng.integers(len(fills))]
+        return cls(kind, fill, colors, bool(rng.random() < 0.3), int(rng.integers(2**31)))
 
 
 def draw_rich_image(
@@ -64,7 +67,8 @@ def draw_rich_image(
         but not what lies outside the image.
     """
     canvas = _draw_background(rng, size)
-    side = size * np.exp(rng.uniform(np.log(MIN_SIZE), np.log(MAX_SIZE)))
+    low, high = (max(MIN_PIXELS, share * size) for share in (MIN_SIZE, MAX_SIZE))
+    side = np.exp(rng.uniform(np.log(low), np.log(high)))
     groups = [Appearance.draw(rng, canvas.mean(axis=(0, 1))) for _ in range(rng.integers(1, 4))]
     count = rng.integers(1, 1 + max(1, min(max_shapes, int(MAX_FILLED * (size / side) ** 2))))
     owner = np.full((size, size), -1)  # the object that is visible at each pixel
@@ -87,8 +91,7 @@ def draw_rich_image(
             owner[place][covers] = len(areas)
             areas.append(area)
             _paint(canvas[place], mask, group, rng)
-            x1, y1, x2, y2 = np.clip(np.concatenate([outline.min(axis=0), outline.max(axis=0)]), 0, size).round(1)
-            objects.append((group.kind, (float(x1), float(y1), float(x2), float(y2))))
+            objects.append((group.kind, _box(outline, corner, mask)))
             break
     return _finish(canvas, rng), objects
 
@@ -139,6 +142,17 @@ def _mask(outline: np.ndarray, corner: np.ndarray, opposite: np.ndarray, hollow:
         draw.polygon([tuple(point) for point in points], fill=value)
     mask = np.asarray(image, dtype=np.float32) / 255
     return mask.reshape(height // _SUPERSAMPLING, _SUPERSAMPLING, width // _SUPERSAMPLING, _SUPERSAMPLING).mean((1, 3))
+
+
+def _box(outline: np.ndarray, corner: np.ndarray, mask: np.ndarray) -> tuple[float, float, float, float]:
+    """The box (x1, y1, x2, y2), in pixels, of the part inside the image: the extent of the mask, from `corner` on.
+
+    The outline adds precision below a pixel. It does not suffice: the border may cut off its highest point.
+    """
+    columns, rows = np.flatnonzero(mask.any(axis=0)), np.flatnonzero(mask.any(axis=1))
+    x1, y1 = np.maximum(outline.min(axis=0), corner + np.array([columns[0], rows[0]])).round(1)
+    x2, y2 = np.minimum(outline.max(axis=0), corner + np.array([columns[-1], rows[-1]]) + 1).round(1)
+    return float(x1), float(y1), float(x2), float(y2)
 
 
 def _polygon_area(outline: np.ndarray) -> float:
