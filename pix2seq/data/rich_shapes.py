@@ -7,7 +7,7 @@ textures, may hide each other in part, and may be cut off by the border.
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
 KINDS = ("ellipse", "rectangle", "triangle", "cross", "ring", "star", "blob")
 FILLS = ("plain", "gradient", "stripes", "noise", "outline")
@@ -18,6 +18,7 @@ MIN_VISIBLE = 0.6  # share of each object that is inside the image and not hidde
 MAX_FILLED = 0.7  # share of the image that the boxes may have together
 MAX_ATTEMPTS = 15  # to place an object
 MIN_CONTRAST = 60  # between the colors of an object and the mean color of the background, in one channel of 255
+STROKE = 0.09  # width of the lines of hollow objects, relative to their shorter side
 _CROSS = np.array([(1, 3), (1, 1), (3, 1), (3, -1), (1, -1), (1, -3)]) / 3
 _SUPERSAMPLING = 2  # of the masks
 
@@ -132,14 +133,16 @@ def _outline(group: Appearance, rng: np.random.Generator) -> np.ndarray:
 
 
 def _mask(outline: np.ndarray, corner: np.ndarray, opposite: np.ndarray, hollow: bool = False) -> np.ndarray:
-    """The opacity (h, w) of an outline in a region of the image. A hollow object has a hole."""
+    """The opacity (h, w) of an object in a region of the image. Of a hollow object, only a line is opaque."""
     width, height = (opposite - corner) * _SUPERSAMPLING
     image = Image.new("L", (int(width), int(height)))
-    draw = ImageDraw.Draw(image)
-    center = outline.mean(axis=0)
-    for scale, value in ((1.0, 255), (0.7, 0))[: 1 + hollow]:
-        points = (center + scale * (outline - center) - corner) * _SUPERSAMPLING - 0.5  # of pixel centers
-        draw.polygon([tuple(point) for point in points], fill=value)
+    points = [tuple(point) for point in (outline - corner) * _SUPERSAMPLING - 0.5]  # of pixel centers
+    ImageDraw.Draw(image).polygon(points, fill=255)
+    if hollow:  # the inner half of a line along the outline
+        line = Image.new("L", image.size)
+        stroke = round(2 * _SUPERSAMPLING * max(STROKE * np.ptp(outline, axis=0).min(), 1))
+        ImageDraw.Draw(line).line([*points, *points[:2]], fill=255, width=stroke, joint="curve")
+        image = ImageChops.darker(image, line)
     mask = np.asarray(image, dtype=np.float32) / 255
     return mask.reshape(height // _SUPERSAMPLING, _SUPERSAMPLING, width // _SUPERSAMPLING, _SUPERSAMPLING).mean((1, 3))
 
