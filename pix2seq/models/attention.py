@@ -14,7 +14,7 @@ def prefix_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None = None,
     num_visual: int = 0,
-    modulation: torch.Tensor | None = None,
+    token_mask: torch.Tensor | None = None,
     dropout: float = 0.0,
     scaling: float | None = None,
     **kwargs,
@@ -29,7 +29,7 @@ def prefix_attention(
         value: Values (B, H', K, d).
         attention_mask: Mask (B or 1, H or 1, Q, K) that is used instead.
         num_visual: Number of tokens N at the beginning of the K tokens that attend to each other.
-        modulation: Values (B, H, K - N, N) that are added to the scores of the other tokens and the first N.
+        token_mask: Additive mask (B, H, K - N, K) of the other tokens. Default: causal.
         dropout: Dropout probability of the attention weights.
         scaling: Factor of the scores. Default: d ** -0.5.
 
@@ -51,11 +51,9 @@ def prefix_attention(
     if visual_query.shape[2]:
         outputs.append(attend(visual_query, key[:, :, :num_visual], value[:, :, :num_visual]))
     if num_queries := token_query.shape[2]:
-        mask = prefix_mask(num_queries, key.shape[2], 0, query.device) if num_queries > 1 else None
-        if modulation is not None:
-            causal = additive_mask(prefix_mask(num_queries, num_queries, 0, query.device), modulation.dtype)
-            mask = torch.cat([modulation, causal.expand(*modulation.shape[:2], -1, -1)], dim=3)
-        outputs.append(attend(token_query, key, value, attn_mask=mask))
+        if token_mask is None and num_queries > 1:
+            token_mask = prefix_mask(num_queries, key.shape[2], 0, query.device)
+        outputs.append(attend(token_query, key, value, attn_mask=token_mask))
     return torch.cat(outputs, dim=2).transpose(1, 2), None
 
 

@@ -149,17 +149,19 @@ class LlamaDecoder(LlamaForCausalLM):
         """Runs the model on N visual tokens and a sequence, (B, N + L, D)."""
         length, device = inputs_embeds.shape[1], inputs_embeds.device
         num_bidirectional = 0 if self._causal_prefix else num_visual
-        mask = None
+        mask = token_mask = None
         if self.config._attn_implementation != "prefix" or (modulation is not None and not num_bidirectional):
             mask = additive_mask(prefix_mask(length, length, num_bidirectional, device), inputs_embeds.dtype)
             mask = add_modulation(mask[None, None], modulation)
-            modulation = None
+        elif modulation is not None:
+            token_mask = additive_mask(prefix_mask(length - num_visual, length, 0, device), inputs_embeds.dtype)
+            token_mask = add_modulation(token_mask[None, None], modulation)
         return self.model(
             inputs_embeds=inputs_embeds,
             attention_mask=mask,
             position_ids=prefix_positions(num_visual, length - num_visual, device),
             num_visual=num_bidirectional,
-            modulation=modulation,
+            token_mask=token_mask,
             return_dict=True,
             **kwargs,
         )
