@@ -31,6 +31,8 @@ def main(folder: Path) -> None:
     if int(os.environ.get("RANK", 0)) == 0:
         tensors = [torch.from_numpy(array) for array in predictions[0]]
         torch.save(tensors, folder / f"{os.environ.get('WORLD_SIZE', 1)}.pt")
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()  # its threads may abort an exiting process
 
 
 if __name__ == "__main__":
