@@ -88,6 +88,19 @@ def test_one_step_equals_the_whole_sequence(modulation):
             torch.testing.assert_close(values[:, :, 0], whole[:, :, position], rtol=1e-4, atol=1e-4)
 
 
+def test_autocast_does_not_round_the_reference():
+    """Token ids of a large vocabulary are not exact in bfloat16."""
+    modulation = SpatialModulation(num_heads=2, num_bins=1000, vocab_size=1084)
+    input_ids = torch.randint(84, 1084, (3, 17), generator=torch.Generator().manual_seed(3))
+    expected = modulation(input_ids, SIDE**2)
+    fused = FusedModulation(modulation, torch.zeros(3, SIDE**2, 4), torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(modulation(input_ids, SIDE**2), expected)
+        for position in range(17):
+            values = fused(input_ids[:, position], position)
+            torch.testing.assert_close(values[:, :, 0], expected[:, :, position], rtol=1e-3, atol=1e-3)
+
+
 def test_rows_at_different_positions(modulation):
     """As in an exported model, whose rows need not start at the same time."""
     input_ids = torch.randint(FIRST_BIN, VOCAB_SIZE, (2, 17), generator=torch.Generator().manual_seed(2))

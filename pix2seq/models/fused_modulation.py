@@ -28,7 +28,7 @@ class FusedModulation:
         is_known[0], is_known[1, 1] = 0, 0
         scale = 1 / (modulation.num_bins - 1)
         self.precision = -modulation.log_precision.float().exp().repeat(2, 1, 1)[..., None] * is_known[..., None]
-        self.weights = scale * modulation.reference_weights.float().repeat(2, 1, 1).transpose(1, 2)
+        self.weights = scale * modulation.reference_weights.float().repeat(2, 1, 1)
         # Positions of the cells relative to a reference of 0, in ids instead of bins: the weights have the sum 1.
         offset = modulation.offset.float().repeat(2, 1, 1)[..., None] - scale * modulation.first_bin_id
         self.cells = cell_centers(self.num_visual, device) - offset
@@ -52,7 +52,9 @@ class FusedModulation:
             table[row] if isinstance(row, int) else table[row][0]
             for table in (self.weights, self.cells, self.precision, self.coverage_weight)
         )
-        scores = (cells - (self.decoded.last_tokens.float() @ weights)[..., None, None]).square_().mul_(precision)
+        # Not a matrix product, which autocast would compute in half precision.
+        reference = (self.decoded.last_tokens[:, None].float() * weights).sum(-1)  # (B, 2)
+        scores = (cells - reference[..., None, None]).square_().mul_(precision)
         y, x = scores.unbind(1)  # (B, H, side)
         values = (y[..., None] + x[..., None, :]).flatten(2)  # (B, H, N)
         values = torch.addcmul(values, self.decoded.coverage[:, None], coverage_weight, value=-1)

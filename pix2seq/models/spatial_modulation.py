@@ -149,7 +149,8 @@ class SpatialModulation(nn.Module):
             covered = self.covered(coordinates[:, 0, :4], num_visual) * is_complete
             coverage = decoded.coverage.copy_(torch.maximum(decoded.coverage, covered))[:, None]
         slots = positions % TOKENS_PER_OBJECT
-        reference = self.reference_weights[slots].float() @ coordinates[..., None]  # (B, L, 2, 1)
+        # Not a matrix product, which autocast would compute in half precision.
+        reference = (self.reference_weights[slots].float() * coordinates[..., None, :]).sum(-1, keepdim=True)
         # The reference of the first object has no y before its y1, and no x before its x1.
         is_known = positions[..., None] >= torch.arange(1, 3, device=positions.device)
         precision = self.log_precision[slots].float().exp() * is_known[..., None]  # (B, L, 2, H)
