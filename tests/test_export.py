@@ -60,7 +60,7 @@ def new_model(decoder: str, seed: int = 0, decoder_layers: int = 2) -> Pix2SeqFo
 def exported(request, tmp_path_factory) -> tuple[Pix2SeqForObjectDetection, Path]:
     """A model and the folder it was exported to."""
     folder, layers = tmp_path_factory.mktemp(request.param), {"llama": 2, "transformer": 1}[request.param]
-    new_model(request.param, decoder_layers=layers).save_pretrained(folder / "best")
+    new_model(request.param, seed=2, decoder_layers=layers).save_pretrained(folder / "best")
     assert export.main(["--checkpoint", str(folder / "best"), "--output_dir", str(folder / "onnx")]) == 0
     return load_model(folder / "best", "--checkpoint").eval(), folder / "onnx"
 
@@ -90,7 +90,7 @@ def test_the_exported_model_detects_the_same_objects(exported, batch_size, chang
     options = replace(model.decoding_options, **changes)
     expected, detector = model.detect(pixel_values(), options), OnnxDetector(folder)
     actual = [image for batch in pixel_values().split(batch_size) for image in detector.detect(batch, options)]
-    assert len({detections.boxes.tobytes() for detections in expected}) >= 6
+    assert len({detections.boxes.tobytes() for detections in expected}) >= 8
     for ours, theirs in zip(expected, actual, strict=True):
         np.testing.assert_array_equal(theirs.labels, ours.labels)
         np.testing.assert_allclose(theirs.boxes, ours.boxes, rtol=0, atol=1e-6 * bool(options.expectation_radius))
@@ -133,7 +133,7 @@ def test_graph_functions_match_the_incremental_decoder(make_model, decoder):
         for position, input_ids in enumerate(ids):
             positions = torch.full((3,), position)
             logits, *past = onnx_graphs.decode_step(model, input_ids, positions, visual_key_values, *past)
-            torch.testing.assert_close(logits, model.decode_step(input_ids, position, state), rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(logits, model.decode_step(input_ids, position, state))
 
 
 def test_the_programs_of_the_documentation(exported, tmp_path, monkeypatch, capsys):

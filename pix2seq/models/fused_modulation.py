@@ -26,12 +26,10 @@ class FusedModulation:
         # slot after them.
         is_known = torch.ones(2 * num_slots, 2, 1, device=device)
         is_known[0], is_known[1, 1] = 0, 0
-        scale = 1 / (modulation.num_bins - 1)
-        self.precision = -modulation.log_precision.float().exp().repeat(2, 1, 1)[..., None] * is_known[..., None]
-        self.weights = scale * modulation.reference_weights.float().repeat(2, 1, 1)
-        # Positions of the cells relative to a reference of 0, in ids instead of bins: the weights have the sum 1.
-        offset = modulation.offset.float().repeat(2, 1, 1)[..., None] - scale * modulation.first_bin_id
-        self.cells = cell_centers(self.num_visual, device) - offset
+        precision = modulation.log_precision.float().exp().repeat(2, 1, 1)[..., None]
+        self.negative_precision = -precision * is_known[..., None]
+        self.weights = modulation.reference_weights.float().repeat(2, 1, 1)
+        self.cells = cell_centers(self.num_visual, device) - modulation.offset.float().repeat(2, 1, 1)[..., None]
         self.coverage_weight = modulation.coverage_weight.float().repeat(2, 1)[..., None]
 
     def __call__(self, token_ids: torch.Tensor, position: int | torch.Tensor) -> torch.Tensor:
@@ -47,23 +45,23 @@ class FusedModulation:
         else:
             row = torch.where(position < num_slots, position, num_slots + position % num_slots).view(1)
         self.decoded.append(token_ids)
-        self._update_coverage(position)
-        weights, cells, precision, coverage_weight = (
+        coordinates = self.module.coordinates(self.decoded.last_tokens)  # (B, 5)
+        self._update_coverage(coordinates[:, :4], position)
+        weights, cells, negative_precision, coverage_weight = (
             table[row] if isinstance(row, int) else table[row][0]
-            for table in (self.weights, self.cells, self.precision, self.coverage_weight)
+            for table in (self.weights, self.cells, self.negative_precision, self.coverage_weight)
         )
         # Not a matrix product, which autocast would compute in half precision.
-        reference = (self.decoded.last_tokens[:, None].float() * weights).sum(-1)  # (B, 2)
-        scores = (cells - reference[..., None, None]).square_().mul_(precision)
+        reference = (coordinates[:, None] * weights).sum(-1)  # (B, 2)
+        scores = (cells - reference[..., None, None]).square_().mul_(negative_precision)
         y, x = scores.unbind(1)  # (B, H, side)
         values = (y[..., None] + x[..., None, :]).flatten(2)  # (B, H, N)
         values = torch.addcmul(values, self.decoded.coverage[:, None], coverage_weight, value=-1)
         return values.to(self.dtype).unsqueeze(2)
 
-    def _update_coverage(self, position: int | torch.Tensor) -> None:
+    def _update_coverage(self, boxes: torch.Tensor, position: int | torch.Tensor) -> None:
         is_complete = (position % TOKENS_PER_OBJECT == 0) & (position > 0)
         if is_complete is False:
             return
-        covered = self.module.covered(self.module.coordinates(self.decoded.last_tokens[:, :4]), self.num_visual)
         coverage = self.decoded.coverage
-        coverage.copy_(torch.maximum(coverage, covered * is_complete))
+        coverage.copy_(torch.maximum(coverage, self.module.covered(boxes, self.num_visual) * is_complete))
