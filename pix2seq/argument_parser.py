@@ -23,6 +23,8 @@ from transformers.utils import cached_file
 from pix2seq.errors import UserError
 
 TRAINING_FILE = "training.yaml"
+# Arguments that are missing in the training.yaml of older models, which had this value instead of today's default.
+ARGUMENTS_OF_OLDER_RUNS = {"spatial_modulation": False}
 
 
 class LineErrorParser(argparse.ArgumentParser):
@@ -298,7 +300,8 @@ def read_training_arguments(name: str | Path, flag: str) -> dict:
         flag: flag that names the model, for error messages.
 
     Returns:
-        The arguments, {} if the model has no training.yaml.
+        The arguments, {} if the model has no training.yaml. Those that older versions did not have are included if
+        their default changes what a model computes.
 
     Raises:
         UserError: the file cannot be read.
@@ -315,4 +318,4 @@ def read_training_arguments(name: str | Path, flag: str) -> dict:
         raise UserError(f"{flag} {name}: {TRAINING_FILE} cannot be read ({error})") from None
     if not isinstance(arguments, dict):
         raise UserError(f"{flag} {name}: {TRAINING_FILE} does not contain arguments")
-    return arguments
+    return ARGUMENTS_OF_OLDER_RUNS | arguments

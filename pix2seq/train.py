@@ -330,17 +330,20 @@ def evaluate_if_due(context: TrainContext) -> None:
     if context.is_due(args.sample_every):
         evaluator.sample(context.models()[""], context.step)
     if context.is_due(args.eval_every) or context.is_finished:
+        tables = []
         for name, model in context.models().items():
             metrics = evaluator.evaluate(model, context.step, name)
             if metrics is None:  # not the main process
                 continue
-            if context.is_finished:
-                context.folder.log(metrics_table(metrics))
+            tables.append(metrics_table(metrics))
             if metrics["AP"] > state.best_ap:
                 state.best_step = context.step
                 if export_model(context, "best", model):
                     state.best_ap = metrics["AP"]
         context.count_evaluation()
+        if context.is_finished:
+            for table in tables:
+                context.folder.log(table)
     state.last_evaluated_step = context.step
 
 

@@ -41,6 +41,7 @@ def test_the_run_finishes(stopped):
     log = (stopped / "train.log").read_text()
     assert f"stopped at step 8 of 12: {reason}" in log
     assert "best AP 0.4000 in best/" in log
+    assert log.count("AP by class") == 1  # the table of the last evaluation
     assert (stopped / "final" / "config.json").exists()
     assert evaluated_steps(stopped) == list(range(1, 9))
 

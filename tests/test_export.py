@@ -97,6 +97,19 @@ def test_the_exported_model_detects_the_same_objects(exported, batch_size, chang
         np.testing.assert_allclose(theirs.scores, ours.scores, rtol=0, atol=1e-5)
 
 
+def test_graphs_of_another_version_are_an_error(exported, tmp_path):
+    import onnx
+
+    shutil.copytree(exported[1], tmp_path, dirs_exist_ok=True)
+    graph = onnx.load(tmp_path / "decoder_step.onnx")
+    next(tensor for tensor in graph.graph.input if tensor.name == "past_tokens").name = "tokens"
+    for node in graph.graph.node:
+        node.input[:] = ["tokens" if name == "past_tokens" else name for name in node.input]
+    (tmp_path / "decoder_step.onnx").write_bytes(graph.SerializeToString())
+    with pytest.raises(ValueError, match="has no input past_tokens: it is of another version; export the model again"):
+        OnnxDetector(tmp_path)
+
+
 def test_the_folder_loads_as_config_and_image_processor(exported):
     assert OnnxDetector(exported[1]).config.class_names == SHAPES
     assert AutoImageProcessor.from_pretrained(exported[1]).image_size == 64

@@ -6,7 +6,7 @@ import torch
 from transformers import ViTConfig, ViTModel
 
 from pix2seq import train
-from pix2seq.argument_parser import parse
+from pix2seq.argument_parser import parse, read_training_arguments
 from pix2seq.arguments import TrainArguments
 from pix2seq.errors import UserError
 from pix2seq.models import Pix2SeqForObjectDetection, adapt_to_classes, load_model
@@ -157,6 +157,20 @@ def test_a_recipe_overrides_only_what_fine_tuning_may_change(trained, shapes_roo
     recipe.write_text("image_size: 96\nhidden_size: 512\nlr: 1e-5\n")
     args = fine_tuning_arguments(shapes_root, tmp_path / "out", trained, "--config", str(recipe))
     assert (args.image_size, args.hidden_size, args.num_bins, args.lr) == (96, 16, 32, 1e-5)
+
+
+def test_an_older_model_has_no_spatial_modulation(shapes_root, tmp_path):
+    """Its training.yaml does not name the argument, whose default is True now."""
+    source = tmp_path / "source"
+    build(spatial_modulation=False).save_pretrained(source)
+    (source / "training.yaml").write_text("decoder: llama\nhidden_size: 16\nnum_heads: 2\nmlp_size: 32\n")
+    args = fine_tuning_arguments(shapes_root, tmp_path / "out", source)
+    assert not args.spatial_modulation
+    assert read_training_arguments(source, "--init_from")["spatial_modulation"] is False
+    (source / "training.yaml").write_text("spatial_modulation: true\n")
+    assert read_training_arguments(source, "--init_from")["spatial_modulation"] is True
+    (source / "training.yaml").unlink()
+    assert read_training_arguments(source, "--init_from") == {}
 
 
 def failure(args: TrainArguments, capsys) -> str:

@@ -365,6 +365,16 @@ def test_arguments_of_from_pretrained_select_the_files(tmp_path):
     assert torch.equal(loaded.decoder.lm_head.weight, model.decoder.lm_head.weight.bfloat16())
 
 
+@pytest.mark.parametrize("trained", [True, False])
+def test_other_classes_of_another_architecture_are_refused(tmp_path, trained):
+    build(spatial_modulation=trained).save_pretrained(tmp_path)
+    config = Pix2SeqConfig.from_pretrained(tmp_path, id2label={0: "cat"}, label2id={"cat": 0})
+    config.category_ids = [0]
+    config.decoder_config.spatial_modulation = not trained
+    with pytest.raises(ValueError, match="another architecture than that of the trained model .decoder.spatial_mod"):
+        Pix2SeqForObjectDetection.from_pretrained(tmp_path, config=config, ignore_mismatched_sizes=True)
+
+
 def test_weights_of_another_architecture_are_refused(tmp_path):
     """transformers would initialize them."""
     new_model("llama").save_pretrained(tmp_path)

@@ -35,10 +35,11 @@ def epoch_length(factors: np.ndarray) -> int:
 
 
 def draw_epoch(factors: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Draws how often each image occurs in an epoch: its factor, rounded down or up.
+    """Draws how often each image occurs in an epoch.
 
-    The images that are rounded up are drawn by systematic sampling in a random order: in proportion to the fractional
-    parts, and always `epoch_length` samples in total.
+    It is the integer part of its factor, and more for images that are drawn by systematic sampling in a random order:
+    in proportion to the fractional parts, and so many that the total is `epoch_length`. Because this total is rounded,
+    an image of a very small dataset can be drawn twice.
 
     Returns:
         int64 (N,), with the sum `epoch_length(factors)`.

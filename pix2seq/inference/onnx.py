@@ -1,6 +1,6 @@
 """Runs an exported model with onnxruntime."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +34,9 @@ class OnnxDetector:
     Args:
         folder: Output folder of export.py.
         providers: Execution providers of onnxruntime, such as "CUDAExecutionProvider".
+
+    Raises:
+        ValueError: The graphs are of another version.
     """
 
     def __init__(self, folder: str | Path, providers: tuple[str, ...] = ("CPUExecutionProvider",)):
@@ -47,6 +50,12 @@ class OnnxDetector:
             onnxruntime.InferenceSession(Path(folder) / name, options, list(providers))
             for name in (ENCODER_FILE, STEP_FILE)
         )
+        needed = {"input_ids", "position", *(field.name for field in fields(OnnxDecoderState))}
+        if missing := needed - {tensor.name for tensor in self.step.get_inputs()}:
+            raise ValueError(
+                f"{Path(folder) / STEP_FILE} has no input {', '.join(sorted(missing))}: it is of another version; "
+                "export the model again"
+            )
 
     def detect(self, pixel_values: torch.Tensor, options: DecodingOptions | None = None) -> list[Detections]:
         """Detects objects, as `Pix2SeqForObjectDetection.detect`.

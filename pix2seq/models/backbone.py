@@ -118,8 +118,7 @@ def _truncate(config: PretrainedConfig, name: str, stage: Stage) -> PretrainedCo
     values = config.to_dict()
     out_indices = None  # the last stage
     if config.model_type == "timm_backbone":
-        strides = {"c3": [8], "c4": [16]}.get(stage, [8, 16, 32])
-        out_indices = [_timm_stage_index(config, name, stage, stride) for stride in strides]
+        out_indices = _timm_stage_indices(config, name, stage)
     elif len(values.get("depths") or ()) < num_stages:
         problem = f"fewer than {num_stages} stages" if values.get("depths") else "only one feature map"
         raise UserError(_missing_stage(name, stage, problem))
@@ -135,8 +134,8 @@ def _truncate(config: PretrainedConfig, name: str, stage: Stage) -> PretrainedCo
     return AutoConfig.for_model(config.model_type, **values, out_indices=out_indices)
 
 
-def _timm_stage_index(config: TimmBackboneConfig, name: str, stage: Stage, stride: int) -> int:
-    """Returns the index of the last feature map of a stride."""
+def _timm_stage_indices(config: TimmBackboneConfig, name: str, stage: Stage) -> list[int]:
+    """Returns the indices of the feature maps of a stage or pyramid: for each stride, the last one."""
     import timm  # an optional dependency
 
     try:
@@ -147,9 +146,12 @@ def _timm_stage_index(config: TimmBackboneConfig, name: str, stage: Stage, strid
     strides = [info["reduction"] for info in model.feature_info.info]
     if len(set(strides)) == 1:  # a ViT
         raise UserError(_missing_stage(name, stage, "only one feature map"))
-    if stride not in strides:
-        raise UserError(_missing_stage(name, stage, f"no feature map of stride {stride}"))
-    return max(index for index, value in enumerate(strides) if value == stride)
+    last = {stride: index for index, stride in enumerate(strides)}
+    needed = {"c3": [8], "c4": [16]}.get(stage, [8, 16, 32])
+    for stride in needed:
+        if stride not in last:
+            raise UserError(_missing_stage(name, stage, f"no feature map of stride {stride}"))
+    return [last[stride] for stride in needed]
 
 
 def _missing_stage(name: str, stage: Stage, problem: str) -> str:
@@ -347,7 +349,10 @@ def check_image_size(model: PreTrainedModel) -> None:
     """
     side, patch_size = model.config.image_size, getattr(model.config.backbone_config, "patch_size", None)
     if isinstance(patch_size, int) and side % patch_size:
-        raise UserError(f"--image_size {side}: must be a multiple of {patch_size}, the patch size of the backbone")
+        raise UserError(
+            f"--image_size {side}: must be a multiple of {patch_size}, the patch size of the backbone "
+            "(0 chooses a multiple of 32)"
+        )
     try:
         with torch.no_grad():
             model.eval().encode(torch.zeros(1, 3, side, side, dtype=torch.uint8, device=model.device))

@@ -79,6 +79,8 @@ def _transfer_weights(source: PreTrainedModel, config: Pix2SeqConfig) -> tuple[P
     model = type(source)(config)
     kept = {label: old.class_names.index(name) for label, name in enumerate(class_names) if name in old.class_names}
     state = model.state_dict()
+    if different := sorted(state.keys() ^ source.state_dict().keys()):
+        raise ValueError(f"the config defines another architecture than that of the trained model ({different[0]})")
     with torch.no_grad():
         for name, value in source.state_dict().items():
             if name.endswith(TOKEN_PARAMETERS):

@@ -35,11 +35,11 @@ def load_data(args: TrainArguments) -> tuple[TrainDataset, EvalDataset[Annotatio
     if not train.trainable.any():
         issues = f" ({count_by_kind(train.issues)})" if train.issues else ""
         raise UserError(f"{train.split.json}: has no objects to train on{issues}")
-    set_sizes(args, train)
     if val_split is None:
         train = val = train.subset(range(min(args.overfit, len(train))))
     else:
         val = load_annotations(val_split, train.categories, args.follow_links)
+    set_sizes(args, train)
     sequence_builder = SequenceBuilder(
         Tokenizer(len(train.categories.ids), args.num_bins),
         max_objects=args.max_objects,

@@ -268,6 +268,9 @@ def log_summary(context: TrainContext) -> None:
     for line in sorted(context.unreadable.lines):
         folder.log(f"replaced by another image: {line}")
     folder.log(
+        f"{args.image_size} x {args.image_size} pixels, {args.num_bins} bins, {args.max_objects} objects in a sequence"
+    )
+    folder.log(
         f"{sum(p.numel() for p in context.model.parameters()) / 1e6:.1f} M parameters on {accelerator.device}; "
         f"steps {context.step} to {context.max_steps} of {context.sampler.samples_per_step} images "
         f"({args.batch_size} x {args.gradient_accumulation_steps} accumulated x {accelerator.num_processes} processes)"

@@ -96,8 +96,9 @@ class TrainerState:
             )
         if state_dict["images_digest"] != self.images_digest:
             raise UserError("--resume: the ids or file names of the training images differ from the checkpoint's")
+        state_dict = {"best_step": 0, "evaluations_since_best": 0} | state_dict  # which older checkpoints lack
         for name in COUNTERS:
-            setattr(self, name, state_dict.get(name, 0))  # older checkpoints lack some
+            setattr(self, name, state_dict[name])
         load_optimizer_state_dict(model, self._torch_optimizer, state_dict["optimizer"])
         self.scheduler.load_state_dict(state_dict["scheduler"])
         # The schedule depends on --max_steps, which may be larger now, so the rate is computed anew.
