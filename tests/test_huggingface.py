@@ -371,7 +371,7 @@ def test_other_classes_of_another_architecture_are_refused(tmp_path, trained):
     config = Pix2SeqConfig.from_pretrained(tmp_path, id2label={0: "cat"}, label2id={"cat": 0})
     config.category_ids = [0]
     config.decoder_config.spatial_modulation = not trained
-    with pytest.raises(ValueError, match="another architecture than that of the trained model .decoder.spatial_mod"):
+    with pytest.raises(ValueError, match=r"another architecture than .* .decoder\.spatial_modulation"):
         Pix2SeqForObjectDetection.from_pretrained(tmp_path, config=config, ignore_mismatched_sizes=True)
 
 
