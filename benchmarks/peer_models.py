@@ -75,12 +75,15 @@ def write_backbone(weights: dict[str, torch.Tensor], folder: Path) -> Path:
     return folder
 
 
-def build_backbone(weights: dict[str, torch.Tensor], strides: Iterable[int], batch_norm: str) -> nn.Module:
+def build_backbone(args: argparse.Namespace, weights: dict[str, torch.Tensor], strides: Iterable[int]) -> nn.Module:
     """A module that returns the list of feature maps of these strides."""
     indices = tuple(STRIDES[stride][0] for stride in strides)
     backbone = timm.create_model(BACKBONE, features_only=True, out_indices=indices)
     backbone.load_state_dict({name: weights[name] for name in backbone.state_dict()})
-    return freeze_batch_norm_2d(backbone) if batch_norm == "frozen" else backbone
+    if args.frozen_stages:
+        for module in (backbone.conv_stem, backbone.bn1, *backbone.blocks[: args.frozen_stages]):
+            module.requires_grad_(False)
+    return freeze_batch_norm_2d(backbone) if args.batch_norm == "frozen" else backbone
 
 
 class FeaturePyramid(nn.Module):
@@ -98,7 +101,7 @@ class FeaturePyramid(nn.Module):
 
 
 def build_fcos(args: argparse.Namespace, weights: dict, num_classes: int, side: int) -> Peer:
-    backbone = build_backbone(weights, STRIDES, args.batch_norm)
+    backbone = build_backbone(args, weights, STRIDES)
     model = FCOS(
         FeaturePyramid(backbone),
         num_classes,
@@ -123,7 +126,7 @@ def build_fcos(args: argparse.Namespace, weights: dict, num_classes: int, side: 
 
 
 def build_detr(args: argparse.Namespace, weights: dict, num_classes: int, side: int) -> Peer:
-    backbone = build_backbone(weights, [args.detr_stride], args.batch_norm)
+    backbone = build_backbone(args, weights, [args.detr_stride])
     config = DetrConfig(
         backbone_config=TimmBackboneConfig(backbone=BACKBONE, out_indices=(STRIDES[args.detr_stride][0],)),
         num_labels=num_classes,
@@ -147,7 +150,7 @@ def build_detr(args: argparse.Namespace, weights: dict, num_classes: int, side: 
 def build_rtdetr(args: argparse.Namespace, weights: dict, num_classes: int, side: int) -> Peer:
     if args.num_queries > (locations := sum((side // stride) ** 2 for stride in STRIDES)):
         raise UserError(f"--num_queries {args.num_queries}: rtdetr has {locations} locations to choose queries from")
-    backbone = build_backbone(weights, STRIDES, args.batch_norm)
+    backbone = build_backbone(args, weights, STRIDES)
     indices, channels = zip(*STRIDES.values(), strict=True)
     config = RTDetrConfig(
         backbone_config=TimmBackboneConfig(backbone=BACKBONE, out_indices=indices),

@@ -72,6 +72,7 @@ BACKBONES = {
     "swin": "{model_type: swin, embed_dim: 8, depths: [1, 1], num_heads: [2, 2], window_size: 4, image_size: 32}",
     "timm": "{model_type: timm_backbone, backbone: test_resnet, use_pretrained_backbone: false, out_indices: [-1]}",
 }
+EFFICIENTNET = BACKBONES["timm"].replace("test_resnet", "test_efficientnet")
 DECODERS = ("llama", "transformer")
 every_backbone = pytest.mark.parametrize("backbone", BACKBONES.values(), ids=BACKBONES)
 both_decoders = pytest.mark.parametrize("decoder", DECODERS)
@@ -280,7 +281,7 @@ FOUR_STAGES = {
     "resnet": "{model_type: resnet, embedding_size: 8, hidden_sizes: [8, 12, 16, 20], depths: [1, 1, 1, 2]}",
     "convnext": "{model_type: convnext, hidden_sizes: [8, 12, 16, 20], depths: [1, 1, 1, 1]}",
     "timm_resnet": BACKBONES["timm"],
-    "timm_efficientnet": BACKBONES["timm"].replace("test_resnet", "test_efficientnet"),
+    "timm_efficientnet": EFFICIENTNET,
     "timm_dla": BACKBONES["timm"].replace("test_resnet", "dla46_c"),
 }
 
@@ -542,9 +543,7 @@ def test_frozen_batch_norms_do_not_change_while_convolutions_learn():
     assert convolution.weight.grad.any()
 
 
-@pytest.mark.parametrize(
-    "backbone", [BACKBONES["resnet"], BACKBONES["timm"], BACKBONES["timm"].replace("test_resnet", "test_efficientnet")]
-)
+@pytest.mark.parametrize("backbone", [BACKBONES["resnet"], BACKBONES["timm"], EFFICIENTNET])
 def test_batch_norms_are_synchronized_on_several_gpus_only(backbone):
     def is_synchronized(model) -> bool:
         return any(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
@@ -564,9 +563,11 @@ def test_parameters_without_gradient_are_frozen():
     assert [n for n, p in model.named_parameters() if not p.requires_grad] == ["backbone.model.embeddings.mask_token"]
 
 
-@pytest.mark.parametrize("name", ["resnet", "resnet_bottleneck"])
-def test_folding_frozen_batch_norms_does_not_change_outputs_and_gradients(name):
-    backbone = build(backbone=BACKBONES[name]).backbone
+@pytest.mark.parametrize(
+    "backbone", [*(BACKBONES[n] for n in ("resnet", "resnet_bottleneck", "timm")), EFFICIENTNET], ids=lambda b: b[:60]
+)
+def test_frozen_batch_norms_compute_the_outputs_and_gradients_of_the_library(backbone):
+    backbone = build(backbone=backbone).backbone
     with torch.no_grad():
         for module in backbone.modules():
             if isinstance(module, nn.BatchNorm2d):
@@ -575,9 +576,9 @@ def test_folding_frozen_batch_norms_does_not_change_outputs_and_gradients(name):
                 module.running_var.uniform_(0.5, 2)
     backbone.prepare_for_training(False, "frozen", 1, torch.device("cpu"), 64)
     plain = copy.deepcopy(backbone)
-    folded = [module for module in plain.modules() if "forward" in vars(module)]
-    assert len(folded) == sum(isinstance(module, nn.Conv2d) for module in plain.modules())
-    for module in folded:
+    replaced = [module for module in plain.modules() if "forward" in vars(module)]
+    assert len(replaced) == sum(isinstance(module, nn.BatchNorm2d) for module in plain.modules())
+    for module in replaced:
         del module.forward
     pixels = torch.rand(2, 3, 64, 64)
     (expected,), (actual,) = plain.train()(pixels), backbone.train()(pixels)
@@ -590,7 +591,7 @@ def test_folding_frozen_batch_norms_does_not_change_outputs_and_gradients(name):
             torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-3 * b.grad.abs().max().item())
 
 
-def test_batch_norms_of_other_models_are_not_folded():
+def test_frozen_batch_norms_of_a_model_with_its_own_layers():
     backbone = VisionBackbone(resolve_backbone("{model_type: hgnet_v2}").config)
     backbone.prepare_for_training(False, "frozen", 1, torch.device("cpu"), 64)
     pixels = torch.rand(1, 3, 64, 64)

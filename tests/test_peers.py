@@ -14,6 +14,7 @@ from pix2seq.argument_parser import parse
 from pix2seq.arguments import TrainArguments
 from pix2seq.data import eval_loader
 from pix2seq.evaluation.coco_metrics import coco_metrics, load_ground_truth
+from pix2seq.models import build_model
 from pix2seq.training.datasets import load_data
 
 FLAGS = "--image_size 64 --batch_size 4 --num_workers 0 --num_queries 10 --no-pretrained"
@@ -114,14 +115,35 @@ def test_true_boxes_have_ap_1_and_boxes_in_the_padding_are_dropped(shapes_root):
 
 def test_frozen_batch_norms_keep_their_activations():
     weights, pixels = backbone_weights(pretrained=False), torch.rand(2, 3, 64, 64)
-    trained, frozen = (build_backbone(weights, STRIDES, batch_norm) for batch_norm in ("local", "frozen"))
+    args = Namespace(detr_stride=16, batch_norm="frozen", num_queries=5, frozen_stages=0)
+    trained, frozen = (
+        build_backbone(Namespace(batch_norm=batch_norm, frozen_stages=0), weights, STRIDES)
+        for batch_norm in ("local", "frozen")
+    )
     with torch.no_grad():
         for ours, expected in zip(frozen.train()(pixels), trained.eval()(pixels), strict=True):
             torch.testing.assert_close(ours, expected)
-    args = Namespace(detr_stride=16, batch_norm="frozen", num_queries=5)
     peer = build_detr(args, weights, num_classes=3, side=64)
     assert peer.model.model.backbone.model is peer.backbone
     assert [tuple(features.shape[1:]) for features in peer.backbone(pixels)] == [(112, 4, 4)]
+
+
+def test_peers_freeze_the_stages_that_train_py_freezes():
+    weights = backbone_weights(pretrained=False)
+    backbone = build_backbone(Namespace(batch_norm="local", frozen_stages=2), weights, STRIDES)
+    model = build_model(
+        category_ids=(1,),
+        class_names=("a",),
+        backbone="efficientnet-lite0",
+        backbone_stage="p4",
+        load_pretrained=False,
+    )
+    model.backbone.prepare_for_training(
+        freeze=False, batch_norm="local", world_size=1, device=torch.device("cpu"), image_size=64, frozen_stages=2
+    )
+    names = {n for n, p in model.backbone.model._backbone.named_parameters() if not p.requires_grad}
+    assert names
+    assert {n for n, p in backbone.named_parameters() if not p.requires_grad} == names
 
 
 def test_learning_rate_rises_and_decays():

@@ -7,17 +7,14 @@ from importlib import import_module
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 import yaml
 from torch import nn
 from transformers import AutoBackbone, AutoConfig, AutoImageProcessor, AutoModel, PreTrainedModel, TimmBackboneConfig
 from transformers.configuration_utils import PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING
-from transformers.models.resnet.modeling_resnet import ResNetConvLayer, ResNetShortCut
 from transformers.utils import cached_file, is_timm_available
 
 from pix2seq.errors import UserError
-from pix2seq.models.plain_modules import is_plain
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -29,8 +26,6 @@ LITE_NAME = re.compile(r"efficientnet-lite([012])")
 Stage = Literal["c3", "c4", "c5", "dc5", "p3", "p4"]
 PYRAMID_LEVELS: dict[str, int] = {"p3": 0, "p4": 1}
 BatchNorm = Literal["sync", "local", "frozen"]
-
-FOLDED_MODULES = {module: module.forward for module in (nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm)}
 
 # Stage and layer numbers in the parameter names of transformers and timm.
 STAGE_OR_LAYER_NUMBER = re.compile(r"(?:^|\.)(?:stages?|layers?|blocks?)[._]?(\d+)")
@@ -183,8 +178,8 @@ class VisionBackbone(nn.Module):
         self.model: Any = model
         self.num_channels: list[int] = list(model.channels) if self.has_feature_maps else [model.config.hidden_size]
         for module in model.modules():
-            if isinstance(module, ResNetConvLayer | ResNetShortCut):
-                module.forward = partial(_conv_with_folded_norm, module)
+            if type(module) is nn.BatchNorm2d or type(module).__name__ == "BatchNormAct2d":  # timm's, with activation
+                module.forward = partial(_batch_norm, module)
         if model.config.model_type == "timm_backbone":
             _remove_unused_blocks(model._backbone)
         if self.dilated:
@@ -368,16 +363,16 @@ def check_image_size(model: PreTrainedModel) -> None:
         ) from None
 
 
-def _conv_with_folded_norm(layer: Any, features: torch.Tensor) -> torch.Tensor:
-    """Forward of a ResNet layer that folds a frozen batch norm into the convolution, which is faster in training."""
-    conv, norm = layer.convolution, layer.normalization
-    can_fold = is_plain(conv, FOLDED_MODULES) and is_plain(norm, FOLDED_MODULES)
-    if norm.training or norm.weight.requires_grad or not torch.is_grad_enabled() or not can_fold:
-        return type(layer).forward(layer, features)
+def _batch_norm(norm: Any, features: torch.Tensor) -> torch.Tensor:
+    """Forward of a batch norm that applies a frozen one as scale and shift, whose backward pass is faster."""
+    is_frozen = norm.affine and norm.track_running_stats and not (norm.training or norm.weight.requires_grad)
+    if not is_frozen or not torch.is_grad_enabled():
+        return type(norm).forward(norm, features)
     scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
-    weight, bias = conv.weight * scale[:, None, None, None], norm.bias - norm.running_mean * scale
-    features = F.conv2d(features, weight, bias, conv.stride, conv.padding, conv.dilation)
-    return layer.activation(features) if hasattr(layer, "activation") else features
+    shift = norm.bias - norm.running_mean * scale
+    scale, shift = (values.to(features.dtype)[:, None, None] for values in (scale, shift))
+    features = torch.addcmul(shift, features, scale)
+    return norm.act(norm.drop(features)) if hasattr(norm, "act") else features
 
 
 def _remove_unused_blocks(backbone: Any) -> None:

@@ -159,7 +159,7 @@ class SpatialModulation(nn.Module):
         scores = -precision.transpose(1, 3)[..., None] * (cells - center[..., None]).square()
         y, x = scores.unbind(2)  # (B, H, L, side)
         weight = self.coverage_weight[slots].float().transpose(1, 2)[..., None]  # (B, H, L, 1)
-        return (y[..., None] + x[..., None, :]).flatten(3) - weight * coverage[:, None]
+        return torch.addcmul((y[..., None] + x[..., None, :]).flatten(3), weight, coverage[:, None], value=-1)
 
     def coordinates(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Converts bins to coordinates in [0, 1]; other tokens to other numbers."""

@@ -71,7 +71,6 @@ def test_a_folder_of_an_adapter(tmp_path):
 
 
 def test_adapters_of_a_backbone_with_frozen_norms_act_in_training():
-    """A frozen norm is folded into its convolution, which an adapter must prevent."""
     model = new_model("llama")
     model.backbone.prepare_for_training(
         freeze=False, batch_norm="frozen", world_size=1, device=torch.device("cpu"), image_size=64
