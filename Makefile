@@ -21,7 +21,7 @@ DOCKER_RUN = docker run --rm --init --ipc=host --stop-timeout=300 $(shell comman
 	--user="$$(id -u):$$(id -g)" --env=USER=pix2seq --env=HOME=/tmp --env=HF_HOME=/cache --env=HF_TOKEN --env=WANDB_API_KEY \
 	--volume="$(CURDIR):/workspace" --volume="$(CACHE):/cache" $(if $(DATA),--volume="$(DATA):/data:ro") $(docker_args)
 
-.PHONY: help demo test test-slow test-gpu test-hf lint format clean docker docker-run new-exp job
+.PHONY: help demo starter test test-slow test-gpu test-hf lint format clean docker docker-run new-exp job
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-12s%s\n", $$1, $$2 }' Makefile
@@ -31,6 +31,11 @@ demo: .venv/runtime ## install, draw a dataset of shapes, train on it and evalua
 	$(BIN)/python train.py --config configs/demo.yaml --root data/shapes --resume auto
 	$(BIN)/python evaluate.py --checkpoint runs/demo/best --root data/shapes --output_dir runs/demo
 	@echo "See runs/demo/predictions.png for the ground truth and the predictions."
+
+starter: .venv/dev ## train the starter detector and write it to pix2seq/starter/model (half an hour)
+	$(BIN)/python -m pix2seq shapes data/rich --style rich --num_train 3000 --num_val 100
+	$(BIN)/python train.py --config configs/starter.yaml --root data/rich --resume auto
+	$(BIN)/python -m pix2seq.starter runs/starter/final
 
 test: .venv/dev ## run the fast tests: make test args="tests/test_tokenizer.py -x"
 	$(BIN)/python -m pytest $(args)

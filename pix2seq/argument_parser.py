@@ -21,6 +21,7 @@ from transformers import HfArgumentParser
 from transformers.utils import cached_file
 
 from pix2seq.errors import UserError
+from pix2seq.starter import resolve_model_name
 
 TRAINING_FILE = "training.yaml"
 # Arguments that are missing in the training.yaml of older models, which had this value instead of today's default.
@@ -296,7 +297,7 @@ def read_training_arguments(name: str | Path, flag: str) -> dict:
     """Reads the arguments that a model was trained with.
 
     Args:
-        name: folder or hub name of the model.
+        name: folder or hub name of the model, or "starter".
         flag: flag that names the model, for error messages.
 
     Returns:
@@ -307,7 +308,7 @@ def read_training_arguments(name: str | Path, flag: str) -> dict:
         UserError: the file cannot be read.
     """
     try:
-        path = cached_file(str(name), TRAINING_FILE, _raise_exceptions_for_missing_entries=False)
+        path = cached_file(str(resolve_model_name(name)), TRAINING_FILE, _raise_exceptions_for_missing_entries=False)
     except OSError:  # neither a folder nor a hub name
         path = None
     if path is None:

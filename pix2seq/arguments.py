@@ -351,8 +351,9 @@ class LoggingArguments:
     )
     init_from: str | None = argument(
         None,
-        "fine-tune this model (folder or hub name with a training.yaml): its architecture and weights, with classes "
-        "matched by name; --image_size, --num_bins and --max_objects may change",
+        "fine-tune this model (folder or hub name with a training.yaml, or starter, the packaged detector of drawn "
+        "shapes): its architecture and weights, with classes matched by name; --image_size, --num_bins and "
+        "--max_objects may change; none: a new model",
     )
     output_dir: str = argument(None, "run folder (default: runs/PROJECT_NAME)")
     project_name: str = argument("pix2seq", "project name for the trackers")
@@ -377,6 +378,7 @@ class LoggingArguments:
         if self.output_dir is None:
             self.output_dir = str(Path("runs") / self.project_name)
         self.report_to = [name for name in self.report_to if name != "none"]
+        self.init_from = None if self.init_from == "none" else self.init_from
         check_at_least(self, 1, "log_every", "eval_batch_size")
         check_at_least(self, 0, "eval_every", "sample_every", "ckpt_every", "early_stopping_patience")
         valid = self.eval_every > 0 or self.early_stopping_patience == 0

@@ -7,13 +7,14 @@ from pix2seq.errors import UserError
 from pix2seq.generation import DecodingOptions
 from pix2seq.models.configuration_pix2seq import Pix2SeqConfig
 from pix2seq.models.modeling_pix2seq import Pix2SeqForObjectDetection
+from pix2seq.starter import resolve_model_name
 
 
 def load_model(name: str | Path, flag: str) -> Pix2SeqForObjectDetection:
     """Loads a model and verifies that it is complete.
 
     Args:
-        name: A folder written by `save_pretrained` or by training, or the name of a repository on the hub.
+        name: A folder written by `save_pretrained` or by training, the name of a repository on the hub, or "starter".
         flag: The flag that named it, for error messages.
 
     Returns:
@@ -22,7 +23,8 @@ def load_model(name: str | Path, flag: str) -> Pix2SeqForObjectDetection:
     Raises:
         UserError: It is not a Pix2Seq model, a file is missing or damaged, or config and weights do not match.
     """
-    folder, source = Path(name), f"{flag} {name}"
+    source, name = f"{flag} {name}", resolve_model_name(name)
+    folder = Path(name)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise UserError(f"{source}: has no config.json; name OUT/best, OUT/final or a checkpoint folder")
     try:

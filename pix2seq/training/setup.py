@@ -169,7 +169,10 @@ def create_model(args: TrainArguments, categories: Categories, folder: RunFolder
     for name in MODEL_DEFAULTS.keys() - MAY_CHANGE_ON_FINE_TUNING:
         source_value = source_arguments.get(name, MODEL_DEFAULTS[name])
         if values[name] != source_value:
-            raise UserError(f"--{name} {values[name]}: the model of --init_from has {source_value}; omit this flag")
+            raise UserError(
+                f"--{name} {values[name]}: the model of --init_from has {source_value}; omit this flag, or build a "
+                "new model with --init_from none"
+            )
     changeable = MAY_CHANGE_ON_FINE_TUNING | {"category_ids", "class_names", "decoding"}
     model, report = adapt_to_classes(source, **{name: values[name] for name in changeable})
     for line in report:

@@ -1,0 +1,28 @@
+"""Writes a trained model as the starter detector: `python -m pix2seq.starter runs/starter/final`."""
+
+import sys
+from pathlib import Path
+
+import yaml
+
+from pix2seq.argument_parser import TRAINING_FILE
+from pix2seq.arguments import model_arguments
+from pix2seq.manifest import write_folder_atomically
+from pix2seq.models import Pix2SeqForObjectDetection
+from pix2seq.models.image_processing_pix2seq import Pix2SeqImageProcessor
+from pix2seq.starter import FOLDER
+
+
+def write(source: str, folder: Path) -> None:
+    """Writes the weights of the model `source` in half precision, its config and its model arguments to a folder."""
+    model = Pix2SeqForObjectDetection.from_pretrained(source)
+    weights = {
+        name: value.half() if value.is_floating_point() else value for name, value in model.state_dict().items()
+    }
+    model.save_pretrained(folder, state_dict=weights)
+    Pix2SeqImageProcessor.from_model_config(model.config).save_pretrained(folder)
+    (folder / TRAINING_FILE).write_text(yaml.safe_dump(model_arguments(source), sort_keys=False))
+
+
+if __name__ == "__main__":
+    write_folder_atomically(FOLDER, lambda folder: write(sys.argv[1], folder))
