@@ -35,7 +35,7 @@ from transformers.utils import logging
 
 from benchmarks.peer_models import BACKBONE, PEERS, STRIDES, backbone_weights, write_backbone
 from benchmarks.peer_training import BoxTargets, optimizer_of, predict, train_peer
-from benchmarks.record import PATH_ARGUMENTS, environment
+from benchmarks.record import PATH_ARGUMENTS, environment, without_folder
 from pix2seq.argument_parser import LineErrorParser, parse, run_command
 from pix2seq.arguments import TrainArguments
 from pix2seq.data import StepSampler, eval_loader, train_loader
@@ -94,9 +94,7 @@ def without_folders(values: dict) -> dict:
     """Arguments for a record: paths of one machine mean nothing on another."""
 
     def name_of(value):
-        if isinstance(value, list):
-            return [name_of(item) for item in value]
-        return Path(value).name if isinstance(value, str) and value.startswith("/") else value
+        return [name_of(item) for item in value] if isinstance(value, list) else without_folder(value)
 
     return {name: name_of(value) for name, value in values.items() if name not in PATH_ARGUMENTS | {"output"}}
 

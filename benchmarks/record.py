@@ -27,21 +27,26 @@ def record(run: Path) -> dict:
     evaluations = [row for row in rows if "eval/AP" in row]
     environment = json.loads((run / "env.json").read_text())
     # Paths of one machine mean nothing on another.
-    environment["command"] = [Path(word).name if word.startswith("/") else word for word in environment["command"]]
+    environment["command"] = [without_folder(word) for word in environment["command"]]
     arguments = yaml.safe_load((run / "config.yaml").read_text())
     best = max(evaluations, key=lambda row: row["eval/AP"])
     return {
         "environment": environment | {"processor": _processor()},
-        "arguments": {name: value for name, value in arguments.items() if name not in PATH_ARGUMENTS},
+        "arguments": {k: without_folder(value) for k, value in arguments.items() if k not in PATH_ARGUMENTS},
         "best": {name.removeprefix("eval/"): value for name, value in best.items()},
         "ap_by_step": {row["step"]: row["eval/AP"] for row in evaluations},
         "images_per_s": rows[-2 if "eval/AP" in rows[-1] else -1]["perf/images_per_s"],
     }
 
 
+def without_folder(value):
+    """The name of an absolute path, and any other value unchanged."""
+    return Path(value).name if isinstance(value, str) and value.startswith("/") else value
+
+
 def environment(device: torch.device) -> dict:
     """Command, commit, versions and hardware of the running benchmark."""
-    words = [Path(word).name if word.startswith("/") else word for word in sys.argv[1:]]
+    words = [without_folder(word) for word in sys.argv[1:]]
     return {
         "command": [f"python -m benchmarks.{Path(sys.argv[0]).stem}", *words],
         "commit": git_commit(),

