@@ -47,6 +47,17 @@ def test_other_recorded_runs_are_not(name, num_bins, every):
     assert messages(recorded_rows(name, every), num_bins) == []
 
 
+def test_the_recorded_small_recipe_is_not():
+    """Its error of x1 falls slowly, by six percent within half of the window, long before it is small."""
+    curves = [RUNS["small"]["curves"][metric] for metric in METRICS]
+    rows = [
+        {"step": step} | {metric: values[index] for metric, (_, values) in zip(METRICS, curves, strict=True)}
+        for index, step in enumerate(curves[0][0])
+    ]
+    assert len(rows) == 85
+    assert messages(rows, 320) == []
+
+
 def test_a_run_whose_error_falls_is_not_on_the_plateau():
     falling = [110, 105, 100, 95, 85, 75, 65, 55, 50, 45, 40]  # bins of 320
     rows = [

@@ -8,7 +8,7 @@ WINDOW = 500  # steps that the means below are taken over
 # On the plateau: error of x1 in bins, then as a multiple of that of y1, of which it is no better than with the object
 # known; errors of y2 and x2 as multiples of that of x1; class accuracy.
 MIN_X1_ERROR, MIN_X1_TO_Y1, MAX_SECOND_CORNER, MIN_ACC_REAL = 0.15, 0.8, 0.25, 0.5
-FALLING = 0.9  # a run whose error of x1 in the second half of the window is below this share of the mean is not on it
+FALLING = 0.97  # a run whose error of x1 in the second half of the window is below this share of the mean is not on it
 END = 0.5  # the plateau has ended when the error of x1 is below this share of what it was
 
 METRICS = ("train/bin_error_y1", "train/bin_error_x1", "train/bin_error_y2", "train/bin_error_x2", "train/acc_real")
