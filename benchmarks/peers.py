@@ -216,7 +216,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--backbone_lr_factor", type=float, default=0.2)
     parser.add_argument("--weight_decay", type=float, default=1e-4, help="of AdamW, not of biases and norms")
     parser.add_argument("--batch_norm", default="local", choices=["local", "frozen"], help="as in train.py")
-    parser.add_argument("--frozen_stages", type=int, default=0, help="as in train.py")
+    parser.add_argument("--frozen_stages", type=int, default=0, choices=range(7), help="as in train.py")
     parser.add_argument("--score_threshold", type=float, default=0.02, help="of fcos")
     parser.add_argument("--detections_per_image", type=int, default=100, help="of fcos")
     parser.add_argument("--num_queries", type=int, default=100, help="of detr and rtdetr")
