@@ -1,6 +1,6 @@
 """Writes a trained model as the starter detector: `python -m pix2seq.starter runs/starter/final`."""
 
-import sys
+import argparse
 from pathlib import Path
 
 import yaml
@@ -35,4 +35,9 @@ def write(source: str, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    write_folder_atomically(FOLDER, lambda folder: write(sys.argv[1], folder))
+    parser = argparse.ArgumentParser(
+        prog="pix2seq.starter", description="Write a trained model as the starter detector."
+    )
+    parser.add_argument("source", help="folder of the trained model, such as runs/starter/final")
+    source = parser.parse_args().source
+    write_folder_atomically(FOLDER, lambda folder: write(source, folder))
