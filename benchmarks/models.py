@@ -86,6 +86,10 @@ contain the weights and need only timm.
 `--backbone_stage` c3, c4 and c5 are the last feature maps of stride 8, 16 and 32. They also work with other timm
 models that have feature maps of these strides.
 
+`--init_from starter` is a whole detector in the package, 8 MB in half precision: an efficientnet-lite0 at
+`--backbone_stage p4` with the decoder of [`configs/small.yaml`](../configs/small.yaml), trained on drawn shapes.
+`make starter` trains it again.
+
 ## Speed on a CPU
 
 `train.py`, `evaluate.py` and `predict.py` reuse freed memory on a CPU with glibc (Linux), instead of returning it to
