@@ -25,7 +25,7 @@ class BoxTargets:
 
     max_boxes: int
 
-    def __call__(self, boxes: np.ndarray, labels: np.ndarray, rng, valid_fraction) -> dict[str, np.ndarray]:
+    def __call__(self, boxes: np.ndarray, labels: np.ndarray, *_) -> dict[str, np.ndarray]:
         padding = (0, self.max_boxes - len(labels))
         return {
             "boxes": np.pad(boxes.astype(np.float32), (padding, (0, 0)), constant_values=-1),

@@ -245,6 +245,11 @@ class AugmentationArguments:
     object_order: Literal["random", "top_to_bottom", "area", "distance", "none"] = argument(
         "random", "order of the objects in a sequence"
     )
+    hard_negative_every: int = argument(
+        0,
+        "steps between searches for false detections in training images (up to 5,000 images in each search), which "
+        "become noise objects of later steps (0: never)",
+    )
     class_corruption: Literal["none", "rand_cls", "rand_n_fake_cls", "real_n_fake_cls", "real_n_rand_n_fake_cls"] = (
         argument("rand_n_fake_cls", "replacement of the class tokens in the decoder's input")
     )
@@ -263,7 +268,7 @@ class AugmentationArguments:
             check_value(self, name, 0 <= getattr(self, name) <= 1, "0 to 1")
         valid = not (self.photometric_distortion and self.color_jitter)
         check_value(self, "photometric_distortion", valid, "off with --color_jitter: both change the same colours")
-        check_at_least(self, 0, "noise_weight", "eos_weight")
+        check_at_least(self, 0, "noise_weight", "eos_weight", "hard_negative_every")
         check_at_least(self, 1, "batch_repetition")
 
 
@@ -425,7 +430,8 @@ class TrainArguments(
     def __post_init__(self):
         for group in TrainArguments.__bases__:
             group.__post_init__(self)
-        check_value(self, "mix_rate", self.noise_objects or not self.mix_rate, "0 with --no_noise_objects")
+        for name in ("mix_rate", "hard_negative_every"):
+            check_value(self, name, self.noise_objects or not getattr(self, name), "0 with --no_noise_objects")
 
     def decoding(self) -> dict:
         """The decoding options that the model's config stores."""

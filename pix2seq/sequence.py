@@ -11,6 +11,8 @@ import numpy as np
 
 from pix2seq.tokenizer import CLASS_SLOT, NOISE_LABEL, TOKENS_PER_OBJECT, Tokenizer
 
+NO_BOXES = np.zeros((0, 4))
+
 ObjectOrder = Literal["random", "top_to_bottom", "area", "distance", "none"]
 ClassCorruption = Literal["none", "rand_cls", "rand_n_fake_cls", "real_n_fake_cls", "real_n_rand_n_fake_cls"]
 
@@ -70,6 +72,7 @@ class SequenceBuilder:
         labels: np.ndarray,
         rng: np.random.Generator,
         valid_fraction: tuple[float, float] = (1, 1),
+        hard_negatives: np.ndarray = NO_BOXES,
     ) -> dict[str, np.ndarray]:
         """Builds one training sequence.
 
@@ -78,6 +81,7 @@ class SequenceBuilder:
             labels: Their labels (N,), in 0 ... C-1.
             rng: Source of all randomness.
             valid_fraction: The (width, height) of the image as fractions of the padded image. Noise boxes lie inside.
+            hard_negatives: False detections (K, 4), like `boxes`. At most half of the noise boxes are some of them.
 
         Returns:
             "input_ids" (L,) int64, "labels" (L,) int64 and "token_weights" (L,) float32.
@@ -87,7 +91,7 @@ class SequenceBuilder:
         num_real = len(boxes)
         num_noise = self.max_objects - num_real if self.noise_objects else 0
         extent = np.array([*valid_fraction, *valid_fraction])
-        noise, is_duplicate = noise_boxes(boxes / extent, num_noise, rng)
+        noise, is_duplicate = noise_boxes(boxes / extent, num_noise, rng, hard_negatives / extent)
         noise *= extent
         if self.box_jitter:
             boxes = np.clip(_jitter_edges(boxes, self.box_jitter, rng), 0.0, extent)
@@ -157,21 +161,29 @@ def order_objects(boxes: np.ndarray, order: ObjectOrder, rng: np.random.Generato
     return np.arange(len(boxes))
 
 
-def noise_boxes(boxes: np.ndarray, count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def noise_boxes(
+    boxes: np.ndarray, count: int, rng: np.random.Generator, hard_negatives: np.ndarray = NO_BOXES
+) -> tuple[np.ndarray, np.ndarray]:
     """Draws the boxes of noise objects.
 
-    A random number of them, uniform in 0 ... `count`, are near-duplicates of real boxes: they teach the model not to
-    predict an object twice. Half of the others are real boxes shifted to a random position and half are random boxes;
-    all are random if the image has no object.
+    Up to half of them are hard negatives, if there are any. Of the rest, a random number, uniform from 0 to all, are
+    near-duplicates of real boxes: they teach the model not to predict an object twice. Half of the others are real
+    boxes shifted to a random position and half are random boxes; all are random if the image has no object.
 
     Args:
         boxes: Real boxes (N, 4), xyxy in [0, 1] of the image without padding.
         count: Number of noise boxes.
         rng: Source of all randomness.
+        hard_negatives: False detections (K, 4) in the same coordinates.
 
     Returns:
         Noise boxes (count, 4) in the same coordinates, and whether each is a near-duplicate (count,).
     """
+    if num_hard := min(len(hard_negatives), count // 2):
+        drawn, is_duplicate = noise_boxes(boxes, count - num_hard, rng)
+        drawn = np.concatenate([drawn, rng.permutation(hard_negatives)[:num_hard]])
+        order = rng.permutation(count)
+        return drawn[order], np.append(is_duplicate, np.zeros(num_hard, bool))[order]
     num_duplicates = int(rng.integers(0, count + 1)) if len(boxes) else 0
     num_others = count - num_duplicates
     others = _random_boxes(num_others, rng)

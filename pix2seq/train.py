@@ -9,6 +9,7 @@ import math
 import os
 import sys
 import warnings
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from pix2seq.evaluation.coco_metrics import metrics_table
 from pix2seq.training.checkpoint import export_model, save
 from pix2seq.training.context import TrainContext
 from pix2seq.training.distributed import full_tensor, make_accelerator, restart_count
+from pix2seq.training.hard_negatives import images_to_search
 from pix2seq.training.metrics import compute_means, token_statistics
 from pix2seq.training.preemption import StopRequest
 from pix2seq.training.run_folder import RunFolder
@@ -141,10 +143,10 @@ def train_loop(context: TrainContext) -> None:
     args, accelerator, meter = context.args, context.accelerator, context.state.meter
     # DDP warns about the gradients of 1x1 convolutions, whose strides differ only in dimensions of size 1.
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
-    pin_memory = accelerator.device.type == "cuda"
-    batches = iter(train_loader(context.train_set, context.sampler, args.num_workers, pin_memory))
     bar = tqdm(total=context.max_steps, initial=context.step, disable=None if accelerator.is_main_process else True)
     evaluate_if_due(context)  # repeats an evaluation that was interrupted
+    search_hard_negatives_if_due(context)
+    batches = load_batches(context)
     context.model.train()
     meter.restart_clock()
     while not context.is_finished:
@@ -160,11 +162,20 @@ def train_loop(context: TrainContext) -> None:
         context.unreadable.check_limit()
         with meter.paused():
             evaluate_if_due(context)
+            if search_hard_negatives_if_due(context):
+                batches = load_batches(context)
             if stopping and not context.is_finished:
                 raise Stopped
             if context.is_due(args.ckpt_every) and not context.is_finished:
                 save(context)
     bar.close()
+
+
+def load_batches(context: TrainContext) -> Iterator[dict]:
+    """Loads the training batches from the current step on."""
+    context.sampler.start_step = context.step
+    pin_memory = context.accelerator.device.type == "cuda"
+    return iter(train_loader(context.train_set, context.sampler, context.args.num_workers, pin_memory))
 
 
 def train_step(context: TrainContext, micro_batches: list[dict]) -> tuple[torch.Tensor, bool]:
@@ -345,6 +356,24 @@ def evaluate_if_due(context: TrainContext) -> None:
             for table in tables:
                 context.folder.log(table)
     state.last_evaluated_step = context.step
+
+
+def search_hard_negatives_if_due(context: TrainContext) -> bool:
+    """Searches false detections in training images, if that is due at this step and not done yet.
+
+    Returns:
+        Whether `context.train_set.hard_negatives` has changed, so that examples must be loaded again.
+    """
+    state, annotations = context.state, context.train_set.annotations
+    is_due = context.is_due(context.args.hard_negative_every) and not context.is_finished
+    if not is_due or state.last_searched_step == context.step:
+        return False
+    images = annotations.subset(images_to_search(len(annotations), state.num_searches))
+    found = context.evaluator.find_hard_negatives(context.models()[""], images)
+    context.train_set.hard_negatives.update(found)
+    state.num_searches, state.last_searched_step = state.num_searches + 1, context.step
+    context.folder.log(f"step {context.step}: {sum(map(len, found.values()))} hard negatives in {len(images)} images")
+    return True
 
 
 if __name__ == "__main__":

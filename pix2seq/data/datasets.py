@@ -5,7 +5,7 @@ or process that makes it.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
 import numpy as np
@@ -31,6 +31,7 @@ class TrainDataset(Dataset):
         sequence_builder: Builds the token sequences.
         seed: Seed of all randomness.
         colors: Color augmentation, None for none.
+        hard_negatives: False detections (K, 4), xyxy in pixels, by image id. They become noise objects.
     """
 
     annotations: Annotations
@@ -38,6 +39,7 @@ class TrainDataset(Dataset):
     sequence_builder: SequenceBuilder
     seed: int
     colors: ColorAugmentation | None = None
+    hard_negatives: dict[int, torch.Tensor] = field(default_factory=dict)
 
     def __getitem__(self, key: tuple[int, int, int]) -> dict:
         """Makes a training example.
@@ -68,16 +70,27 @@ class TrainDataset(Dataset):
         raise UserError(f"{MAX_ATTEMPTS} images in a row cannot be read, the last one is {unreadable[-1]}")
 
     def _make_example(self, index: int, rng: np.random.Generator) -> dict:
+        image_id = self.annotations.image_ids[index]
         boxes, labels = self.annotations.objects(index)
-        padded = self.transform(self.annotations.image_file(index), boxes, rng)
+        hard_negatives = self.hard_negatives.get(int(image_id), torch.zeros(0, 4)).numpy()
+        padded = self.transform(
+            self.annotations.image_file(index), np.concatenate([boxes, hard_negatives], dtype=np.float64), rng
+        )
+        is_object = padded.kept < len(boxes)
         example = {
             "pixel_values": padded.image,
-            "image_id": self.annotations.image_ids[index],
+            "image_id": image_id,
             "size": np.array(padded.valid_size),
         }
         if self.colors is not None:
             example["color_ops"] = self.colors.draw(rng)
-        return example | self.sequence_builder(padded.boxes, labels[padded.kept], rng, padded.valid_fraction)
+        return example | self.sequence_builder(
+            padded.boxes[is_object],
+            labels[padded.kept[is_object]],
+            rng,
+            padded.valid_fraction,
+            padded.boxes[~is_object],
+        )
 
 
 class ImageCollection(Protocol):

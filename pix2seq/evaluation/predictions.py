@@ -28,6 +28,7 @@ def predict(
     num_workers: int = 0,
     stop: Callable[[], bool] = lambda: False,
     warn: Callable[[list[str]], None] | None = None,
+    description: str = "evaluating",
 ) -> list[dict]:
     """Predicts the objects of every image, each image once over all ranks.
 
@@ -43,6 +44,7 @@ def predict(
         stop: Returns True if this process should stop.
         warn: Called on the main process with one line for each image that cannot be read. Such images have no
             predictions. Default: `warn_unreadable`.
+        description: Name of the work, for the progress bar.
 
     Returns:
         COCO results of all images on every rank, in the order of the dataset, with unrounded boxes in pixels of the
@@ -67,7 +69,7 @@ def predict(
     model.eval()
     results, stopped = [], False
     rounds = range(math.ceil(len(dataset) / (batch_size * world_size)))
-    for _ in progress(rounds, "evaluating") if accelerator.is_main_process else rounds:
+    for _ in progress(rounds, description) if accelerator.is_main_process else rounds:
         if stopped := any_rank(stopped or stop()):
             break
         if (batch := next(batches, None)) is None:  # this rank may have no batch in the last round

@@ -1,7 +1,9 @@
 """Evaluation during training: COCO metrics, and predictions for the same few images over time."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from accelerate import Accelerator
 from torchvision.transforms.v2.functional import to_pil_image
 
@@ -10,6 +12,7 @@ from pix2seq.evaluation import predict, prediction_image, warn_unreadable
 from pix2seq.evaluation.coco_metrics import coco_metrics
 from pix2seq.generation import DecodingOptions
 from pix2seq.tokenizer import Tokenizer
+from pix2seq.training.hard_negatives import select_hard_negatives
 from pix2seq.training.preemption import StopRequest
 from pix2seq.training.run_folder import RunFolder
 from pix2seq.transforms import apply_color_ops
@@ -71,6 +74,13 @@ class TrainingEvaluator:
         if self.accelerator.is_main_process:
             self.folder.sample("predictions", step, prediction_image(first, predictions, NUM_SAMPLES))
 
+    def find_hard_negatives(self, model, images: Annotations) -> dict[int, torch.Tensor]:
+        """Detects objects in training images and returns the false detections, see `select_hard_negatives`."""
+        dataset = EvalDataset(images, self.val_set.transform)
+        # An unreadable image has no detections; training replaces and counts it.
+        predictions = self._predict(model, dataset, "searching hard negatives", warn=lambda lines: None)
+        return select_hard_negatives(predictions, images)
+
     def log_first_batch(self, batch: dict, tokenizer: Tokenizer) -> None:
         """Draws the first training batch with the boxes decoded from its labels, which shows most data errors."""
         decoded = [tokenizer.decode(labels.numpy()) for labels in batch["labels"][:NUM_SAMPLES]]
@@ -81,7 +91,16 @@ class TrainingEvaluator:
         class_names = self.val_set.annotations.categories.names
         self.folder.sample("first_batch", 0, draw_examples(images, decoded, class_names))
 
-    def _predict(self, model, dataset: EvalDataset[Annotations]) -> list[dict]:
+    def _warn_unreadable(self, lines: list[str]) -> None:
+        warn_unreadable(lines, self.folder.log)
+
+    def _predict(
+        self,
+        model,
+        dataset: EvalDataset[Annotations],
+        description: str = "evaluating",
+        warn: Callable[[list[str]], None] | None = None,
+    ) -> list[dict]:
         return predict(
             model,
             dataset,
@@ -90,5 +109,6 @@ class TrainingEvaluator:
             self.accelerator,
             self.num_workers,
             stop=lambda: bool(self.stop),
-            warn=lambda lines: warn_unreadable(lines, self.folder.log),
+            warn=warn or self._warn_unreadable,
+            description=description,
         )

@@ -89,6 +89,7 @@ def build_context(
         num_images=len(annotations),
         images_digest=annotations.digest,
         ema_model=ema_model,
+        hard_negatives=train_set.hard_negatives,
     )
     if checkpoint is not None:
         restore_state(state, checkpoint, model=model, max_steps=max_steps, accelerator=accelerator, folder=folder)

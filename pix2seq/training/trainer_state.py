@@ -1,7 +1,7 @@
 """The state of a training run besides the weights."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -14,7 +14,7 @@ from pix2seq.training.metrics import Meter
 TRAINER_FILE = "trainer.pt"
 COUNTERS = (
     *("step", "last_evaluated_step", "best_ap", "best_step", "evaluations_since_best"),
-    *("num_skipped", "num_consecutive_skipped"),
+    *("num_skipped", "num_consecutive_skipped", "num_searches", "last_searched_step"),
 )
 
 
@@ -38,6 +38,9 @@ class TrainerState:
         evaluations_since_best: evaluations after that one.
         num_skipped: steps not taken because their loss or gradient was not finite.
         num_consecutive_skipped: consecutive skipped steps up to now; the fp16 loss scaler's are not counted.
+        num_searches: searches for hard negatives.
+        last_searched_step: step of the last of them.
+        hard_negatives: their results, see `TrainDataset`.
     """
 
     optimizer: torch.optim.Optimizer
@@ -55,6 +58,9 @@ class TrainerState:
     evaluations_since_best: int = 0
     num_skipped: int = 0
     num_consecutive_skipped: int = 0
+    num_searches: int = 0
+    last_searched_step: int = 0
+    hard_negatives: dict[int, torch.Tensor] = field(default_factory=dict)
 
     @property
     def _torch_optimizer(self) -> torch.optim.Optimizer:
@@ -76,6 +82,7 @@ class TrainerState:
             "scaler": self.scaler.state_dict() if self.scaler is not None else None,
             "ema_model": self.ema_model.state_dict() if self.ema_model is not None else None,
             "statistics": statistics.cpu(),
+            "hard_negatives": dict(self.hard_negatives),
         }
 
     def load_state_dict(self, state_dict: dict, model: nn.Module, is_main_process: bool) -> None:
@@ -96,9 +103,9 @@ class TrainerState:
             )
         if state_dict["images_digest"] != self.images_digest:
             raise UserError("--resume: the ids or file names of the training images differ from the checkpoint's")
-        state_dict = {"best_step": 0, "evaluations_since_best": 0} | state_dict  # which older checkpoints lack
         for name in COUNTERS:
-            setattr(self, name, state_dict[name])
+            setattr(self, name, state_dict.get(name, 0))  # older checkpoints lack some, which start at 0
+        self.hard_negatives.update(state_dict.get("hard_negatives", {}))
         load_optimizer_state_dict(model, self._torch_optimizer, state_dict["optimizer"])
         self.scheduler.load_state_dict(state_dict["scheduler"])
         # The schedule depends on --max_steps, which may be larger now, so the rate is computed anew.
