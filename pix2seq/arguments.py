@@ -399,6 +399,9 @@ class SamplingArguments:
 
     top_p: float = argument(0.4, "nucleus sampling; 0 is greedy decoding")
     temperature: float = argument(1.0, "sampling temperature")
+    num_samples: int = argument(
+        1, "sequences to sample for each image; the objects of several are merged by non-maximum suppression"
+    )
     expectation_radius: int = argument(
         0, "a coordinate is the probability-weighted mean of the bins up to this far from the decoded bin"
     )

@@ -120,7 +120,7 @@ def check_parity(model: Pix2SeqForObjectDetection, folder: Path) -> str:
     pair, num_equal = PairedModels(model, exported), 0
     for batch in progress(pixel_values.split(BATCH_SIZE), "comparing"):
         state = generate_tokens(pair, batch, model.tokenizer, options)
-        expected = to_detections(state, model.tokenizer, options.box_score_power)
+        expected = to_detections(state, model.tokenizer, options)
         num_equal += sum(map(_are_equal, expected, exported.detect(batch, options)))
     summary = (
         f"The largest difference of logits is {pair.max_difference:.1e} of the largest logit; "

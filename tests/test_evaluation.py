@@ -86,7 +86,7 @@ class OracleModel(torch.nn.Module):
             self.sequences[key] = tokenizer.encode(boxes, labels).reshape(-1)
 
     def detect(self, pixel_values, options, interrupted):
-        return to_detections(generate_tokens(self, pixel_values, self.tokenizer, options), self.tokenizer)
+        return to_detections(generate_tokens(self, pixel_values, self.tokenizer, options), self.tokenizer, options)
 
     def prefill(self, pixel_values, max_length):
         assert not self.training

@@ -3,6 +3,7 @@
 Most models here are scripted: anything with `prefill`, `decode_step` and `config.noise_objects` can be decoded.
 """
 
+import dataclasses
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -80,7 +81,7 @@ def certain(sequences: list[list[int]]) -> torch.Tensor:
 def decode(model, indices, interrupted=lambda: False, **options) -> list[Detections]:
     options = DecodingOptions(**options)
     state = generate_tokens(model, pixels(indices), TOKENIZER, options, interrupted)
-    return to_detections(state, TOKENIZER, options.box_score_power)
+    return to_detections(state, TOKENIZER, options)
 
 
 def assert_equal(actual: Detections, expected: Detections) -> None:
@@ -280,6 +281,65 @@ def test_expectation_radius_and_box_score_power():
     assert detections.scores == pytest.approx([0.8**0.5], abs=1e-4)
 
 
+# -- several sequences of an image -----------------------------------------------------------------
+
+
+def test_objects_of_several_sequences_are_merged():
+    model, options = ScriptedModel(random_logits(2, 4)), {"max_objects": 4, "top_p": 0.9}
+    state = generate_tokens(model, pixels([0, 1]), TOKENIZER, DecodingOptions(num_samples=3, **options))
+    samples = to_detections(state, TOKENIZER, DecodingOptions(**options))
+    assert len(samples) == 6
+    for first, single in zip(samples[::3], decode(model, [0, 1], **options), strict=True):
+        assert_equal(first, single)  # the first sequence does not depend on the number
+    for index, merged in enumerate(decode(model, [0, 1], num_samples=3, **options)):
+        found = {(*box, label) for s in samples[3 * index :][:3] for box, label in zip(s.boxes, s.labels, strict=True)}
+        assert len(found) > 4
+        assert {(*box, label) for box, label in zip(merged.boxes, merged.labels, strict=True)} <= found
+        assert len(merged.boxes) == 4
+        assert (np.diff(merged.scores) <= 0).all()
+        assert merged.num_steps == 3 * 4 * TOKENS_PER_OBJECT
+        assert_equal(merged, decode(model, [index], num_samples=3, **options)[0])  # alone
+
+
+def test_an_object_that_is_found_twice_remains_once():
+    same = [*bins(1, 2, 8, 9), cls(0)]
+    near, other_class, far = [*bins(1, 3, 8, 9), cls(0)], [*bins(1, 2, 8, 9), cls(1)], [*bins(5, 2, 8, 5), cls(0)]
+    logits = certain([same + near + other_class + far])
+    merged = decode(ScriptedModel(logits), [0], max_objects=4, top_p=0.5, num_samples=2)[0]
+    assert sorted(merged.labels.tolist()) == [0, 0, 1]
+    assert np.unique(merged.boxes[merged.labels == 0], axis=0).shape == (2, 4)
+
+
+def test_sequences_end_at_different_lengths():
+    logits = torch.cat([certain([OBJECT]), torch.zeros(1, 5, VOCAB_SIZE), certain([OTHER])], dim=1)
+    model = ScriptedModel(logits, noise_objects=False)
+    options = DecodingOptions(max_objects=3, top_p=1.0, num_samples=8)
+    state = generate_tokens(model, pixels([0]), TOKENIZER, options)
+    assert state.indices.tolist() == list(range(8))
+    assert (state.tokens[:, :5] == torch.tensor(OBJECT)).all()
+
+
+@pytest.mark.parametrize("can_fuse", [True, False])
+def test_sequences_of_models(make_model, monkeypatch, can_fuse):
+    if not can_fuse:
+        monkeypatch.setattr("pix2seq.models.incremental_decoder.can_fuse", lambda decoder: False)
+    model = make_model()
+    side = model.config.image_size
+    images = torch.randint(0, 256, (2, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    options = DecodingOptions(max_objects=3, top_p=0.9, num_samples=3)
+    tokens = generate_tokens(model, images, model.tokenizer, options).tokens
+    single = generate_tokens(model, images, model.tokenizer, dataclasses.replace(options, num_samples=1)).tokens
+    assert torch.equal(tokens[::3], single)
+    assert len(tokens.unique(dim=0)) == 6
+    assert torch.equal(tokens[3:], generate_tokens(model, images[1:], model.tokenizer, options).tokens)
+    assert [len(detections.boxes) for detections in model.detect(images, options)] == [3, 3]
+
+
+def test_several_greedy_sequences_are_an_error():
+    with pytest.raises(ValueError, match="num_samples 2: must be 1 with top_p 0"):
+        DecodingOptions(top_p=0, num_samples=2)
+
+
 # -- sampling --------------------------------------------------------------------------------------
 
 
@@ -363,6 +423,7 @@ def test_images_of_any_dtype_can_seed_the_sampling(dtype):
     [
         ("max_objects", 0),
         ("top_p", -0.1),
+        ("num_samples", 0),
         ("top_p", 1.5),
         ("temperature", 0.0),
         ("temperature", float("nan")),

@@ -3,14 +3,14 @@
 import logging
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from PIL import Image
 from torchvision.transforms.v2.functional import to_pil_image
 
 from pix2seq.data.image_files import BadImageError, open_file
-from pix2seq.generation import DecodingState, Interrupted, generate_tokens
+from pix2seq.generation import DecodingOptions, DecodingState, Interrupted, generate_tokens
 from pix2seq.inference import Pix2Seq
 from pix2seq.models.detections import to_detections
 from pix2seq.tokenizer import TOKENS_PER_OBJECT
@@ -83,6 +83,7 @@ class InferenceWorker:
 
     def __init__(self, detector: Pix2Seq, max_queue: int):
         self.detector, self.max_queue = detector, max_queue
+        self.options = replace(detector.options, num_samples=1)  # the page shows the tokens of one sequence
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="inference")
         self._requests: list[Request] = []
 
@@ -129,30 +130,32 @@ class InferenceWorker:
         request.size, request.preview = image.shape[1:], preview
         padded = EvalTransform(model.config.image_size)(pixels)
         pixel_values = padded.image[None].to(self.detector.device)
-        options = self.detector.options
-        state = DecodingState.create(pixel_values, model.tokenizer, options)
+        state = DecodingState.create(pixel_values, model.tokenizer, self.options)
 
         def update_and_check() -> bool:
-            request.objects = to_objects(self.detector, state, request.size)
+            request.objects = to_objects(self.detector, state, self.options, request.size)
             return request.cancelled.is_set()
 
-        state = generate_tokens(model, pixel_values, model.tokenizer, self.detector.options, update_and_check, state)
-        request.objects = to_objects(self.detector, state, request.size)
+        state = generate_tokens(model, pixel_values, model.tokenizer, self.options, update_and_check, state)
+        request.objects = to_objects(self.detector, state, self.options, request.size)
 
 
-def to_objects(detector: Pix2Seq, state: DecodingState, size: tuple[int, int]) -> list[ObjectTokens]:
+def to_objects(
+    detector: Pix2Seq, state: DecodingState, options: DecodingOptions, size: tuple[int, int]
+) -> list[ObjectTokens]:
     """Converts the tokens of one image so far.
 
     Args:
         detector: The model.
         state: Decoding state with a batch size of 1.
+        options: Its options, with one sequence for an image.
         size: (height, width) of the image.
 
     Raises:
         NonFiniteLogits: A logit is NaN or infinite.
     """
     tokenizer, side = detector.model.tokenizer, detector.model.config.image_size
-    detections = to_detections(state, tokenizer, detector.options.box_score_power)[0]
+    detections = to_detections(state, tokenizer, options)[0]
     boxes = to_original_pixels(detections.boxes, side, resized_size(size, side), size)
     token_ids = state.tokens[0].tolist()
     token_ids = token_ids[: token_ids.index(tokenizer.eos_id)] if tokenizer.eos_id in token_ids else token_ids

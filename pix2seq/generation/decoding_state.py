@@ -14,10 +14,10 @@ from pix2seq.tokenizer import TOKENS_PER_OBJECT, Tokenizer
 
 @dataclass
 class DecodingState:
-    """The token sequences of R images of a batch, with at most N objects and L = 5 N tokens each.
+    """R token sequences of the images of a batch, with at most N objects and L = 5 N tokens each.
 
     Args:
-        image_indices: Indices (R,) of the images in the batch.
+        indices: Indices (R,) of the sequences. With S samples of each image, those of image i are i S to i S + S - 1.
         tokens: Token ids (R, L), without BOS. EOS where no token was generated.
         labels: The most probable class (R, N) of each object.
         scores: The probability (R, N) of that class among all tokens. NaN if the logits are not finite.
@@ -28,7 +28,7 @@ class DecodingState:
         neighborhood_probs: Probability (R, L) of the bins around a coordinate, see `neighborhood_mean`.
     """
 
-    image_indices: torch.Tensor
+    indices: torch.Tensor
     tokens: torch.Tensor
     labels: torch.Tensor
     scores: torch.Tensor
@@ -41,15 +41,18 @@ class DecodingState:
     @classmethod
     def create(cls, pixel_values: torch.Tensor, tokenizer: Tokenizer, options: DecodingOptions) -> "DecodingState":
         """Creates the state of a batch before the first token. The random numbers of an image depend on its pixels."""
-        batch_size, device = len(pixel_values), pixel_values.device
+        batch_size, device = len(pixel_values) * options.num_samples, pixel_values.device
         length = TOKENS_PER_OBJECT * options.max_objects
         uniforms = None
         if options.top_p > 0:
-            generators = [np.random.default_rng((options.seed, key)) for key in _checksums(pixel_values)]
+            # The first sample of an image does not depend on the number of samples.
+            samples: list[tuple[int, ...]] = [(), *((number,) for number in range(1, options.num_samples))]
+            seeds = [(options.seed, key, *sample) for key in _checksums(pixel_values) for sample in samples]
+            generators = [np.random.default_rng(seed) for seed in seeds]
             numbers = np.stack([generator.random(length) for generator in generators])
             uniforms = torch.from_numpy(numbers).to(device, torch.float32)
         return cls(
-            image_indices=torch.arange(batch_size, device=device),
+            indices=torch.arange(batch_size, device=device),
             tokens=torch.full((batch_size, length), tokenizer.eos_id, device=device),
             labels=torch.zeros(batch_size, options.max_objects, dtype=torch.long, device=device),
             scores=torch.zeros(batch_size, options.max_objects, device=device),
@@ -68,8 +71,8 @@ class DecodingState:
 
     @classmethod
     def merge(cls, states: list["DecodingState"]) -> "DecodingState":
-        """Merges the states of different images of a batch, in the order of the images."""
-        order = torch.cat([state.image_indices for state in states]).argsort()
+        """Merges the states of different sequences of a batch, in the order of their indices."""
+        order = torch.cat([state.indices for state in states]).argsort()
         names = [field.name for field in dataclasses.fields(cls) if getattr(states[0], field.name) is not None]
         merged: dict[str, Any] = {"uniforms": None}
         merged |= {name: torch.cat([getattr(state, name) for state in states])[order] for name in names}

@@ -35,8 +35,8 @@ def generate_tokens(
         model: A `Pix2SeqForObjectDetection` in eval mode, or any object with these attributes:
 
             - `prefill(pixel_values, max_length)` returns an incremental decoder for `max_length` tokens. Its method
-              `select_batch(rows)` keeps these rows of the batch. Its attribute `supports_cuda_graph`, which is read on
-              a GPU only, tells whether its steps can be captured.
+              `select_batch(rows)` selects these rows of the batch, which may repeat. Its attribute
+              `supports_cuda_graph`, which is read on a GPU only, tells whether its steps can be captured.
             - `decode_step(token_ids, position, incremental_decoder, vocab_slice)` processes one token (B,) per row and
               returns the logits (B, R) of the next token for the R tokens of the slice. If its steps are captured
               as a CUDA graph, `position` is a 0-d tensor.
@@ -49,7 +49,7 @@ def generate_tokens(
             complete for a single image only, because finished rows move to other states.
 
     Returns:
-        The sequences of all images, in the order of the batch.
+        The sequences of all images, in the order of the batch; the samples of an image follow each other.
 
     Raises:
         Interrupted: `interrupted` returned True.
@@ -57,6 +57,8 @@ def generate_tokens(
     state = state or DecodingState.create(pixel_values, tokenizer, options)
     grammar = Grammar(tokenizer, allow_eos=not model.config.noise_objects, device=pixel_values.device)
     incremental_decoder = model.prefill(pixel_values, TOKENS_PER_OBJECT * options.max_objects)
+    if options.num_samples > 1:
+        incremental_decoder.select_batch(state.indices // options.num_samples)
     uses_graph = pixel_values.is_cuda and incremental_decoder.supports_cuda_graph
     decode = decode_by_object if uses_graph else decode_by_token
     return DecodingState.merge(decode(model, incremental_decoder, state, grammar, options, interrupted))
@@ -75,7 +77,7 @@ def decode_by_token(
     Returns:
         States that together hold all rows.
     """
-    token = torch.full_like(state.image_indices, grammar.tokenizer.bos_id)
+    token = torch.full_like(state.indices, grammar.tokenizer.bos_id)
     finished, may_end = [], grammar.allow_eos or options.noise_patience > 0
     for position in range(TOKENS_PER_OBJECT * options.max_objects):
         slot = position % TOKENS_PER_OBJECT
@@ -110,8 +112,8 @@ def decode_by_object(
     Returns:
         States that together hold all rows.
     """
-    token = torch.full_like(state.image_indices, grammar.tokenizer.bos_id)
-    position = torch.zeros_like(state.image_indices[0])
+    token = torch.full_like(state.indices, grammar.tokenizer.bos_id)
+    position = torch.zeros_like(state.indices[0])
     ended = torch.zeros_like(token, dtype=torch.bool)
     may_end = grammar.allow_eos or options.noise_patience > 0
     finished, replay = [], None

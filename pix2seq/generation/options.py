@@ -41,6 +41,8 @@ class DecodingOptions:
         noise_threshold: Score below which `noise_patience` counts an object as noise.
         expectation_radius: Replaces a coordinate by the mean of the bins at most this far from the sampled bin,
             weighted by their probabilities. 0 keeps the centre of the sampled bin.
+        num_samples: Number of sequences that are sampled for each image. Above 1, their objects are merged: of objects
+            of the same class that overlap, the one with the highest score remains, and at most `max_objects` in all.
         box_score_power: Multiplies the score of an object by the probability of its four coordinates to this power.
             The probability of a coordinate is that of the bins within `expectation_radius`. 0 disables it.
 
@@ -52,6 +54,11 @@ class DecodingOptions:
     top_p: float = option(0.4, "nucleus sampling; 0 is greedy decoding", maximum=1)
     temperature: float = option(1.0, "sampling temperature", above_minimum=True)
     seed: int = option(0, "seed of sampling", maximum=2**32 - 1)
+    num_samples: int = option(
+        1,
+        "sequences to sample for each image; the objects of several are merged by non-maximum suppression",
+        minimum=1,
+    )
     noise_patience: int = option(
         0, "stop after this many consecutive objects that score below --noise_threshold; 0 disables it"
     )
@@ -70,6 +77,8 @@ class DecodingOptions:
             value = getattr(self, option.name)
             if not option.metadata["is_valid"](value):
                 raise ValueError(f"{option.name} {value}: must be {option.metadata['allowed']}")
+        if self.num_samples > 1 and self.top_p == 0:
+            raise ValueError(f"num_samples {self.num_samples}: must be 1 with top_p 0, which gives equal sequences")
 
     @property
     def needs_neighborhood(self) -> bool:

@@ -69,7 +69,7 @@ class OnnxDetector:
         """
         options = options or DecodingOptions(**{"max_objects": self.config.max_objects} | self.config.decoding)
         state = generate_tokens(self, pixel_values, self.tokenizer, options)
-        return to_detections(state, self.tokenizer, options.box_score_power)
+        return to_detections(state, self.tokenizer, options)
 
     def prefill(self, pixel_values: torch.Tensor, max_length: int) -> OnnxDecoderState:
         """Encodes images (B, 3, S, S) and allocates the cache of `max_length` tokens."""

@@ -557,7 +557,7 @@ class Pix2SeqForObjectDetection(Pix2SeqPreTrainedModel):
             )
         options = self.validate_options(options or self.decoding_options)
         state = generate_tokens(self, pixel_values, self.tokenizer, options, interrupted)
-        return to_detections(state, self.tokenizer, options.box_score_power)
+        return to_detections(state, self.tokenizer, options)
 
     def prefill(self, pixel_values: torch.Tensor, max_length: int) -> IncrementalDecoder | FusedDecoder:
         """Encodes images (B, 3, S, S) and returns an incremental decoder for at most `max_length` tokens."""

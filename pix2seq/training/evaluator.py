@@ -1,7 +1,6 @@
 """Evaluation during training: COCO metrics, and predictions for the same few images over time."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from accelerate import Accelerator
@@ -77,8 +76,17 @@ class TrainingEvaluator:
     def find_hard_negatives(self, model, images: Annotations) -> dict[int, torch.Tensor]:
         """Detects objects in training images and returns the false detections, see `select_hard_negatives`."""
         dataset = EvalDataset(images, self.val_set.transform)
-        # An unreadable image has no detections; training replaces and counts it.
-        predictions = self._predict(model, dataset, "searching hard negatives", warn=lambda lines: None)
+        predictions = predict(
+            model,
+            dataset,
+            replace(self.options, num_samples=1),  # faster
+            self.batch_size,
+            self.accelerator,
+            self.num_workers,
+            stop=lambda: bool(self.stop),
+            warn=lambda lines: None,  # an unreadable image has no detections; training replaces and counts it
+            description="searching hard negatives",
+        )
         return select_hard_negatives(predictions, images)
 
     def log_first_batch(self, batch: dict, tokenizer: Tokenizer) -> None:
@@ -91,16 +99,7 @@ class TrainingEvaluator:
         class_names = self.val_set.annotations.categories.names
         self.folder.sample("first_batch", 0, draw_examples(images, decoded, class_names))
 
-    def _warn_unreadable(self, lines: list[str]) -> None:
-        warn_unreadable(lines, self.folder.log)
-
-    def _predict(
-        self,
-        model,
-        dataset: EvalDataset[Annotations],
-        description: str = "evaluating",
-        warn: Callable[[list[str]], None] | None = None,
-    ) -> list[dict]:
+    def _predict(self, model, dataset: EvalDataset[Annotations]) -> list[dict]:
         return predict(
             model,
             dataset,
@@ -109,6 +108,5 @@ class TrainingEvaluator:
             self.accelerator,
             self.num_workers,
             stop=lambda: bool(self.stop),
-            warn=warn or self._warn_unreadable,
-            description=description,
+            warn=lambda lines: warn_unreadable(lines, self.folder.log),
         )
