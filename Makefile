@@ -32,7 +32,7 @@ demo: .venv/runtime ## install, draw a dataset of shapes, train on it and evalua
 	$(BIN)/python evaluate.py --checkpoint runs/demo/best --root data/shapes --output_dir runs/demo
 	@echo "See runs/demo/predictions.png for the ground truth and the predictions."
 
-starter: .venv/dev ## train the starter detector and write it to pix2seq/starter/model (half an hour)
+starter: .venv/dev ## train the starter detector and write it to pix2seq/starter/model (an hour)
 	$(BIN)/python -m pix2seq shapes data/rich --style rich --num_train 10000 --num_val 100
 	$(BIN)/python train.py --config configs/starter.yaml --root data/rich --resume auto
 	$(BIN)/python -m pix2seq.starter runs/starter/final

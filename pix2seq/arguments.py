@@ -247,7 +247,7 @@ class AugmentationArguments:
     )
     hard_negative_every: int = argument(
         0,
-        "steps between searches for false detections in training images (up to 5,000 images in each search), which "
+        "steps between searches for false detections in training images (at most 1,000 images in each search), which "
         "become noise objects of later steps (0: never)",
     )
     class_corruption: Literal["none", "rand_cls", "rand_n_fake_cls", "real_n_fake_cls", "real_n_rand_n_fake_cls"] = (

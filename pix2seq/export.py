@@ -6,7 +6,7 @@ Writes encoder.onnx, decoder_step.onnx, config.json, preprocessor_config.json an
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import ClassVar
@@ -114,7 +114,7 @@ def check_parity(model: Pix2SeqForObjectDetection, folder: Path) -> str:
         UserError: The differences are too large.
     """
     exported = OnnxDetector(folder)
-    options = model.decoding_options
+    options = replace(model.decoding_options, num_samples=1)  # rounding could change the order of merged objects
     images = [draw_image(np.random.default_rng(seed), 64, 6)[0] for seed in range(NUM_IMAGES)]
     pixel_values = Pix2SeqImageProcessor.from_model_config(model.config)(images)["pixel_values"]
     pair, num_equal = PairedModels(model, exported), 0

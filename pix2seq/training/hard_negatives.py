@@ -10,7 +10,7 @@ from torchvision.ops import box_convert, box_iou
 
 from pix2seq.data import Annotations
 
-MAX_IMAGES = 5000  # of one search; later ones continue with the next images
+MAX_IMAGES = 1000  # of one search; later ones continue with the next images
 MIN_SCORE = 0.02  # the model already rejects detections that score lower
 MAX_IOU = 0.5  # with an object of any class, from which on a detection is not a hard negative
 
