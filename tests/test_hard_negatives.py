@@ -161,6 +161,7 @@ def test_an_interrupted_search_is_repeated(searched, shapes_root, tmp_path, monk
     assert_same_run(tmp_path, searched)
 
 
+@pytest.mark.slow
 def test_two_processes_find_the_same(shapes_root, tmp_path):
     words = [*VIT, *WORDS, "--eval_every", "0", "--sample_every", "0", "--lr_scheduler", "constant"]
     assert run(shapes_root, tmp_path / "one", *words) == 0
