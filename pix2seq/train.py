@@ -368,10 +368,11 @@ def search_hard_negatives_if_due(context: TrainContext) -> bool:
     is_due = context.is_due(context.args.hard_negative_every) and not context.is_finished
     if not is_due or state.last_searched_step == context.step:
         return False
-    images = annotations.subset(images_to_search(len(annotations), state.num_searches))
+    num_earlier = context.step // context.args.hard_negative_every - 1
+    images = annotations.subset(images_to_search(len(annotations), num_earlier))
     found = context.evaluator.find_hard_negatives(context.models()[""], images)
     context.train_set.hard_negatives.update(found)
-    state.num_searches, state.last_searched_step = state.num_searches + 1, context.step
+    state.last_searched_step = context.step
     context.folder.log(f"step {context.step}: {sum(map(len, found.values()))} hard negatives in {len(images)} images")
     return True
 

@@ -3,8 +3,7 @@
 Most models here are scripted: anything with `prefill`, `decode_step` and `config.noise_objects` can be decoded.
 """
 
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -328,7 +327,7 @@ def test_sequences_of_models(make_model, monkeypatch, can_fuse):
     images = torch.randint(0, 256, (2, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     options = DecodingOptions(max_objects=3, top_p=0.9, num_samples=3)
     tokens = generate_tokens(model, images, model.tokenizer, options).tokens
-    single = generate_tokens(model, images, model.tokenizer, dataclasses.replace(options, num_samples=1)).tokens
+    single = generate_tokens(model, images, model.tokenizer, replace(options, num_samples=1)).tokens
     assert torch.equal(tokens[::3], single)
     assert len(tokens.unique(dim=0)) == 6
     assert torch.equal(tokens[3:], generate_tokens(model, images[1:], model.tokenizer, options).tokens)

@@ -9,7 +9,7 @@ from torchvision.ops import batched_nms
 from pix2seq.generation import DecodingOptions, DecodingState, NonFiniteLogits
 from pix2seq.tokenizer import CLASS_SLOT, TOKENS_PER_OBJECT, Tokenizer
 
-MERGE_IOU = 0.6  # between objects of the same class in different sequences, above which they count as the same object
+MERGE_IOU = 0.6  # between boxes of the same class, above which they count as the same object
 
 
 @dataclass

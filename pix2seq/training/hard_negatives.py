@@ -1,8 +1,7 @@
 """Hard negatives: false detections in training images, which become noise objects of the training sequences.
 
-The random boxes of noise objects (Pix2Seq section 2.3) rarely show what the model confuses with an object, for example
-an object that nobody annotated. Its own false detections do, and make scores comparable between images (compare
-1604.03540, hard example mining).
+The random boxes of noise objects (Pix2Seq section 2.3) rarely contain what the model confuses with an object, for
+example an object without annotation. Its own false detections do (hard example mining, see 1604.03540).
 """
 
 import torch

@@ -14,7 +14,7 @@ from pix2seq.training.metrics import Meter
 TRAINER_FILE = "trainer.pt"
 COUNTERS = (
     *("step", "last_evaluated_step", "best_ap", "best_step", "evaluations_since_best"),
-    *("num_skipped", "num_consecutive_skipped", "num_searches", "last_searched_step"),
+    *("num_skipped", "num_consecutive_skipped", "last_searched_step"),
 )
 
 
@@ -38,9 +38,8 @@ class TrainerState:
         evaluations_since_best: evaluations after that one.
         num_skipped: steps not taken because their loss or gradient was not finite.
         num_consecutive_skipped: consecutive skipped steps up to now; the fp16 loss scaler's are not counted.
-        num_searches: searches for hard negatives.
-        last_searched_step: step of the last of them.
-        hard_negatives: their results, see `TrainDataset`.
+        last_searched_step: step of the last search for hard negatives.
+        hard_negatives: results of the searches, see `TrainDataset`.
     """
 
     optimizer: torch.optim.Optimizer
@@ -58,7 +57,6 @@ class TrainerState:
     evaluations_since_best: int = 0
     num_skipped: int = 0
     num_consecutive_skipped: int = 0
-    num_searches: int = 0
     last_searched_step: int = 0
     hard_negatives: dict[int, torch.Tensor] = field(default_factory=dict)
 
