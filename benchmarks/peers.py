@@ -48,7 +48,7 @@ from pix2seq.training.datasets import load_data
 
 PROBE_STEPS = 20  # of train.py, to measure its speed
 DATA_ARGUMENTS = (
-    *("image_size", "num_workers", "seed", "batch_repetition", "scale_min", "scale_max", "flip"),
+    *("image_size", "num_workers", "seed", "batch_repetition", "scale_min", "scale_max", "flip", "mosaic"),
     *("independent_crop", "iou_crop", "color_jitter", "grayscale", "photometric_distortion"),
 )
 

@@ -231,6 +231,7 @@ class AugmentationArguments:
     )
     iou_crop: bool = argument(False, "SSD's random IoU crop before the scale jitter")
     flip: float = argument(0.5, "probability of a horizontal flip")
+    mosaic: float = argument(0.0, "probability of joining crops of four images to one")
     color_jitter: float = argument(
         0.0, "strength of SimCLR's colour jitter (0: off; the authors use 0.5 for other tasks than detection)"
     )
@@ -264,7 +265,7 @@ class AugmentationArguments:
         check_value(self, "flip", 0 <= self.flip <= 1, "0 to 1")
         check_value(self, "color_jitter", 0 <= self.color_jitter <= 2.5, "0 to 2.5")
         check_value(self, "box_jitter", 0 <= self.box_jitter <= 0.4, "0 to 0.4")
-        for name in ("grayscale", "mix_rate"):
+        for name in ("grayscale", "mix_rate", "mosaic"):
             check_value(self, name, 0 <= getattr(self, name) <= 1, "0 to 1")
         valid = not (self.photometric_distortion and self.color_jitter)
         check_value(self, "photometric_distortion", valid, "off with --color_jitter: both change the same colours")

@@ -5,7 +5,7 @@ normalized to [0, 1] by the side of the padded square image after it. Coordinate
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 
 import numpy as np
@@ -104,6 +104,30 @@ class TrainTransform:
         if rng.random() < self.flip:
             pixels, boxes = F.horizontal_flip(pixels), F.horizontal_flip(boxes)
         return _pad(pixels, boxes, side)
+
+    def of_quadrant(self) -> "TrainTransform":
+        """Returns the transform to a quarter of the square, in which objects have the same size in pixels."""
+        ratio = self.image_size / (self.image_size // 2)
+        scales = {"scale_min": self.scale_min * ratio, "scale_max": self.scale_max * ratio}
+        return replace(self, image_size=self.image_size // 2, **scales)
+
+
+def join_quadrants(quadrants: list[PaddedImage]) -> PaddedImage:
+    """Joins four square images to one of twice the side (mosaic, YOLOv4, 2004.10934).
+
+    Args:
+        quadrants: The top left, top right, bottom left and bottom right image, of side S.
+
+    Returns:
+        The image of side 2S, which counts as filled, with the boxes of all images. `kept` are the indices among them.
+    """
+    rows = [torch.cat([part.image for part in quadrants[row : row + 2]], dim=2) for row in (0, 2)]
+    corners = np.array([[0, 0], [1, 0], [0, 1], [1, 1]])
+    boxes = np.concatenate(
+        [(part.boxes + np.tile(corner, 2)) / 2 for part, corner in zip(quadrants, corners, strict=True)]
+    )
+    image = torch.cat(rows, dim=1)
+    return PaddedImage(image, boxes, np.arange(len(boxes)), tuple(image.shape[-2:]))
 
 
 @dataclass(frozen=True)

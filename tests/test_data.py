@@ -56,6 +56,23 @@ def take_keys(sampler: StepSampler, count: int) -> list[tuple[int, int, int]]:
 # -- training examples -----------------------------------------------------------------------------
 
 
+def test_mosaic_joins_four_images(dataset):
+    """No box crosses the middle, and every object is one of the four images' objects."""
+    mosaic = replace(dataset, mosaic=1.0, transform=TrainTransform(48, 1.0, 1.0))
+    num_boxes = np.zeros(4, int)
+    for index in range(len(dataset.annotations)):
+        example = mosaic[0, index, 0]
+        assert is_same(example, mosaic[0, index, 0])
+        assert example["pixel_values"].shape == (3, 48, 48)
+        assert example["image_id"] == dataset.annotations.image_ids[index]
+        boxes, labels = dataset.sequence_builder.tokenizer.decode(example["labels"])
+        boxes = boxes[labels != NOISE_LABEL]
+        is_second = boxes[:, :2] > 0.5 - 0.01
+        assert (boxes[:, 2:][~is_second] < 0.5 + 0.01).all()
+        num_boxes += np.bincount(is_second @ [1, 2], minlength=4)
+    assert (num_boxes > 0).all()
+
+
 def test_training_example(dataset):
     example = dataset[0, 3, 0]
     assert example["pixel_values"].shape == (3, 48, 48)

@@ -101,13 +101,14 @@ def test_other_noise_boxes_do_not_depend_on_hard_negatives():
     assert mixed_is_duplicate.sum() == is_duplicate.sum()
 
 
-def test_hard_negatives_are_augmented_like_objects(annotations):
+@pytest.mark.parametrize("mosaic", [0.0, 1.0])
+def test_hard_negatives_are_augmented_like_objects(annotations, mosaic):
     """A negative in the place of an object has its tokens, except for the class."""
     tokenizer = Tokenizer(len(annotations.categories.ids), 100)
     transform = TrainTransform(64, scale_min=0.5, scale_max=2.0, independent_crop=True)
-    dataset = TrainDataset(annotations, transform, SequenceBuilder(tokenizer, 20, order="none"), seed=0)
-    boxes = annotations.objects(0)[0]
-    dataset.hard_negatives[int(annotations.image_ids[0])] = torch.from_numpy(boxes).float()
+    dataset = TrainDataset(annotations, transform, SequenceBuilder(tokenizer, 40, order="none"), seed=0, mosaic=mosaic)
+    for index, image_id in enumerate(annotations.image_ids.tolist()):
+        dataset.hard_negatives[image_id] = torch.from_numpy(annotations.objects(index)[0]).float()
     num_found = 0
     for epoch in range(20):
         objects = dataset[epoch, 0, 0]["labels"].reshape(-1, TOKENS_PER_OBJECT)

@@ -14,6 +14,7 @@ from pix2seq.transforms import (
     PaddedImage,
     TrainTransform,
     apply_color_ops,
+    join_quadrants,
     resized_size,
     to_original_pixels,
 )
@@ -363,3 +364,34 @@ def test_color_ops_are_applied_in_order():
     expected = torch.stack([F.rgb_to_grayscale(F.adjust_brightness(image, 1.8), 3) for image in pixels])
     assert torch.equal(apply_color_ops(pixels, sizes, color_ops), expected)
     assert not torch.equal(apply_color_ops(pixels, sizes, color_ops.flip(1)), expected)
+
+
+# -- mosaic ----------------------------------------------------------------------------------------
+
+
+def test_quadrants_are_joined_with_their_boxes():
+    rectangles = [(3, 5, 9, 11), (0, 0, 4, 20), (12, 2, 20, 8), (7, 7, 13, 19)]
+    parts = [EvalTransform(20)(image_with(box, (20, 20)), np.array([box], dtype=float)) for box in rectangles]
+    joined = join_quadrants(parts)
+    assert joined.image.shape == (3, 40, 40)
+    assert joined.valid_size == (40, 40)
+    for number, (box, (left, top)) in enumerate(zip(joined.boxes, [(0, 0), (20, 0), (0, 20), (20, 20)], strict=True)):
+        quadrant = joined.image[:, top : top + 20, left : left + 20]
+        assert find_green(quadrant).tolist() == list(rectangles[number])
+        np.testing.assert_allclose(box * 40, np.add(rectangles[number], (left, top, left, top)))
+
+
+@pytest.mark.parametrize("scale", [0.6, 1.0, 1.7])
+def test_objects_of_a_quadrant_keep_their_size(scale):
+    """The transform to a quarter crops more, and does not scale down further."""
+    transform = TrainTransform(64, scale_min=scale, scale_max=scale, flip=0)
+    image, boxes = image_with((44, 46, 54, 54), (100, 100)), np.array([[44.0, 46, 54, 54]])
+    for seed in range(20):
+        whole = transform(image, boxes, np.random.default_rng(seed))
+        part = transform.of_quadrant()(image, boxes, np.random.default_rng(seed))
+        assert part.image.shape == (3, 32, 32)
+        if all(len(result.boxes) and result.boxes.min() > 0 and result.boxes.max() < 1 for result in (whole, part)):
+            sizes = [np.diff(result.boxes.reshape(2, 2), axis=0) * result.image.shape[-1] for result in (whole, part)]
+            np.testing.assert_allclose(*sizes)
+            return
+    pytest.fail("no quadrant with the whole object")

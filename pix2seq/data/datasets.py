@@ -16,7 +16,8 @@ from pix2seq.data.coco import Annotations
 from pix2seq.data.image_files import BadImageError, ImageFile
 from pix2seq.errors import UserError
 from pix2seq.sequence import SequenceBuilder
-from pix2seq.transforms import PAD_VALUE, ColorAugmentation, EvalTransform, TrainTransform
+from pix2seq.tokenizer import NOISE_LABEL
+from pix2seq.transforms import PAD_VALUE, ColorAugmentation, EvalTransform, PaddedImage, TrainTransform, join_quadrants
 
 MAX_ATTEMPTS = 100  # images in a row that cannot be read, before training stops
 
@@ -32,6 +33,8 @@ class TrainDataset(Dataset):
         seed: Seed of all randomness.
         colors: Color augmentation, None for none.
         hard_negatives: False detections (K, 4), xyxy in pixels, by image id. They become noise objects.
+        mosaic: Probability that an example consists of crops of four images, see `join_quadrants`. The last three are
+            random ones.
     """
 
     annotations: Annotations
@@ -39,6 +42,7 @@ class TrainDataset(Dataset):
     sequence_builder: SequenceBuilder
     seed: int
     colors: ColorAugmentation | None = None
+    mosaic: float = 0.0
     hard_negatives: dict[int, torch.Tensor] = field(default_factory=dict)
 
     def __getitem__(self, key: tuple[int, int, int]) -> dict:
@@ -70,27 +74,33 @@ class TrainDataset(Dataset):
         raise UserError(f"{MAX_ATTEMPTS} images in a row cannot be read, the last one is {unreadable[-1]}")
 
     def _make_example(self, index: int, rng: np.random.Generator) -> dict:
-        image_id = self.annotations.image_ids[index]
-        boxes, labels = self.annotations.objects(index)
-        hard_negatives = self.hard_negatives.get(int(image_id), torch.zeros(0, 4)).numpy()
-        padded = self.transform(
-            self.annotations.image_file(index), np.concatenate([boxes, hard_negatives], dtype=np.float64), rng
-        )
-        is_object = padded.kept < len(boxes)
+        if self.mosaic and rng.random() < self.mosaic:
+            indices = [index, *rng.integers(len(self.annotations), size=3).tolist()]
+            parts = [self._augment(part, self.transform.of_quadrant(), rng) for part in indices]
+            padded, labels = join_quadrants([part for part, _ in parts]), np.concatenate([part for _, part in parts])
+        else:
+            padded, labels = self._augment(index, self.transform, rng)
         example = {
             "pixel_values": padded.image,
-            "image_id": image_id,
+            "image_id": self.annotations.image_ids[index],
             "size": np.array(padded.valid_size),
         }
         if self.colors is not None:
             example["color_ops"] = self.colors.draw(rng)
+        is_object = labels != NOISE_LABEL
         return example | self.sequence_builder(
-            padded.boxes[is_object],
-            labels[padded.kept[is_object]],
-            rng,
-            padded.valid_fraction,
-            padded.boxes[~is_object],
+            padded.boxes[is_object], labels[is_object], rng, padded.valid_fraction, padded.boxes[~is_object]
         )
+
+    def _augment(
+        self, index: int, transform: TrainTransform, rng: np.random.Generator
+    ) -> tuple[PaddedImage, np.ndarray]:
+        """Transforms an image. Returns it with the labels of its boxes, NOISE_LABEL for hard negatives."""
+        boxes, labels = self.annotations.objects(index)
+        hard_negatives = self.hard_negatives.get(int(self.annotations.image_ids[index]), torch.zeros(0, 4)).numpy()
+        boxes = np.concatenate([boxes, hard_negatives], dtype=np.float64)
+        padded = transform(self.annotations.image_file(index), boxes, rng)
+        return padded, np.concatenate([labels, np.full(len(hard_negatives), NOISE_LABEL)])[padded.kept]
 
 
 class ImageCollection(Protocol):

@@ -40,6 +40,8 @@ def load_data(args: TrainArguments) -> tuple[TrainDataset, EvalDataset[Annotatio
     else:
         val = load_annotations(val_split, train.categories, args.follow_links)
     set_sizes(args, train)
+    if args.mosaic and args.image_size % 2:
+        raise UserError(f"--mosaic {args.mosaic:g}: needs an even --image_size, not {args.image_size}")
     sequence_builder = SequenceBuilder(
         Tokenizer(len(train.categories.ids), args.num_bins),
         max_objects=args.max_objects,
@@ -60,7 +62,9 @@ def load_data(args: TrainArguments) -> tuple[TrainDataset, EvalDataset[Annotatio
         iou_crop=args.iou_crop,
     )
     colors = ColorAugmentation(args.color_jitter, args.grayscale, args.photometric_distortion)
-    train_set = TrainDataset(train, transform, sequence_builder, args.seed, colors if colors else None)
+    train_set = TrainDataset(
+        train, transform, sequence_builder, args.seed, colors=colors if colors else None, mosaic=args.mosaic
+    )
     return train_set, EvalDataset(val, EvalTransform(args.image_size))
 
 
