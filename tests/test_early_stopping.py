@@ -82,6 +82,7 @@ def test_an_interrupted_evaluation_is_not_counted_twice(shapes_root, tmp_path, m
     assert read_json(tmp_path, "status.json")["step"] == 8
 
 
+@pytest.mark.slow
 def test_two_processes_stop_together(shapes_root, tmp_path):
     """AP is 0 or the same at each step, because the learning rate is too low."""
     words = ["--root", str(shapes_root), "--output_dir", str(tmp_path), "--batch_size", "2", "--lr", "1e-30"]

@@ -54,6 +54,7 @@ def assert_close_steps(output: Path, expected: Path) -> float:
     return max(differences)
 
 
+@pytest.mark.slow
 def test_evaluation_does_not_depend_on_the_number_of_processes(shapes_root, tmp_path):
     """The validation set has an odd number of images."""
     words = ["--root", str(shapes_root), "--output_dir"]
@@ -101,7 +102,8 @@ def test_gradients_do_not_depend_on_how_a_step_is_split(shapes_root, tmp_path, m
     assert max(differences) < 1e-6
 
 
-@pytest.mark.parametrize(("first", "second"), [(1, 2), pytest.param(2, 1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("first", "second"), [(1, 2), (2, 1)])
 def test_resume_with_another_number_of_processes(shapes_root, tmp_path, record_property, first, second):
     common = [*TINY, *VIT, "--root", str(shapes_root), "--log_every", "1", *NO_EVALUATION]
     common += ["--lr_scheduler", "constant"]
@@ -185,6 +187,7 @@ def test_a_crashed_run_that_the_launcher_restarts_resumes(shapes_root, tmp_path)
     assert "holds checkpoints of an earlier run" in done.stderr
 
 
+@pytest.mark.slow
 def test_two_processes_print_an_error_once(tmp_path):
     done = launch("train.py", "--root", str(tmp_path / "nowhere"))
     assert done.returncode != 0
@@ -244,6 +247,7 @@ def test_two_processes_save_together_after_a_signal(shapes_root, tmp_path, recor
     assert checkpoint.latest_checkpoint(tmp_path / "checkpoints").name == f"step_{status['step']:08d}"
 
 
+@pytest.mark.slow
 def test_an_image_that_one_process_cannot_read_ends_both(shapes_root, tmp_path):
     """Both save and stop at the same step."""
     annotations = shapes_root / "annotations" / "instances_train2017.json"
