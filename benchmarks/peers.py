@@ -60,6 +60,7 @@ def run_peer(name: str, lr: float, args, train_args: TrainArguments, weights: di
     annotations, val = train_set.annotations, val_set.annotations
     UnreadableImages.from_annotations(annotations, train_args.max_unreadable)
     max_boxes = max(len(annotations.objects(index)[1]) for index in range(len(annotations)))
+    max_boxes *= 4 if train_args.mosaic else 1
     train_set = replace(train_set, sequence_builder=BoxTargets(max_boxes))
     torch.manual_seed(train_args.seed)
     category_ids, side = annotations.categories.ids, train_args.image_size
