@@ -231,7 +231,9 @@ class AugmentationArguments:
     )
     iou_crop: bool = argument(False, "SSD's random IoU crop before the scale jitter")
     flip: float = argument(0.5, "probability of a horizontal flip")
-    mosaic: float = argument(0.0, "probability of joining crops of four images to one")
+    mosaic: float = argument(
+        0.0, "probability of joining crops of four images to one; objects beyond --max_objects are left out"
+    )
     color_jitter: float = argument(
         0.0, "strength of SimCLR's colour jitter (0: off; the authors use 0.5 for other tasks than detection)"
     )

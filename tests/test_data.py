@@ -9,6 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
+from pix2seq.argument_parser import parse
+from pix2seq.arguments import TrainArguments
 from pix2seq.data import (
     EvalDataset,
     Split,
@@ -19,8 +21,10 @@ from pix2seq.data import (
     load_annotations,
     train_loader,
 )
+from pix2seq.errors import UserError
 from pix2seq.sequence import SequenceBuilder
 from pix2seq.tokenizer import NOISE_LABEL, Tokenizer
+from pix2seq.training.datasets import load_data
 from pix2seq.transforms import ColorAugmentation, EvalTransform, TrainTransform
 
 
@@ -71,6 +75,12 @@ def test_mosaic_joins_four_images(dataset):
         assert (boxes[:, 2:][~is_second] < 0.5 + 0.01).all()
         num_boxes += np.bincount(is_second @ [1, 2], minlength=4)
     assert (num_boxes > 0).all()
+
+
+def test_mosaic_needs_an_even_image_size(shapes_root):
+    words = ["--root", str(shapes_root), "--mosaic", "0.5", "--image_size", "65"]
+    with pytest.raises(UserError, match="needs an even --image_size, not 65"):
+        load_data(parse(TrainArguments, words))
 
 
 def test_training_example(dataset):

@@ -26,10 +26,12 @@ def load(root, *words: str):
 
 def test_benchmark_writes_a_record(shapes_root, tmp_path, capsys):
     argv = f"--root {shapes_root} --output {tmp_path / 'peers.json'} {FLAGS} --detectors fcos detr".split()
-    assert peers.main([*argv, "--steps", "2", "--lr", "1e-3", "1e-4", "--", "--scale_min", "0.75"]) == 0
+    assert (
+        peers.main([*argv, "--steps", "2", "--lr", "1e-3", "1e-4", "--", "--scale_min", "0.75", "--mosaic", "1"]) == 0
+    )
     record = json.loads((tmp_path / "peers.json").read_text())
-    assert record["settings"]["train_words"] == ["--scale_min", "0.75"]
-    assert record["data"]["scale_min"] == 0.75
+    assert record["settings"]["train_words"] == ["--scale_min", "0.75", "--mosaic", "1"]
+    assert (record["data"]["scale_min"], record["data"]["mosaic"]) == (0.75, 1)
     assert list(record["rows"]) == ["fcos", "detr"]
     assert [row["lr"] for row in record["rows"].values()] == [1e-3, 1e-4]
     for row in record["rows"].values():
