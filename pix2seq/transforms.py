@@ -107,9 +107,9 @@ class TrainTransform:
 
     def of_quadrant(self) -> "TrainTransform":
         """Returns the transform to a quarter of the square, in which objects have the same size in pixels."""
-        ratio = self.image_size / (self.image_size // 2)
-        scales = {"scale_min": self.scale_min * ratio, "scale_max": self.scale_max * ratio}
-        return replace(self, image_size=self.image_size // 2, **scales)
+        return replace(
+            self, image_size=self.image_size // 2, scale_min=2 * self.scale_min, scale_max=2 * self.scale_max
+        )
 
 
 def join_quadrants(quadrants: list[PaddedImage]) -> PaddedImage:
@@ -127,7 +127,7 @@ def join_quadrants(quadrants: list[PaddedImage]) -> PaddedImage:
         [(part.boxes + np.tile(corner, 2)) / 2 for part, corner in zip(quadrants, corners, strict=True)]
     )
     image = torch.cat(rows, dim=1)
-    return PaddedImage(image, boxes, np.arange(len(boxes)), tuple(image.shape[-2:]))
+    return PaddedImage(image, boxes, np.arange(len(boxes)), (image.shape[1], image.shape[2]))
 
 
 @dataclass(frozen=True)
