@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from benchmarks.peer_models import MEAN, STD, Peer
+from pix2seq.color_augmentation import apply_color_ops
 from pix2seq.errors import UserError
 from pix2seq.evaluation import coco_results
 from pix2seq.models.detections import Detections
-from pix2seq.transforms import apply_color_ops, to_original_pixels
+from pix2seq.transforms import to_original_pixels
 
 WARMUP, LR_END = 0.05, 0.01  # shares of the time and of the peak learning rate
 NUM_LINES = 20  # of each peer's progress

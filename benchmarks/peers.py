@@ -15,8 +15,9 @@ gets as --backbone unless the words after -- contain --backbone or --init_from.
 
 --minutes is the time from reading the annotations to the metrics, for pix2seq with the start of the process. The
 learning rate of a peer is a function of the elapsed time; training ends when the evaluation has to start. The number
-of steps of train.py follows from a run of a few steps, which is not part of the time. The run folder of train.py is
-deleted unless the words after -- contain --output_dir.
+of steps of train.py follows from a run of a few steps, which is not part of the time. Searches for hard negatives are
+not part of that run, so train.py may exceed the time; the record has the seconds that it took. The run folder of
+train.py is deleted unless the words after -- contain --output_dir.
 """
 
 import argparse
@@ -60,7 +61,7 @@ def run_peer(name: str, lr: float, args, train_args: TrainArguments, weights: di
     annotations, val = train_set.annotations, val_set.annotations
     UnreadableImages.from_annotations(annotations, train_args.max_unreadable)
     max_boxes = max(len(annotations.objects(index)[1]) for index in range(len(annotations)))
-    max_boxes *= 4 if train_args.mosaic else 1
+    max_boxes *= 4 if train_args.mosaic else 1  # a joined image has the boxes of four
     train_set = replace(train_set, sequence_builder=BoxTargets(max_boxes))
     torch.manual_seed(train_args.seed)
     category_ids, side = annotations.categories.ids, train_args.image_size

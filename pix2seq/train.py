@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from pix2seq.argument_parser import parse
 from pix2seq.arguments import TrainArguments
+from pix2seq.color_augmentation import apply_color_ops
 from pix2seq.cpu_memory import reuse_freed_memory
 from pix2seq.data import train_loader
 from pix2seq.data.commands import check_data
@@ -33,7 +34,6 @@ from pix2seq.training.metrics import compute_means, token_statistics
 from pix2seq.training.preemption import StopRequest
 from pix2seq.training.run_folder import RunFolder
 from pix2seq.training.setup import build_context, create_run_folder, log_summary
-from pix2seq.transforms import apply_color_ops
 
 
 class SaveError(RuntimeError):

@@ -11,6 +11,7 @@ from PIL import Image
 
 from pix2seq.argument_parser import parse
 from pix2seq.arguments import TrainArguments
+from pix2seq.color_augmentation import ColorAugmentation
 from pix2seq.data import (
     EvalDataset,
     Split,
@@ -25,7 +26,7 @@ from pix2seq.errors import UserError
 from pix2seq.sequence import SequenceBuilder
 from pix2seq.tokenizer import NOISE_LABEL, Tokenizer
 from pix2seq.training.datasets import load_data
-from pix2seq.transforms import ColorAugmentation, EvalTransform, TrainTransform
+from pix2seq.transforms import EvalTransform, TrainTransform
 
 
 @pytest.fixture
@@ -61,7 +62,7 @@ def take_keys(sampler: StepSampler, count: int) -> list[tuple[int, int, int]]:
 
 
 def test_mosaic_joins_four_images(dataset):
-    """No box crosses the middle, and every object is one of the four images' objects."""
+    """No box crosses the middle, and each quadrant has objects."""
     mosaic = replace(dataset, mosaic=1.0, transform=TrainTransform(48, 1.0, 1.0))
     num_boxes = np.zeros(4, int)
     for index in range(len(dataset.annotations)):

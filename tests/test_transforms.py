@@ -5,15 +5,12 @@ import pytest
 import torch
 from torchvision.transforms.v2 import functional as F
 
+from pix2seq.color_augmentation import MAX_COLOR_OPS, ColorAugmentation, ColorOp, apply_color_ops
 from pix2seq.transforms import (
-    MAX_COLOR_OPS,
     PAD_VALUE,
-    ColorAugmentation,
-    ColorOp,
     EvalTransform,
     PaddedImage,
     TrainTransform,
-    apply_color_ops,
     join_quadrants,
     resized_size,
     to_original_pixels,

@@ -12,12 +12,13 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from pix2seq.color_augmentation import ColorAugmentation
 from pix2seq.data.coco import Annotations
 from pix2seq.data.image_files import BadImageError, ImageFile
 from pix2seq.errors import UserError
 from pix2seq.sequence import SequenceBuilder
 from pix2seq.tokenizer import NOISE_LABEL
-from pix2seq.transforms import PAD_VALUE, ColorAugmentation, EvalTransform, PaddedImage, TrainTransform, join_quadrants
+from pix2seq.transforms import PAD_VALUE, EvalTransform, PaddedImage, TrainTransform, join_quadrants
 
 MAX_ATTEMPTS = 100  # images in a row that cannot be read, before training stops
 
@@ -76,7 +77,8 @@ class TrainDataset(Dataset):
     def _make_example(self, index: int, rng: np.random.Generator) -> dict:
         if self.mosaic and rng.random() < self.mosaic:
             indices = [index, *rng.integers(len(self.annotations), size=3).tolist()]
-            parts = [self._augment(part, self.transform.of_quadrant(), rng) for part in indices]
+            transform = self.transform.of_quadrant()
+            parts = [self._augment(part, transform, rng) for part in indices]
             padded, labels = join_quadrants([part for part, _ in parts]), np.concatenate([part for _, part in parts])
         else:
             padded, labels = self._augment(index, self.transform, rng)

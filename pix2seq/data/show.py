@@ -6,10 +6,10 @@ import numpy as np
 from PIL import Image
 from torchvision.transforms.v2.functional import to_pil_image
 
+from pix2seq.color_augmentation import apply_color_ops
 from pix2seq.data.datasets import TrainDataset
 from pix2seq.data.image_files import BadImageError
 from pix2seq.tokenizer import NOISE_LABEL, TOKENS_PER_OBJECT
-from pix2seq.transforms import apply_color_ops
 from pix2seq.visualization import (
     GREY,
     TableRow,

@@ -1,6 +1,7 @@
 """Datasets of a training run, from its arguments."""
 
 from pix2seq.arguments import TrainArguments
+from pix2seq.color_augmentation import ColorAugmentation
 from pix2seq.data import (
     Annotations,
     EvalDataset,
@@ -16,7 +17,7 @@ from pix2seq.data.issues import count_by_kind
 from pix2seq.errors import UserError
 from pix2seq.sequence import SequenceBuilder
 from pix2seq.tokenizer import Tokenizer
-from pix2seq.transforms import ColorAugmentation, EvalTransform, TrainTransform
+from pix2seq.transforms import EvalTransform, TrainTransform
 
 
 def find_splits(args: TrainArguments) -> tuple[Split, Split | None]:

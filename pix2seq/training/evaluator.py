@@ -6,6 +6,7 @@ import torch
 from accelerate import Accelerator
 from torchvision.transforms.v2.functional import to_pil_image
 
+from pix2seq.color_augmentation import apply_color_ops
 from pix2seq.data import Annotations, EvalDataset
 from pix2seq.evaluation import predict, prediction_image, warn_unreadable
 from pix2seq.evaluation.coco_metrics import coco_metrics
@@ -14,7 +15,6 @@ from pix2seq.tokenizer import Tokenizer
 from pix2seq.training.hard_negatives import select_hard_negatives
 from pix2seq.training.preemption import StopRequest
 from pix2seq.training.run_folder import RunFolder
-from pix2seq.transforms import apply_color_ops
 from pix2seq.visualization import draw_examples
 
 NUM_SAMPLES = 8  # images in a grid
